@@ -7,7 +7,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["paged_jax", "pallas_kernels"], "beartype.beartype").install()
+install_import_hook(["paged_jax", "pallas_kernels"], "typecheck.check")
 
 import jax
 
