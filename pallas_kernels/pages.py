@@ -1,0 +1,194 @@
+"""The KV pages of one layer: their layout, and where a token's key and value lie in it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+NULL_PAGE = 0  # never owned by a sequence; like every id outside 1..P-1, it stands for "no page"
+PAGE_DTYPES = ("float32", "bfloat16", "int8")
+LANES = 128  # of a TPU register; heads that do not fill it share it between key and value
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """The KV pages of one layer; their layout is private to this package.
+
+    Args:
+        data: `[P, K, 2S, H]` where H is a multiple of 128 (for each KV head its S key rows, then its S value
+            rows), else `[P, K, S, 2H]` (each row a key and its value side by side).
+        scales: float32 `[P, K, 2S]`, for each KV head the scales of its S keys, then of its S values; for
+            int8 pages only, else None.
+        page_size: S, the tokens in a page.
+    """
+
+    data: Any
+    scales: Any
+    page_size: int
+
+    def tree_flatten_with_keys(self):
+        keys = (jax.tree_util.GetAttrKey("data"), jax.tree_util.GetAttrKey("scales"))
+        return tuple(zip(keys, (self.data, self.scales), strict=True)), self.page_size
+
+    @classmethod
+    def tree_unflatten(cls, page_size, children):
+        return cls(*children, page_size)
+
+    @property
+    def num_pages(self) -> int:
+        return self.data.shape[0]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.data.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.data.shape[3] if is_stacked(self) else self.data.shape[3] // 2
+
+    @property
+    def dtype(self):
+        return self.data.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of memory that the pages take, scales included."""
+        leaves = jax.tree.leaves(self)
+        return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
+
+
+def is_stacked(pages: Pages) -> bool:
+    """Whether values lie below their keys (`[P, K, 2S, H]`) rather than beside them (`[P, K, S, 2H]`)."""
+    return pages.data.shape[2] == 2 * pages.page_size
+
+
+def init_pages(
+    num_pages: int, num_kv_heads: int, page_size: int, head_dim: int, dtype: Any = jnp.bfloat16
+) -> Pages:
+    """Empty pages.
+
+    Args:
+        num_pages: P, the null page included.
+        num_kv_heads: K.
+        page_size: S, tokens in a page.
+        head_dim: H.
+        dtype: float32, bfloat16 or int8 (quantised, with one scale a token, head and key or value).
+
+    Returns:
+        Pages of zeros.
+
+    Raises:
+        ValueError: a size below 1, or another dtype.
+    """
+    sizes = dict(num_pages=num_pages, num_kv_heads=num_kv_heads, page_size=page_size, head_dim=head_dim)
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    dtype = jnp.dtype(dtype)
+    if dtype.name not in PAGE_DTYPES:
+        raise ValueError(f"pages hold {', '.join(PAGE_DTYPES)}, got {dtype.name}: choose one of these")
+    if head_dim % LANES == 0:
+        shape = (num_pages, num_kv_heads, 2 * page_size, head_dim)
+    else:
+        shape = (num_pages, num_kv_heads, page_size, 2 * head_dim)
+    scales = None
+    if dtype == jnp.int8:
+        scales = jnp.zeros((num_pages, num_kv_heads, 2 * page_size), jnp.float32)
+    return Pages(jnp.zeros(shape, dtype), scales, page_size)
+
+
+def split_kv(pages: Pages, data: Array) -> tuple[Array, Array]:
+    """Parts whole pages `[..., K, 2S, H]` or `[..., K, S, 2H]` into keys and values `[..., K, S, H]`."""
+    axis = -2 if is_stacked(pages) else -1
+    key, value = jnp.split(data, 2, axis=axis)
+    return key, value
+
+
+def is_mapped(page_ids: Int32[Array, "*n"], pages: Pages) -> Bool[Array, "*n"]:
+    """Whether ids name a page that a sequence can own."""
+    return (page_ids > NULL_PAGE) & (page_ids < pages.num_pages)
+
+
+class Quantised(NamedTuple):
+    data: Array  # int8 [..., H]
+    scale: Array  # float32 [...]
+
+
+def quantise(x: Float[Array, "*n H"]) -> Quantised:
+    """Symmetric int8: `x ~ data * scale` with `scale = amax / 127` over the last axis, wrong by scale / 2."""
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=-1) / 127
+    safe = jnp.where(scale > 0, scale, 1)
+    return Quantised(jnp.round(x / safe[..., None]).astype(jnp.int8), scale)
+
+
+class TokenPlaces(NamedTuple):
+    """Where the packed new tokens of a step belong."""
+
+    sequence: Int32[Array, " T"]  # row of the page table
+    position: Int32[Array, " T"]  # within the sequence; negative: the token is inert
+
+
+def token_places(
+    lengths: Int32[Array, " B"], query_starts: Int32[Array, " B+1"], num_tokens: int
+) -> TokenPlaces:
+    """The sequence and position of each of `num_tokens` packed tokens; padding gets position -1."""
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    ends = query_starts[1:]
+    sequence = jnp.sum(ends[None, :] <= token[:, None], axis=1, dtype=jnp.int32)
+    is_padding = sequence >= lengths.size
+    sequence = jnp.where(is_padding, 0, sequence)
+    position = lengths[sequence] - ends[sequence] + token
+    return TokenPlaces(sequence, jnp.where(is_padding, -1, position))
+
+
+def token_slots(
+    pages: Pages, page_table: Int32[Array, "B M"], places: TokenPlaces
+) -> tuple[Int32[Array, " T"], Int32[Array, " T"]]:
+    """The page and the slot in it of each token; the page is the null page where there is none."""
+    column, slot = jnp.divmod(places.position, pages.page_size)
+    max_pages = page_table.shape[1]
+    page = page_table[places.sequence, jnp.clip(column, 0, max_pages - 1)]
+    exists = (places.position >= 0) & (column < max_pages) & is_mapped(page, pages)
+    return jnp.where(exists, page, NULL_PAGE), slot
+
+
+def put_tokens(
+    pages: Pages, k: Float[Array, "T K H"], v: Float[Array, "T K H"], page: Int32[Array, " T"], slot: Array
+) -> Pages:
+    """Writes each token's key and value to its page and slot; tokens of the null page are dropped.
+
+    The scatter goes through the flat view of rows, which XLA updates in place on CPU and TPU alike, where
+    `data.at[page, :, slot]` copies the pool on TPU. Dropped tokens aim past the last row, each at its own,
+    so that no two tokens aim at one row.
+    """
+    num_pages, num_heads, page_size = pages.num_pages, pages.num_kv_heads, pages.page_size
+    token = jnp.arange(page.size, dtype=jnp.int32)
+    # [T, K]: the index of a head's strip of S slots
+    strip = page[:, None] * num_heads + jnp.arange(num_heads, dtype=jnp.int32)[None, :]
+    dropped = (page == NULL_PAGE)[:, None]
+
+    def put(array: Array, rows: Array, rows_per_strip: int, first: int) -> Array:
+        flat = array.reshape(num_pages * num_heads * rows_per_strip, *array.shape[3:])
+        past = flat.shape[0] + token[:, None] * num_heads + jnp.arange(num_heads, dtype=jnp.int32)[None, :]
+        row = jnp.where(dropped, past, strip * rows_per_strip + first + slot[:, None])
+        rows = rows.astype(array.dtype)
+        flat = flat.at[row].set(rows, mode="drop", unique_indices=True)
+        return flat.reshape(array.shape)
+
+    scales = pages.scales
+    if scales is not None:
+        (k, k_scale), (v, v_scale) = quantise(k), quantise(v)
+        scales = put(scales, k_scale, 2 * page_size, 0)
+        scales = put(scales, v_scale, 2 * page_size, page_size)
+    if is_stacked(pages):
+        data = put(pages.data, k, 2 * page_size, 0)
+        data = put(data, v, 2 * page_size, page_size)
+    else:
+        data = put(pages.data, jnp.concatenate([k, v], axis=-1), page_size, 0)
+    return dataclasses.replace(pages, data=data, scales=scales)
