@@ -302,7 +302,7 @@ def check_page_table(page_table: Array, lengths: Array, pages: Pages) -> None:
         owned = np.trim_zeros(used, "f")
         if length and (owned.size == 0 or not owned.all()):
             raise ValueError(
-                f"row {row}: length {length} needs mapped pages to column {used.size - 1}, got {used.tolist()}"
+                f"row {row}: length {length} needs {used.size} mapped pages, got {used.tolist()}"
             )
         if len(set(owned.tolist())) < owned.size:
             raise ValueError(f"row {row}: a page stands twice in {owned.tolist()}")

@@ -37,7 +37,7 @@ class Pages:
 
     @classmethod
     def tree_unflatten(cls, page_size, children):
-        return cls(*children, page_size)
+        return cls(data=children[0], scales=children[1], page_size=page_size)
 
     @property
     def num_pages(self) -> int:
