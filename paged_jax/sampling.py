@@ -1,10 +1,11 @@
-"""From logits to the next token of each sequence: greedy, temperature, top-k, top-p, one random stream a sequence."""
+"""From logits to the next token: greedy, temperature, top-k, top-p; one random stream a sequence."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
@@ -19,7 +20,7 @@ class SamplingParams:
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: then keep the smallest set of most likely tokens whose probability reaches p (nucleus sampling,
             Holtzman et al. 2020); 1 keeps all.
-        seed: of the random stream; sample i of a request draws from stream (seed, i), whatever runs beside it.
+        seed: sample i of a request draws from the random stream (seed, i), whatever runs beside it.
         num_samples: continuations of the prompt; they share the prompt's pages.
         stop_tokens: a sample ends with the first of these.
         stop_strings: a sample ends with the token that completes the first of these.
@@ -52,13 +53,13 @@ class SamplingParams:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """The sampling parameters of every row of a batch, as arrays: values may change without a recompilation."""
+    """The sampling parameters of every row of a batch, as arrays: new values need no recompilation."""
 
-    temperature: Float[Array, "B"]
-    top_k: Int32[Array, "B"]
-    top_p: Float[Array, "B"]
-    seed: UInt32[Array, "B"]
-    sample: Int32[Array, "B"]
+    temperature: Float[Array, " B"]
+    top_k: Int32[Array, " B"]
+    top_p: Float[Array, " B"]
+    seed: UInt32[Array, " B"]
+    sample: Int32[Array, " B"]
     stop_tokens: Int32[Array, "B X"]  # -1 where unused
 
     @classmethod
@@ -73,16 +74,32 @@ class Sampler:
             stop_tokens=jnp.full((num_rows, max_stop_tokens), -1, jnp.int32),
         )
 
-    def is_stop(self, tokens: Int32[Array, "B"]) -> Bool[Array, "B"]:
+    @classmethod
+    def of(cls, rows: Sequence[tuple[SamplingParams, int] | None], max_stop_tokens: int) -> "Sampler":
+        """From the parameters and the sample number of each row, on the host; rows that are None are greedy."""
+        params = [row[0] if row else SamplingParams() for row in rows]
+        stop_tokens = np.full((len(rows), max_stop_tokens), -1, np.int32)
+        for b, p in enumerate(params):
+            stop_tokens[b, : len(p.stop_tokens)] = p.stop_tokens
+        return cls(
+            temperature=jnp.array([p.temperature for p in params], jnp.float32),
+            top_k=jnp.array([p.top_k for p in params], jnp.int32),
+            top_p=jnp.array([p.top_p for p in params], jnp.float32),
+            seed=jnp.array(np.array([p.seed for p in params], np.uint32)),
+            sample=jnp.array([row[1] if row else 0 for row in rows], jnp.int32),
+            stop_tokens=jnp.array(stop_tokens),
+        )
+
+    def is_stop(self, tokens: Int32[Array, " B"]) -> Bool[Array, " B"]:
         return jnp.any(tokens[:, None] == self.stop_tokens, axis=1)
 
 
-def sample(logits: Float[Array, "B V"], sampler: Sampler, positions: Int32[Array, "B"]) -> Int32[Array, "B"]:
+def sample(logits: Float[Array, "B V"], sampler: Sampler, positions: Int32[Array, " B"]) -> Int32[Array, " B"]:
     """The next token of each row.
 
-    A draw depends on the row's logits, parameters, seed, sample number and position alone, never on its neighbours, so a
-    sequence that was preempted, moved to another row or run alone draws the same tokens. Rows without a temperature cost an
-    argmax. Tokens that tie at the edge of top-k or top-p are all kept.
+    A draw depends on the row's logits, parameters, seed, sample number and position alone, never on its
+    neighbours: a sequence that was preempted, moved to another row or run alone draws the same tokens. A batch
+    without a temperature costs an argmax. Tokens that tie at the edge of top-k or top-p are all kept.
 
     Args:
         logits: of the next token.
@@ -91,9 +108,7 @@ def sample(logits: Float[Array, "B V"], sampler: Sampler, positions: Int32[Array
     greedy = jnp.argmax(logits, axis=1).astype(jnp.int32)
 
     def draw():
-        scaled = (
-            logits.astype(jnp.float32) / jnp.where(sampler.temperature > 0, sampler.temperature, 1.0)[:, None]
-        )
+        scaled = logits.astype(jnp.float32) / jnp.where(sampler.temperature > 0, sampler.temperature, 1.0)[:, None]
         restricted = (sampler.top_k > 0) | (sampler.top_p < 1)
         scaled = lax.cond(jnp.any(restricted), lambda: _restrict(scaled, sampler), lambda: scaled)
         noise = jax.vmap(
@@ -117,9 +132,7 @@ def _restrict(logits: Float[Array, "B V"], sampler: Sampler) -> Float[Array, "B 
     edge = _greatest(lambda at: jnp.sum(order >= at[:, None], axis=1) >= k, num_rows)
     logits = jnp.where(order >= edge[:, None], logits, -jnp.inf)
     mass = jax.nn.softmax(logits, axis=1)
-    edge = _greatest(
-        lambda at: jnp.sum(jnp.where(order >= at[:, None], mass, 0.0), axis=1) >= sampler.top_p, num_rows
-    )
+    edge = _greatest(lambda at: jnp.sum(jnp.where(order >= at[:, None], mass, 0.0), axis=1) >= sampler.top_p, num_rows)
     return jnp.where((order >= edge[:, None]) | (sampler.top_p >= 1)[:, None], logits, -jnp.inf)
 
 
@@ -129,7 +142,7 @@ def _ordered_bits(x: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _greatest(holds: Callable[[Array], Array], num_rows: int) -> UInt32[Array, "B"]:
+def _greatest(holds: Callable[[Array], Array], num_rows: int) -> UInt32[Array, " B"]:
     """The greatest threshold of each row at which a monotone condition still holds, found bit by bit; else 0.
 
     32 passes over the logits: a sort of a 128k vocabulary compiles for seconds on a TPU, this does not.

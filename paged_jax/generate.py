@@ -1,0 +1,366 @@
+"""Prompts in, tokens out: the host plans which sequences run, the device decodes many steps between two visits."""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from paged_jax.config import CacheConfig
+from paged_jax.decode import DecodeState, Finish, Forward, decode_loop, prefill, start, stop
+from paged_jax.prefix import PrefixCache
+from paged_jax.sampling import Sampler, SamplingParams
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """New tokens of one sample; `finish` is None while more will come, else "stop", "length"."""
+
+    request: int
+    sample: int
+    tokens: tuple[int, ...]
+    finish: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One finished sample of a request; `tokens` leaves out the prompt."""
+
+    tokens: tuple[int, ...]
+    finish: str
+
+
+@dataclasses.dataclass
+class _Sample:
+    """One sample on its way: waiting (row None) or running."""
+
+    request: int
+    number: int
+    params: SamplingParams
+    num_prompt: int
+    tokens: list[int]  # the prompt, then what was drawn
+    row: int | None = None
+    num_cached: int = 0  # tokens of the context that the prefix cache held when it was given its row
+
+    @property
+    def context(self) -> list[int]:
+        """What must be cached before it decodes: all but the token that the next step feeds."""
+        return self.tokens[:-1]
+
+    @property
+    def remaining(self) -> int:
+        return self.num_prompt + self.params.max_new_tokens - len(self.tokens)
+
+
+class Generator:
+    """A batch of fixed size through which any number of requests pass.
+
+    Requests are served first come, first served. Prompts are prefilled in chunks; samples of one prompt share its pages by
+    `fork`, prompts with a common beginning share it through the prefix cache. When pages run short, cached prefixes are
+    evicted, then the newest samples give their pages up and are computed again later: the tokens stay the same.
+
+    Args:
+        forward: the decoder, see `paged_jax.decode.Forward`.
+        params: its parameters, any pytree.
+        config: sizes of the cache.
+        prefill_tokens: T of a prefill step; prompts are cut at its multiples.
+        steps_per_visit: decode steps between two visits of the host, and so tokens in a chunk.
+        prefix_cache: keep the pages of prompts for later prompts that begin alike.
+        decode_text: from tokens to text; needed for `SamplingParams.stop_strings` alone.
+
+    Example:
+        >>> generator = Generator(model.forward, model.params, config)
+        >>> generator.submit([1, 2, 3], SamplingParams(max_new_tokens=8))
+        0
+        >>> for chunk in generator.stream():
+        ...     print(chunk.request, chunk.tokens)
+    """
+
+    max_stop_tokens = 8
+
+    def __init__(
+        self,
+        forward: Forward,
+        params: Any,
+        config: CacheConfig,
+        *,
+        prefill_tokens: int = 256,
+        steps_per_visit: int = 16,
+        prefix_cache: bool = True,
+        decode_text: Callable[[Sequence[int]], str] | None = None,
+    ):
+        for name, value in (("prefill_tokens", prefill_tokens), ("steps_per_visit", steps_per_visit)):
+            if value < 1:
+                raise ValueError(f"Generator({name}={value}): {name} must be at least 1")
+        self.config = config
+        self.params = params
+        self.cache = PrefixCache(config.page_size) if prefix_cache else None
+        self.state = DecodeState.create(config, steps_per_visit, self.max_stop_tokens)
+        self._prefill_tokens = prefill_tokens
+        self._decode_text = decode_text
+        self._waiting: collections.deque[_Sample] = collections.deque()
+        self._running: dict[int, _Sample] = {}  # by row, oldest first
+        self._num_requests = 0
+        self._prefill = jax.jit(functools.partial(prefill, forward), donate_argnums=1)
+        self._decode = jax.jit(functools.partial(_visit, forward), donate_argnums=1)
+        self._start = jax.jit(start, donate_argnums=0)
+        self._stop = jax.jit(stop, donate_argnums=0)
+        self._fork = jax.jit(_fork, donate_argnums=0)
+
+    def submit(self, prompt: Sequence[int], sampling: SamplingParams = SamplingParams()) -> int:  # noqa: B008  frozen
+        """Queue a prompt; returns its request number.
+
+        Raises:
+            ValueError: it is empty, or could never fit: longer than a row, or than the whole pool.
+        """
+        prompt = [int(token) for token in prompt]
+        if not prompt:
+            raise ValueError("the prompt has 0 tokens; it needs at least 1 (for example a begin-of-text token)")
+        longest = len(prompt) + sampling.max_new_tokens - 1  # the last token drawn is never cached
+        pages = -(-longest // self.config.page_size)
+        sizes = f"a prompt of {len(prompt)} tokens with max_new_tokens={sampling.max_new_tokens}"
+        if longest > self.config.max_length:
+            raise ValueError(
+                f"{sizes} needs a row of {longest} tokens, but max_pages_per_sequence="
+                f"{self.config.max_pages_per_sequence} pages of {self.config.page_size} hold {self.config.max_length}: "
+                f"shorten it or raise max_pages_per_sequence to {pages}"
+            )
+        if pages > self.config.num_pages - 1:
+            raise ValueError(
+                f"{sizes} needs {pages} pages, but the pool has {self.config.num_pages - 1} besides the null page: "
+                f"shorten it or raise num_pages to {pages + 1}"
+            )
+        if len(sampling.stop_tokens) > self.max_stop_tokens:
+            raise ValueError(f"{len(sampling.stop_tokens)} stop tokens; at most {self.max_stop_tokens} are supported")
+        if sampling.stop_strings and self._decode_text is None:
+            raise ValueError("stop_strings need to read the text: pass decode_text to the Generator")
+        request, self._num_requests = self._num_requests, self._num_requests + 1
+        for number in range(sampling.num_samples):
+            self._waiting.append(_Sample(request, number, sampling, len(prompt), list(prompt)))
+        return request
+
+    def abort(self, request: int) -> None:
+        """Forget a request, wherever it is; its pages are free at once."""
+        self._waiting = collections.deque(s for s in self._waiting if s.request != request)
+        self._release([s for s in self._running.values() if s.request == request])
+
+    def stream(self) -> Iterator[Chunk]:
+        """Serve everything that was submitted, chunk by chunk; more may be submitted meanwhile."""
+        while self._waiting or self._running:
+            self._admit()
+            self.state, refused = self._decode(self.params, self.state)
+            yield from self._collect()
+            if np.any(np.asarray(refused)):
+                self._make_room(int(np.sum(refused)))
+
+    def run(
+        self,
+        prompts: Iterable[Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008
+    ) -> list[list[Completion]]:
+        """All samples of all prompts, in their order."""
+        prompts = list(prompts)
+        each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
+        requests = [self.submit(prompt, params) for prompt, params in zip(prompts, each, strict=True)]
+        tokens: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
+        finish = {}
+        for chunk in self.stream():
+            tokens[chunk.request, chunk.sample] += chunk.tokens
+            finish[chunk.request, chunk.sample] = chunk.finish
+        return [
+            [Completion(tuple(tokens[r, i]), finish[r, i]) for i in range(params.num_samples)]
+            for r, params in zip(requests, each, strict=True)
+        ]
+
+    def num_compilations(self) -> int:
+        """How often a device function was compiled; constant after warm-up."""
+        return sum(f._cache_size() for f in (self._prefill, self._decode, self._start, self._stop, self._fork))
+
+    # ---- admission -------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Move samples from the queue into free rows, in order, while pages last; prefill them and let them decode."""
+        while True:
+            leaders, followers = self._choose()
+            if not leaders:
+                return
+            self._compute_contexts(leaders)
+            if followers:
+                parents, children = np.full((2, self.config.max_sequences), -1, np.int32)
+                for i, (parent, child) in enumerate(followers):
+                    parents[i], children[i] = parent.row, child.row
+                self.state = self._fork(self.state, parents, children)
+            self._begin(leaders + [child for _, child in followers])
+
+    def _choose(self) -> tuple[list[_Sample], list[tuple[_Sample, _Sample]]]:
+        """Give rows to the next samples: leaders compute their context, followers fork a leader with the same tokens."""
+        page_size = self.config.page_size
+        rows = [row for row in range(self.config.max_sequences) if row not in self._running]
+        free = int(self.state.table.num_free)
+        leaders: list[_Sample] = []
+        followers: list[tuple[_Sample, _Sample]] = []
+        while self._waiting and rows:
+            sample = self._waiting[0]
+            reserve = len(self._running)  # so that whoever runs can take one more page before it must wait
+            leader = next((s for s in leaders if s.tokens == sample.tokens), None)
+            if leader is None and any(self._will_share(sample, s) for s in leaders):
+                break  # the next round finds these pages in the prefix cache
+            sample.row = rows[0]
+            if leader is None:
+                self._match(sample)
+            need = 1 if leader else -(-len(sample.tokens) // page_size) - sample.num_cached // page_size
+            if need + reserve > free:
+                free = self._evict(need + reserve)
+            if need + reserve > free:
+                self._release([sample])
+                break
+            free -= need
+            if leader:
+                followers.append((leader, sample))
+            else:
+                leaders.append(sample)
+            self._running[rows.pop(0)] = self._waiting.popleft()
+        return leaders, followers
+
+    def _will_share(self, sample: _Sample, leader: _Sample) -> bool:
+        """Whether `leader` is about to compute pages that `sample` could then find in the prefix cache."""
+        if self.cache is None:
+            return False
+        common = 0
+        for ours, theirs in zip(sample.context, leader.context, strict=False):
+            if ours != theirs:
+                break
+            common += 1
+        page_size = self.config.page_size
+        return common // page_size * page_size > leader.num_cached
+
+    def _match(self, sample: _Sample) -> None:
+        """Attach what the prefix cache knows of the sample's context to its row."""
+        sample.num_cached = 0
+        if self.cache is not None:
+            table, sample.num_cached = self.cache.match(self.state.table, sample.row, sample.tokens)
+            self._set_table(table)
+
+    def _compute_contexts(self, samples: list[_Sample]) -> None:
+        """Prefill in steps of T packed tokens. A sample's pieces end at multiples of T, wherever its cached part ends."""
+        num_tokens = self._prefill_tokens
+        done = {sample.row: sample.num_cached for sample in samples}
+        left = sorted((s for s in samples if s.num_cached < len(s.context)), key=lambda s: s.row)
+        while left:
+            packed: list[int] = []
+            query_lens = np.zeros(self.config.max_sequences, np.int32)
+            for sample in left:
+                at = done[sample.row]
+                piece = sample.context[at : (at // num_tokens + 1) * num_tokens]
+                if len(packed) + len(piece) <= num_tokens:
+                    packed += piece
+                    query_lens[sample.row] = len(piece)
+                    done[sample.row] += len(piece)
+            tokens = np.zeros(num_tokens, np.int32)
+            tokens[: len(packed)] = packed
+            self.state, granted = self._prefill(self.params, self.state, tokens, query_lens)
+            assert np.all(np.asarray(granted) | (query_lens == 0)), "pages that were counted as free were refused"
+            left = [s for s in left if done[s.row] < len(s.context)]
+        if self.cache is not None:
+            for sample in samples:
+                self._set_table(self.cache.insert(self.state.table, sample.row, sample.context))
+
+    def _begin(self, samples: list[_Sample]) -> None:
+        num_rows = self.config.max_sequences
+        rows = np.zeros(num_rows, bool)
+        feed, remaining = np.zeros((2, num_rows), np.int32)
+        by_row: list[tuple[SamplingParams, int] | None] = [None] * num_rows
+        for sample in samples:
+            rows[sample.row] = True
+            feed[sample.row] = sample.tokens[-1]
+            remaining[sample.row] = sample.remaining
+            by_row[sample.row] = sample.params, sample.number
+        sampler = Sampler.of(by_row, self.max_stop_tokens)
+        self.state = self._start(self.state, rows, feed, remaining, sampler)
+
+    # ---- after a visit ---------------------------------------------------------------------------------------
+
+    def _collect(self) -> list[Chunk]:
+        """Read what the device drew; forget who has finished."""
+        state = self.state
+        tokens, num_tokens, finish = jax.device_get((state.tokens, state.num_tokens, state.finish))
+        chunks, ended = [], []
+        for row, sample in list(self._running.items()):
+            drawn = tokens[row, : num_tokens[row]].tolist()
+            reason = _REASONS[Finish(finish[row])]
+            stopped = self._ends_with_stop_string(sample, drawn)
+            if stopped is not None:
+                if reason is None:
+                    ended.append(sample)
+                drawn, reason = drawn[:stopped], "stop"
+            sample.tokens += drawn
+            if drawn or reason:
+                chunks.append(Chunk(sample.request, sample.number, tuple(drawn), reason))
+            if reason:
+                del self._running[row]
+        self._release(ended)
+        return chunks
+
+    def _ends_with_stop_string(self, sample: _Sample, drawn: list[int]) -> int | None:
+        """How many of the drawn tokens it takes to complete a stop string; None if they complete none."""
+        strings = sample.params.stop_strings
+        if not strings:
+            return None
+        before = sample.tokens[sample.num_prompt :]
+        for count in range(1, len(drawn) + 1):
+            text = self._decode_text(before + drawn[:count])
+            if any(string in text for string in strings):
+                return count
+        return None
+
+    def _make_room(self, num_pages: int) -> None:
+        """Free some pages: cached prefixes first, then the newest samples, which will be computed again."""
+        free = self._evict(num_pages)
+        while free < num_pages and len(self._running) > 1:
+            row, sample = self._running.popitem()
+            self._release([sample])
+            self._waiting.appendleft(sample)
+            free = self._evict(num_pages)
+        self._set_table(self.state.table.clear_fault())
+
+    def _evict(self, num_pages: int) -> int:
+        """Evict cached prefixes until that many pages are free, or none is left; returns how many are free."""
+        free = int(self.state.table.num_free)
+        if self.cache is not None and free < num_pages:
+            self._set_table(self.cache.evict(self.state.table, num_pages - free))
+            free = int(self.state.table.num_free)
+        return free
+
+    def _release(self, samples: list[_Sample]) -> None:
+        """Free the pages of some samples, which leave their rows."""
+        if samples:
+            rows = np.zeros(self.config.max_sequences, bool)
+            for sample in samples:
+                rows[sample.row] = True
+                self._running.pop(sample.row, None)
+                sample.row = None
+            self.state = self._stop(self.state, rows)
+
+    def _set_table(self, table) -> None:
+        self.state = dataclasses.replace(self.state, table=table)
+
+
+_REASONS = {
+    Finish.UNFINISHED: None,
+    Finish.STOP_TOKEN: "stop",
+    Finish.MAX_TOKENS: "length",
+    Finish.ROW_FULL: "length",
+}
+
+
+def _fork(state: DecodeState, parents: jax.Array, children: jax.Array) -> DecodeState:
+    table, _ = state.table.fork(parents, children)
+    return dataclasses.replace(state, table=table)
+
+
+def _visit(forward: Forward, params: Any, state: DecodeState) -> tuple[DecodeState, jax.Array]:
+    """Decode into an empty buffer."""
+    return decode_loop(forward, params, state.empty_buffer())
