@@ -11,9 +11,9 @@ from paged_jax.page_table import PageTable
 class MemoryReport:
     """Counts of one moment; pages are physical unless they are called mapped.
 
-    `num_pages` leaves out the null page. `pages_mapped` counts a page once for every row that maps it, `pages_in_use` once,
-    `pages_cached` are those that only handles hold. `tokens` adds up the rows' lengths, `slots_filled` counts the distinct
-    slots in which they stand.
+    `num_pages` leaves out the null page. `pages_mapped` counts a page once for every row that maps it, `pages_in_use`
+    once; `pages_cached` are those that only handles hold. `tokens` adds up the rows' lengths, `slots_filled` counts the
+    distinct slots in which they stand.
     """
 
     page_size: int

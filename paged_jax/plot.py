@@ -11,14 +11,14 @@ _SHARED = "bold green"
 
 
 def page_states(table: PageTable) -> np.ndarray:
-    """FREE, CACHED (only handles hold it), OWNED, or the number of rows that map it; [P - 1], the null page left out."""
+    """FREE, CACHED (only handles hold it), or how many rows map it; [P - 1], the null page left out."""
     refcounts, rows = np.asarray(table.refcounts), np.asarray(table.pages)
     owners = np.bincount(rows[rows > 0], minlength=len(refcounts))
     return np.where(refcounts == 0, FREE, owners)[1:]
 
 
 def page_map(table: PageTable, width: int = 64) -> Text:
-    """The pool for a terminal: `·` free, `■` one owner, a digit for so many owners (9 for more), `▒` kept by the cache."""
+    """The pool for a terminal: `·` free, `▒` cached, `■` one owner, a digit for so many owners (9 for more)."""
     text = Text()
     for i, state in enumerate(page_states(table)):
         if i and i % width == 0:
@@ -28,7 +28,7 @@ def page_map(table: PageTable, width: int = 64) -> Text:
 
 
 def draw_pages(table: PageTable, ax=None, width: int = 32, title: str = ""):
-    """The pool for a notebook (needs matplotlib): one square a page, darker the more rows share it; returns the axes."""
+    """The pool for a notebook (needs matplotlib): a square a page, darker the more rows share it; returns the axes."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import BoundaryNorm, ListedColormap
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from paged_jax.config import CacheConfig
-from paged_jax.decode import DecodeState, Finish, Forward, decode_loop, prefill, start, stop
+from paged_jax.decoding import DecodeState, Finish, Forward, decode_loop, prefill, start, stop
 from paged_jax.prefix import PrefixCache
 from paged_jax.sampling import Sampler, SamplingParams
 
@@ -58,12 +58,12 @@ class _Sample:
 class Generator:
     """A batch of fixed size through which any number of requests pass.
 
-    Requests are served first come, first served. Prompts are prefilled in chunks; samples of one prompt share its pages by
-    `fork`, prompts with a common beginning share it through the prefix cache. When pages run short, cached prefixes are
-    evicted, then the newest samples give their pages up and are computed again later: the tokens stay the same.
+    Requests are served first come, first served. Prompts are prefilled in chunks; samples of one prompt share its
+    pages by `fork`, prompts with a common beginning share it through the prefix cache. When pages run short, cached
+    prefixes are evicted, then the newest samples give up their pages and are computed again later, to the same tokens.
 
     Args:
-        forward: the decoder, see `paged_jax.decode.Forward`.
+        forward: the decoder, see `paged_jax.decoding.Forward`.
         params: its parameters, any pytree.
         config: sizes of the cache.
         prefill_tokens: T of a prefill step; prompts are cut at its multiples.
@@ -196,7 +196,7 @@ class Generator:
             self._begin(leaders + [child for _, child in followers])
 
     def _choose(self) -> tuple[list[_Sample], list[tuple[_Sample, _Sample]]]:
-        """Give rows to the next samples: leaders compute their context, followers fork a leader with the same tokens."""
+        """Give rows to the next samples: leaders compute their context, followers fork a leader of the same tokens."""
         page_size = self.config.page_size
         rows = [row for row in range(self.config.max_sequences) if row not in self._running]
         free = int(self.state.table.num_free)
@@ -245,7 +245,7 @@ class Generator:
             self._set_table(table)
 
     def _compute_contexts(self, samples: list[_Sample]) -> None:
-        """Prefill in steps of T packed tokens. A sample's pieces end at multiples of T, wherever its cached part ends."""
+        """Prefill in steps of T packed tokens; a sample's pieces end at multiples of T, whatever was cached."""
         num_tokens = self._prefill_tokens
         done = {sample.row: sample.num_cached for sample in samples}
         left = sorted((s for s in samples if s.num_cached < len(s.context)), key=lambda s: s.row)
@@ -346,6 +346,31 @@ class Generator:
 
     def _set_table(self, table) -> None:
         self.state = dataclasses.replace(self.state, table=table)
+
+
+def generate(
+    forward: Forward,
+    params: Any,
+    prompts: Iterable[Sequence[int]],
+    sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008  frozen
+    *,
+    config: CacheConfig,
+    **options: Any,
+) -> list[list[Completion]]:
+    """All samples of all prompts: one `Generator`, run once.
+
+    Args:
+        forward: the decoder, see `paged_jax.decoding.Forward`.
+        params: its parameters.
+        prompts: token ids, any lengths.
+        sampling: for all prompts, or one for each.
+        config: sizes of the cache.
+        options: of the `Generator`.
+
+    Returns:
+        For each prompt its samples.
+    """
+    return Generator(forward, params, config, **options).run(prompts, sampling)
 
 
 _REASONS = {

@@ -60,7 +60,7 @@ class DecodeState:
 
     @classmethod
     def create(cls, config: CacheConfig, capacity: int, max_stop_tokens: int = 4) -> "DecodeState":
-        """An empty batch of `config.max_sequences` rows that can draw `capacity` tokens between two visits of the host."""
+        """An empty batch of `config.max_sequences` rows that can draw `capacity` tokens each before the host must read."""
         num_rows = config.max_sequences
         zeros = lambda *shape: jnp.zeros(shape, jnp.int32)  # noqa: E731  distinct buffers: each is donated
         return cls(
@@ -179,8 +179,8 @@ def decode_loop(
 ) -> tuple[DecodeState, Bool[Array, " B"]]:
     """Decode until every row has finished, pages ran short, a buffer is full, or `max_steps` steps were made.
 
-    One `lax.while_loop`: no visit to the host between steps. When pages run short, every sequence is intact: rows that were
-    granted theirs have made their step, the refused ones are as they were. Free some pages and call it again.
+    One `lax.while_loop`: no visit to the host between steps. When pages run short, every sequence is intact: rows
+    that were granted theirs have made their step, the refused ones are as they were. Free some pages and call it again.
 
     Args:
         forward: the decoder, see `Forward`; static.

@@ -1,0 +1,69 @@
+"""The layers: each file imports only what stands below it."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+LAYERS = [  # from the bottom; a package stands for all its files, longest name first where one contains another
+    ["pallas_kernels"],
+    [f"paged_jax.{name}" for name in ("config", "page_table", "pool", "metadata", "invariants", "handles", "prefix")],
+    ["paged_jax.attention"],
+    ["paged_jax.models", "paged_jax.flax"],
+    ["paged_jax.sampling", "paged_jax.decoding", "paged_jax.generator", "paged_jax.beam"],
+    ["paged_jax.memory", "paged_jax.plot", "paged_jax.cli", "paged_jax.__main__", "paged_jax.demo"],
+    ["paged_jax"],  # the package's own __init__: the public names
+]
+MAY_IMPORT_KERNELS = {"paged_jax.attention", "paged_jax.pool", "paged_jax"}
+
+
+def module_name(path: pathlib.Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def layer(module: str) -> int:
+    for name in sorted((name for names in LAYERS for name in names), key=len, reverse=True):
+        if module == name or (name != "paged_jax" and module.startswith(name + ".")):
+            return next(i for i, names in enumerate(LAYERS) if name in names)
+    raise AssertionError(f"{module} stands in no layer: add it to LAYERS")
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} line {node.lineno}: imports are absolute"
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {m for m in submodules if (ROOT / (m.replace(".", "/") + ".py")).exists()} or {node.module}
+    return {name for name in found if name.split(".")[0] in ("paged_jax", "pallas_kernels")}
+
+
+SOURCES = sorted([*ROOT.glob("paged_jax/**/*.py"), *ROOT.glob("pallas_kernels/**/*.py")])
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_a_module_imports_only_what_stands_below_it(path):
+    module = module_name(path)
+    for name in imports(path):
+        assert layer(name) <= layer(module), f"{module} imports {name}, which stands above it"
+        if name.startswith("pallas_kernels") and not module.startswith("pallas_kernels"):
+            assert module in MAY_IMPORT_KERNELS, f"{module} imports {name}: go through paged_jax.attention or pool"
+
+
+def test_the_check_sees_an_arrow_that_points_up(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text("from paged_jax.generator import Generator\nimport jax\n")
+    assert imports(path) == {"paged_jax.generator"}
+    assert layer("paged_jax.generator") > layer("paged_jax.page_table")
+
+
+def test_importing_the_library_imports_neither_flax_nor_a_tokenizer():
+    code = "import sys, paged_jax; print([m for m in ('flax', 'tokenizers', 'matplotlib') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout.strip() == "[]"
