@@ -1,0 +1,29 @@
+"""Handles: a claim on the pages of some tokens, independent of any row."""
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Int32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PageHandle:
+    """The pages of a sequence's first tokens, held until the handle is dropped.
+
+    An immutable value. `PageTable.publish` makes it and adds one reference to each of its pages, `attach` makes empty rows
+    share them any number of times, `drop` gives them up, exactly once.
+
+    Args:
+        pages: a table row; null outside the columns `first_column` to `ceil(num_tokens / S) - 1`.
+        num_tokens: tokens that the pages hold.
+        first_column: above 0 if the first pages are missing, as behind a window.
+        epoch: of the table that made it.
+        serial: different for every handle of an epoch.
+    """
+
+    pages: Int32[Array, " M"]
+    num_tokens: Int32[Array, ""]
+    first_column: Int32[Array, ""]
+    epoch: Int32[Array, ""]
+    serial: Int32[Array, ""]
