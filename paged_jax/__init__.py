@@ -1,1 +1,36 @@
-"""A paged KV cache for any JAX decoder: pages on the device, their table inside jit, prefixes shared."""
+"""A paged KV cache for any JAX decoder: pages on the device, their table inside jit, prefixes shared.
+
+`CacheConfig` sizes a `PagePool` (the memory) and a `PageTable` (who owns what). A step reserves pages in the table,
+builds an `AttentionMetadata`, and each layer calls `paged_attention`. `decode_loop` runs many such steps in one XLA
+program; `generate` serves prompts with it.
+"""
+
+from pallas_kernels import Pages
+
+from paged_jax.attention import paged_attention
+from paged_jax.config import CacheConfig
+from paged_jax.decoding import DecodeState, decode_loop, decode_step, prefill
+from paged_jax.handles import PageHandle
+from paged_jax.memory import MemoryReport
+from paged_jax.metadata import AttentionMetadata
+from paged_jax.page_table import PageTable, Reservation
+from paged_jax.pool import PagePool
+from paged_jax.sampling import SamplingParams
+
+__version__ = "0.1.0"
+__all__ = [
+    "AttentionMetadata",
+    "CacheConfig",
+    "DecodeState",
+    "MemoryReport",
+    "PageHandle",
+    "PagePool",
+    "PageTable",
+    "Pages",
+    "Reservation",
+    "SamplingParams",
+    "decode_loop",
+    "decode_step",
+    "paged_attention",
+    "prefill",
+]

@@ -148,13 +148,14 @@ def decode_step(forward: Forward, params: Any, state: DecodeState) -> tuple[Deco
     wants = state.active & ~full
     table, reservation = state.table.reserve(wants.astype(jnp.int32))
     granted = wants & reservation.granted
+    count = granted.astype(jnp.int32)
     pool = state.pool.copy(reservation)
     logits, pool = forward(params, state.feed, pool, AttentionMetadata.decode(table, granted))
     drawn = sample(logits, state.sampler, table.lengths)
 
     capacity = state.tokens.shape[1]
     tokens = state.tokens.at[rows, jnp.where(granted, state.num_tokens, capacity)].set(drawn, mode="drop")
-    remaining = state.remaining - granted
+    remaining = state.remaining - count
     finish = jnp.select(
         [full, granted & state.sampler.is_stop(drawn), granted & (remaining <= 0)],
         [jnp.int32(Finish.ROW_FULL), jnp.int32(Finish.STOP_TOKEN), jnp.int32(Finish.MAX_TOKENS)],
@@ -166,7 +167,7 @@ def decode_step(forward: Forward, params: Any, state: DecodeState) -> tuple[Deco
         pool=pool,
         table=table.release(ended),
         tokens=tokens,
-        num_tokens=state.num_tokens + granted,
+        num_tokens=state.num_tokens + count,
         feed=jnp.where(granted, drawn, state.feed),
         remaining=remaining,
         active=state.active & ~ended,
