@@ -16,24 +16,24 @@ def config(num_pages=64, max_sequences=4, max_pages_per_sequence=16, page_size=4
     )  # fmt: skip
 
 
-def init_params(seed: int = 0):
+def init_params(seed: int = 0, num_layers=LAYERS, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM):
     rng = np.random.default_rng(seed)
 
     def weight(*shape):
         return jnp.asarray(rng.normal(size=shape) * shape[0] ** -0.5, jnp.float32)
 
     layer = lambda: {  # noqa: E731
-        "q": weight(WIDTH, HEADS, HEAD_DIM),
-        "k": weight(WIDTH, KV_HEADS, HEAD_DIM),
-        "v": weight(WIDTH, KV_HEADS, HEAD_DIM),
-        "o": weight(HEADS * HEAD_DIM, WIDTH),
+        "q": weight(WIDTH, heads, head_dim),
+        "k": weight(WIDTH, kv_heads, head_dim),
+        "v": weight(WIDTH, kv_heads, head_dim),
+        "o": weight(heads * head_dim, WIDTH),
         "up": weight(WIDTH, 2 * WIDTH),
         "down": weight(2 * WIDTH, WIDTH),
     }
     return {
         "embed": weight(VOCAB, WIDTH) * 6,
         "position": weight(512, WIDTH) * 12,
-        "layers": [layer() for _ in range(LAYERS)],
+        "layers": [layer() for _ in range(num_layers)],
         "head": weight(WIDTH, VOCAB) * 3,
     }
 
