@@ -1,0 +1,380 @@
+"""Decoding: one query a sequence against its pages, bound by the memory's bandwidth.
+
+The product is taken in swapped form, K Q^T: 64 tokens are the rows of the tensor core's tile and the query heads of
+a KV head its 8 or 16 columns, so that no row is padding. One warpgroup moves pages with the copy engine (one copy a
+page for its keys, one for its values), the other computes. README.md has the reasons and the numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.gpu.hardware import shared_memory_per_block
+from pallas_kernels.gpu.schedule import Schedule
+
+LOG2E = math.log2(math.e)
+MASKED = -1e30  # a score that no key has; finite, so that a difference of two is not NaN
+LSE_LANES = 32  # of a partial's log-sum-exp in memory: the copy engine moves multiples of 128 bytes
+MERGE_STAGES = 4
+
+
+class DecodeTile(NamedTuple):
+    """The static sizes of the decode kernel.
+
+    Args:
+        tokens: keys a step.
+        stages: steps of keys and values in flight.
+        ids: page ids staged at a time.
+        blocks: how many blocks a multiprocessor has room for.
+    """
+
+    tokens: int
+    stages: int
+    ids: int
+    blocks: int
+
+
+def decode_tile(group: int, head_dim: int, page_size: int, max_pages: int) -> DecodeTile:
+    """The sizes for G query heads a KV head, head size H, pages of S tokens and M columns of the page table.
+
+    A step of 16 KiB of keys hides a step's latencies; two blocks a multiprocessor hide each other's starts. As many
+    stages as then fit.
+    """
+    is_whole = 128 % page_size == 0 or page_size % 128 == 0
+    tokens = 128 if head_dim == 64 and group <= 8 and is_whole else 64
+    blocks = 2 if head_dim <= 128 else 1
+    columns = padded_group(group)
+    fixed = columns * (2 * 2 * head_dim + 2 * tokens + 4 * head_dim)  # queries, weights, result
+    fixed += 8192  # ids, sums across warps, barriers, alignment
+    stages = (shared_memory_per_block(blocks) - fixed) // (2 * 2 * tokens * head_dim)
+    return DecodeTile(tokens, min(stages, 4), min(256, -(-max_pages // 32) * 32), blocks)
+
+
+def padded_group(group: int) -> int:
+    """The columns that the tensor core needs for the query heads of one KV head."""
+    return 8 if group <= 8 else 16
+
+
+def attend_segments(
+    q: Float[Array, "R K G H"],
+    data: Array,
+    page_table: Int32[Array, "B M"],
+    rows: Int32[Array, "R 4"],
+    schedule: Schedule,
+    *,
+    page_size: int,
+    tile: DecodeTile,
+    scale: float,
+    soft_cap: float | None,
+) -> tuple[Float[Array, "W K H G"], Float[Array, "W K 32"]]:
+    """Attention of each segment's query over its tiles, not yet merged.
+
+    Args:
+        q: `[R, K, G, H]`, G padded to 8 or 16.
+        data: the pages.
+        page_table: `[B, M]`, M a multiple of `tile.ids`.
+        rows: `[R, 4]`: row of the page table, first visible position, end of the visible positions, 0.
+        schedule: the segments.
+        page_size: S.
+        tile: sizes.
+        scale: of the scores.
+        soft_cap: or None.
+
+    Returns:
+        Each segment's mean of the values `[W, K, H, G]` and the base 2 log of its softmax denominator (in the first
+        G of 32 lanes).
+    """
+    _, num_heads, group, head_dim = q.shape
+    num_pages = data.shape[0]
+    num_segments = schedule.segments.shape[0]
+    num_shares = schedule.share_starts.shape[0] - 1
+    is_stacked = data.shape[2] == 2 * page_size
+    tokens, stages = tile.tokens, tile.stages
+    copy_tokens = min(page_size, tokens)  # tokens of one copy
+    copies = tokens // copy_tokens  # of the keys of a tile
+    all_mapped = (1 << copies) - 1
+
+    def kernel(q_ref, data_ref, table_ref, rows_ref, segments_ref, starts_ref, out_ref, lse_ref, *scratch):
+        (q_smem, k_smem, v_smem, p_smem, ids_smem, mapped_smem, field_smem, out_smem, lse_smem,
+         q_bar, k_bar, v_bar, ids_bar, q_free, k_free, v_free) = scratch  # fmt: skip
+        head, share = lax.axis_index("head"), lax.axis_index("share")
+        first_segment, end_segment = starts_ref[share], starts_ref[share + 1]
+
+        def load_segment(segment, step):
+            """Issues all copies of a segment; `step` counts the block's tiles."""
+            row, first_tile, num_tiles = (segments_ref[segment, field] for field in range(3))
+            sequence, begin, end = (rows_ref[row, field] for field in range(3))
+            buffer = lax.rem(segment - first_segment, jnp.int32(2))
+
+            @pl.when(segment - first_segment >= 2)
+            def _():
+                plgpu.barrier_wait(q_free.at[buffer])
+
+            for field, value in enumerate((begin, end, first_tile, num_tiles)):
+                field_smem[buffer, field] = value
+            plgpu.copy_gmem_to_smem(q_ref.at[row, head], q_smem.at[buffer], q_bar.at[buffer])
+
+            @pl.loop(0, num_tiles)
+            def _(i):
+                slot = lax.rem(step + i, jnp.int32(stages))
+                position = (first_tile + i) * tokens
+                column = lax.div(position, jnp.int32(page_size))
+                id_block = lax.div(column, jnp.int32(tile.ids))
+                is_block_start = position == id_block * (tile.ids * page_size)
+
+                @pl.when((i == 0) | is_block_start)
+                def _():
+                    plgpu.commit_smem()  # all warps have read the old ids
+                    source = table_ref.at[sequence, pl.ds(id_block * tile.ids, tile.ids)]
+                    plgpu.copy_gmem_to_smem(source, ids_smem, ids_bar)
+                    plgpu.barrier_wait(ids_bar)
+
+                @pl.when(step + i >= stages)
+                def _():
+                    plgpu.barrier_wait(k_free.at[slot])
+                    plgpu.barrier_wait(v_free.at[slot])
+
+                mapped = jnp.int32(0)
+                pages = []
+                for j in range(copies):
+                    page = ids_smem[column - id_block * tile.ids + j]
+                    is_mapped = (page > 0) & (page < num_pages)
+                    mapped = mapped | jnp.where(is_mapped, jnp.int32(1 << j), jnp.int32(0))
+                    pages.append(jnp.where(is_mapped, page, jnp.int32(0)))
+                mapped_smem[slot] = mapped
+                first_slot = lax.rem(position, jnp.int32(page_size)) if page_size > tokens else 0
+                for part, smem, bar in ((0, k_smem, k_bar), (1, v_smem, v_bar)):
+                    for j, page in enumerate(pages):
+                        if is_stacked:
+                            source = data_ref.at[page, head, pl.ds(part * page_size + first_slot, copy_tokens)]
+                        else:
+                            lanes = pl.ds(part * head_dim, head_dim)
+                            source = data_ref.at[page, head, pl.ds(first_slot, copy_tokens), lanes]
+                        target = smem.at[slot, pl.ds(j * copy_tokens, copy_tokens)]
+                        plgpu.copy_gmem_to_smem(source, target, bar.at[slot])
+
+            return step + num_tiles
+
+        def attend_segment(segment, step):
+            buffer = lax.rem(segment - first_segment, jnp.int32(2))
+            plgpu.barrier_wait(q_bar.at[buffer])
+            begin, end, first_tile, num_tiles = (field_smem[buffer, field] for field in range(4))
+
+            def attend_tile(i, carry):
+                acc, top, total = carry
+                slot = lax.rem(step + i, jnp.int32(stages))
+                position = (first_tile + i) * tokens
+                plgpu.barrier_wait(k_bar.at[slot])
+                mapped = mapped_smem[slot]
+
+                def score(acc_ref):
+                    plgpu.wgmma(acc_ref, k_smem.at[slot], q_smem.at[buffer].transpose((1, 0)))
+                    return acc_ref[...]
+
+                s = pl.run_scoped(score, plgpu.ACC((tokens, group), jnp.float32))
+                plgpu.barrier_arrive(k_free.at[slot])
+                if soft_cap is None:
+                    s = s * (scale * LOG2E)
+                else:
+                    s = jnp.tanh(s * (scale / soft_cap)) * (soft_cap * LOG2E)
+
+                token = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=plgpu.Layout.WGMMA)
+                visible = (token >= begin - position) & (token < end - position)
+                visible &= (lax.shift_right_logical(mapped, token // copy_tokens) & 1) == 1
+                s = jnp.where(visible, s, MASKED)
+                new_top = jnp.maximum(top, s.max(axis=0))
+                decay = jnp.exp2(top - new_top)
+                p = jnp.where(visible, jnp.exp2(s - lax.broadcast_in_dim(new_top, s.shape, [1])), 0.0)
+                total = total * lax.broadcast_in_dim(decay, s.shape, [1]) + p
+                p_smem.transpose((1, 0))[...] = p.astype(p_smem.dtype)
+                plgpu.commit_smem()
+                plgpu.barrier_wait(v_bar.at[slot])
+
+                is_whole = (begin <= position) & (position + tokens <= end) & (mapped == all_mapped)
+
+                @pl.when(jnp.logical_not(is_whole))
+                def _():  # a weight of 0 does not silence a NaN: clear the values that do not exist
+                    v_tile = v_smem.at[slot]
+                    token = plgpu.broadcasted_iota(jnp.int32, (tokens, head_dim), 0, layout=plgpu.Layout.WGMMA)
+                    exists = (token >= begin - position) & (token < end - position)
+                    exists &= (lax.shift_right_logical(mapped, token // copy_tokens) & 1) == 1
+                    v = plgpu.load(v_tile, layout=plgpu.Layout.WGMMA)
+                    v_tile[...] = jnp.where(exists, v, jnp.zeros_like(v))
+                    plgpu.commit_smem()
+
+                def weigh(acc_ref):
+                    plgpu.wgmma(acc_ref, v_smem.at[slot].transpose((1, 0)), p_smem.transpose((1, 0)))
+                    return acc_ref[...]
+
+                update = pl.run_scoped(weigh, plgpu.ACC((head_dim, group), jnp.float32))
+                plgpu.barrier_arrive(v_free.at[slot])
+                return acc * lax.broadcast_in_dim(decay, acc.shape, [1]) + update, new_top, total
+
+            acc = jnp.full((head_dim, group), 0.0, jnp.float32)
+            top = jnp.full((group,), MASKED, jnp.float32)
+            total = plgpu.layout_cast(jnp.full((tokens, group), 0.0, jnp.float32), plgpu.Layout.WGMMA)
+            acc, top, total = lax.fori_loop(0, num_tiles, attend_tile, (acc, top, total))
+            plgpu.barrier_arrive(q_free.at[buffer])
+            total = total.sum(axis=0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            safe_total = jnp.where(total == 0.0, 1.0, total)
+            out_smem[...] = acc / lax.broadcast_in_dim(safe_total, acc.shape, [1])
+            lse_smem[pl.ds(0, group)] = jnp.where(total == 0.0, MASKED, top + jnp.log2(safe_total))
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_smem, out_ref.at[segment, head])
+            plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[segment, head])
+            return step + num_tiles
+
+        @pl.when(lax.axis_index("warpgroup") == 0)
+        def _():
+            lax.fori_loop(first_segment, end_segment, attend_segment, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(lax.axis_index("warpgroup") == 1)
+        def _():
+            lax.fori_loop(first_segment, end_segment, load_segment, jnp.int32(0))
+
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    scratch_types: list[Any] = [
+        plgpu.SMEM((2, group, head_dim), q.dtype, transforms=transforms),
+        plgpu.SMEM((stages, tokens, head_dim), data.dtype, transforms=transforms),
+        plgpu.SMEM((stages, tokens, head_dim), data.dtype, transforms=transforms),
+        plgpu.SMEM((group, tokens), q.dtype, transforms=transforms),
+        plgpu.SMEM((tile.ids,), jnp.int32),
+        plgpu.SMEM((stages,), jnp.int32),
+        plgpu.SMEM((2, 4), jnp.int32),
+        plgpu.SMEM((head_dim, group), jnp.float32),
+        plgpu.SMEM((LSE_LANES,), jnp.float32),
+        plgpu.Barrier(num_barriers=2),
+        plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        plgpu.Barrier(),
+        plgpu.Barrier(num_barriers=2),
+        plgpu.Barrier(num_barriers=stages),
+        plgpu.Barrier(num_barriers=stages),
+    ]
+    return plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((num_segments, num_heads, head_dim, group), jnp.float32),
+            jax.ShapeDtypeStruct((num_segments, num_heads, LSE_LANES), jnp.float32),
+        ),
+        grid=(num_heads, num_shares),
+        grid_names=("head", "share"),
+        num_threads=2,
+        thread_name="warpgroup",
+        scratch_types=scratch_types,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="paged_decode",
+    )(q, data, page_table, rows, schedule.segments, schedule.share_starts)
+
+
+def merge_segments(
+    out: Float[Array, "W K H G"],
+    lse: Float[Array, "W K 32"],
+    rows: Int32[Array, "R 4"],
+    row_starts: Int32[Array, " R+1"],
+    sinks: Float[Array, "K G"] | None,
+    dtype: Any,
+) -> tuple[Float[Array, "R K G H"], Float[Array, "R K 32"]]:
+    """Merges the segments of each row.
+
+    Args:
+        out: `[W, K, H, G]`, the partial results of `attend_segments`.
+        lse: `[W, K, 32]`, base 2.
+        rows: `[R, 4]`: as there; the last word is 1 where the row's query takes part.
+        row_starts: `[R + 1]`, the segments of each row.
+        sinks: float32 `[K, G]` or None.
+        dtype: of the result.
+
+    Returns:
+        `[R, K, G, H]` and the natural log of each softmax denominator, in the first G of 32 lanes; 0 and -inf where
+        a row saw no key.
+    """
+    _, num_heads, head_dim, group = out.shape
+    num_rows = rows.shape[0]
+    inputs = [out, lse, rows, row_starts] + ([] if sinks is None else [sinks])
+
+    def kernel(part_ref, part_lse_ref, rows_ref, starts_ref, *refs):
+        sinks_ref, refs = (None, refs) if sinks is None else (refs[0], refs[1:])
+        out_ref, lse_ref, part_smem, part_lse_smem, out_smem, lse_smem, part_bar, lse_bar = refs
+        head, row = lax.axis_index("head"), lax.axis_index("row")
+        first_segment = starts_ref[row]
+        num_parts = starts_ref[row + 1] - first_segment
+
+        def load(i):
+            slot = lax.rem(i, jnp.int32(MERGE_STAGES))
+            source = part_lse_ref.at[first_segment + i, head]
+            plgpu.copy_gmem_to_smem(source, part_lse_smem.at[slot], lse_bar.at[slot])
+            plgpu.copy_gmem_to_smem(part_ref.at[first_segment + i, head], part_smem.at[slot], part_bar.at[slot])
+
+        for stage in range(MERGE_STAGES):
+            pl.when(stage < num_parts)(lambda stage=stage: load(jnp.int32(stage)))
+
+        def merge(i, carry):
+            acc, top, total = carry
+            slot = lax.rem(i, jnp.int32(MERGE_STAGES))
+            plgpu.barrier_wait(lse_bar.at[slot])
+            part_lse = part_lse_smem[slot, pl.ds(0, group)]
+            new_top = jnp.maximum(top, part_lse)
+            decay, weight = jnp.exp2(top - new_top), jnp.exp2(part_lse - new_top)
+            weight = jnp.where(part_lse == MASKED, 0.0, weight)
+            plgpu.barrier_wait(part_bar.at[slot])
+            part = plgpu.load(part_smem.at[slot], layout=plgpu.Layout.WGMMA, optimized=False)
+            decayed = acc * lax.broadcast_in_dim(decay, acc.shape, [1])
+            acc = decayed + part * lax.broadcast_in_dim(weight, acc.shape, [1])
+
+            @pl.when(i + MERGE_STAGES < num_parts)
+            def _():
+                plgpu.commit_smem()  # all warps have read the part that makes room
+                load(i + MERGE_STAGES)
+
+            return acc, new_top, total * decay + weight
+
+        acc = jnp.full((head_dim, group), 0.0, jnp.float32)
+        columns = plgpu.Layout.WGMMA.reduce(0)
+        top = plgpu.layout_cast(jnp.full((group,), MASKED, jnp.float32), columns)
+        total = plgpu.layout_cast(jnp.full((group,), 0.0, jnp.float32), columns)
+        if sinks_ref is not None:
+            top = plgpu.load(sinks_ref.at[head], layout=columns, optimized=False) * LOG2E
+            total += rows_ref[row, 3].astype(jnp.float32)
+        acc, top, total = lax.fori_loop(0, num_parts, merge, (acc, top, total))
+
+        safe_total = jnp.where(total == 0.0, 1.0, total)
+        acc = acc / lax.broadcast_in_dim(safe_total, acc.shape, [1])
+        out_smem.transpose((1, 0))[...] = acc.astype(dtype)
+        seen_lse = (top + jnp.log2(safe_total)) * (1 / LOG2E)
+        lse_smem[pl.ds(0, group)] = jnp.where(total == 0.0, -jnp.inf, seen_lse)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_smem, out_ref.at[row, head])
+        plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[row, head])
+        plgpu.wait_smem_to_gmem(0)
+
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((num_rows, num_heads, group, head_dim), dtype),
+            jax.ShapeDtypeStruct((num_rows, num_heads, LSE_LANES), jnp.float32),
+        ),
+        grid=(num_heads, num_rows),
+        grid_names=("head", "row"),
+        scratch_types=[
+            plgpu.SMEM((MERGE_STAGES, head_dim, group), jnp.float32),
+            plgpu.SMEM((MERGE_STAGES, LSE_LANES), jnp.float32),
+            plgpu.SMEM((group, head_dim), dtype, transforms=transforms),
+            plgpu.SMEM((LSE_LANES,), jnp.float32),
+            plgpu.Barrier(num_barriers=MERGE_STAGES),
+            plgpu.Barrier(num_barriers=MERGE_STAGES),
+        ],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="paged_decode_merge",
+    )(*inputs)
