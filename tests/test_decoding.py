@@ -21,6 +21,7 @@ prefill = jax.jit(functools.partial(compute, toy.forward), donate_argnums=1)
 decode_loop = jax.jit(functools.partial(loop, toy.forward), donate_argnums=1)
 decode_step = jax.jit(functools.partial(one_step, toy.forward), donate_argnums=1)
 begin = jax.jit(start, donate_argnums=0)
+GREEDY = SamplingParams(max_new_tokens=24)
 T = 64
 
 
@@ -39,7 +40,7 @@ def pack(pieces, num_rows):
     return tokens, query_lens
 
 
-def begun(config, prompts, params=SamplingParams(max_new_tokens=24), capacity=32):
+def begun(config, prompts, params=GREEDY, capacity=32):
     """A state in which row b is about to decode prompts[b]."""
     num_rows = config.max_sequences
     state = DecodeState.create(config, capacity)
@@ -71,7 +72,9 @@ def test_ragged_greedy_decoding_equals_the_dense_forward():
 
 def test_whole_loop_in_jit_equals_step_by_step():
     texts = prompts(3, 9, 16, 2)
-    params = [SamplingParams(max_new_tokens=n, temperature=t, seed=n) for n, t in [(20, 0), (24, 1.0), (5, 0.7), (1, 2)]]
+    params = [
+        SamplingParams(max_new_tokens=n, temperature=t, seed=n) for n, t in [(20, 0), (24, 1.0), (5, 0.7), (1, 2)]
+    ]
     whole, _ = decode_loop(PARAMS, begun(toy.config(), texts, params))
     stepped = begun(toy.config(), texts, params)
     while np.any(stepped.active):
@@ -99,7 +102,9 @@ def test_chunks_of_a_prompt_give_the_tokens_of_one_prefill():
         state, granted = prefill(PARAMS, state, *pack({2: prompt[at : min(at + 13, 49)]}, 4))
         assert granted[2]
     rows = np.arange(4) == 2
-    state = begin(state, rows, np.where(rows, prompt[-1], 0).astype(np.int32), np.full(4, 10, np.int32), Sampler.create(4))
+    state = begin(
+        state, rows, np.where(rows, prompt[-1], 0).astype(np.int32), np.full(4, 10, np.int32), Sampler.create(4)
+    )
     state, _ = decode_loop(PARAMS, state)
     assert drawn(state, 2) == toy.dense_greedy(PARAMS, prompt, 10)
 

@@ -1,0 +1,132 @@
+"""The demonstration: real prompts with a common beginning, several samples each, and where the memory went."""
+
+import inspect
+import time
+
+import numpy as np
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from paged_jax.config import CacheConfig
+from paged_jax.generator import Generator
+from paged_jax.memory import MemoryReport
+from paged_jax.models import Model
+from paged_jax.plot import page_map
+from paged_jax.sampling import SamplingParams
+
+PAGE_SIZE = 16
+PREFIX_CHARACTERS = 1500
+ENDINGS = (
+    '\n\ndef fill(text, width=70, **kwargs):\n    """Fill a single paragraph of text',
+    "\n\nclass Token:\n    def __init__(self, kind, value):\n",
+    "\n\ndef read_file(path):\n    with open(path",
+    "\n\nimport os\nimport sys\n\ndef main(argv=None):\n    if argv is None:\n",
+    '\n\nclass ParseError(Exception):\n    """Raised when',
+    "\n\ndef get(self, name, default=None):\n    try:\n",
+)
+
+
+def prompts() -> list[str]:
+    """The beginning of a module of the standard library, continued in different ways."""
+    import textwrap
+
+    beginning = inspect.getsource(textwrap)[:PREFIX_CHARACTERS]
+    beginning = beginning[: beginning.rindex("\n")]
+    return [beginning + ending for ending in ENDINGS]
+
+
+def run(model: Model, console: Console, *, samples: int = 3, max_new_tokens: int = 64, seed: int = 0) -> None:
+    """Generate, streaming the text, then show the pages of the fullest moment beside a contiguous cache."""
+    texts = prompts()
+    tokens = [model.tokenizer.encode(text) for text in texts]
+    length = max(map(len, tokens)) + max_new_tokens
+    config = CacheConfig(
+        num_layers=model.config.num_layers,
+        num_kv_heads=model.config.num_kv_heads,
+        head_dim=model.config.head_dim,
+        num_pages=384,
+        max_sequences=len(texts) * samples,
+        max_pages_per_sequence=-(-length // PAGE_SIZE),
+        page_size=PAGE_SIZE,
+        dtype="float32",
+    )
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.7, top_p=0.95, seed=seed, num_samples=samples)
+    generator = Generator(model.forward, model.params, config, steps_per_visit=8)
+    for prompt in tokens:
+        generator.submit(prompt, params)
+    drawn = np.empty((len(texts), samples), object)
+    for index in np.ndindex(*drawn.shape):
+        drawn[index] = []
+
+    progress = Progress(TextColumn("tokens"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    task = progress.add_task("tokens", total=drawn.size * max_new_tokens, note="compiling")
+
+    def page(finished: bool = False) -> Group:
+        panels = []
+        for i, ending in enumerate(ENDINGS):
+            body = Text()
+            for number in range(samples if finished else 1):
+                body.append(("" if number == 0 else "\n") + f"── sample {number} ", "dim")
+                body.append("\n" + ending.strip("\n"), "cyan")
+                body.append(model.tokenizer.decode(drawn[i, number]))
+            panels.append(Panel(body, title=f"prompt {i}: {len(tokens[i])} tokens", title_align="left"))
+        return Group(*panels) if finished else Group(*panels, progress)
+
+    fullest, picture = None, Text()
+    began = time.perf_counter()
+    with Live(page(), console=console, refresh_per_second=8, transient=True) as live:
+        for chunk in generator.stream():
+            drawn[chunk.request, chunk.sample] += chunk.tokens
+            progress.advance(task, len(chunk.tokens))
+            if chunk.finish:
+                progress.advance(task, max_new_tokens - len(drawn[chunk.request, chunk.sample]))
+            report = MemoryReport.measure(generator.state.table)
+            if fullest is None or report.pages_in_use > fullest.pages_in_use:
+                fullest, picture = report, page_map(generator.state.table)
+            seconds = time.perf_counter() - began
+            count = sum(map(len, drawn.flat))
+            progress.update(task, note=f"{count / seconds:.0f} tokens/s, {report.pages_in_use} pages in use")
+            live.update(page())
+    console.print(page(finished=True))
+    assert fullest is not None
+    console.print(
+        Panel(picture, title="the pool at its fullest: · free  ■ one owner  2-9 owners  ▒ cached", expand=False)
+    )
+    console.print(memory_table(fullest, config))
+
+
+def memory_table(report: MemoryReport, config: CacheConfig) -> Table:
+    """The counts of a report beside what contiguous caches would hold for the same sequences."""
+    slot_bytes = config.page_bytes / config.page_size
+
+    def row(name, slots, note=""):
+        table.add_row(name, f"{slots:,.0f}", f"{slots * slot_bytes / 2**20:.1f} MiB", note)
+
+    paged = report.pages_in_use * report.page_size
+    table = Table(title=f"memory for {report.num_sequences} sequences, {report.tokens:,} tokens in all")
+    table.add_column("")
+    table.add_column("slots", justify="right")
+    table.add_column("bytes", justify="right")
+    table.add_column("")
+    row("paged", paged, f"{report.pages_in_use} pages, {report.pages_shared} of them shared")
+    row(
+        "  of it empty slots",
+        report.sequence_pages * report.page_size - report.slots_filled,
+        f"{report.waste:.1%} waste",
+    )
+    row("without sharing", report.pages_mapped * report.page_size, f"sharing saves {report.saved_by_sharing:.1%}")
+    for name, reserved in (
+        ("contiguous, longest row", config.max_length),
+        ("contiguous, power of two", _power_of_two(report.longest)),
+    ):
+        slots = report.contiguous_slots(reserved)
+        row(name, slots, f"{slots / paged:.1f} times the paged cache")
+    return table
+
+
+def _power_of_two(length: int) -> int:
+    return 1 << max(0, length - 1).bit_length()
