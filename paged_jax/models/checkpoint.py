@@ -1,0 +1,220 @@
+"""Hugging Face checkpoint folders: config.json, model.safetensors (or its shards), tokenizer.json."""
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from rich.progress import Progress
+from safetensors.numpy import save_file
+
+from paged_jax.metadata import AttentionMetadata
+from paged_jax.models.config import DecoderConfig
+from paged_jax.models.decoder import Decoder
+from paged_jax.models.families import Family, Fields, find_family
+from paged_jax.models.safetensors_file import StoredTensor, describe, list_checkpoint, read_json
+from paged_jax.models.tokenizer import Tokenizer
+from paged_jax.pool import PagePool
+
+DTYPES = ("float32", "bfloat16")
+PROGRESS_BYTES = 200_000_000  # a progress bar from this size on
+# Tensors that some checkpoints carry and that follow from the config or from other tensors.
+DERIVED = ("rotary_emb.inv_freq",)
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A loaded checkpoint: weights, and pure functions over them.
+
+    Args:
+        config: shape and options of the decoder.
+        graph: the structure of the decoder, split from its weights once.
+        params: the weights, a pytree.
+        folder: where it came from.
+        stop_tokens: token ids that end a text.
+    """
+
+    config: DecoderConfig
+    graph: Any
+    params: Any
+    folder: Path
+    stop_tokens: tuple[int, ...]
+
+    def forward(
+        self,
+        params: Any,
+        tokens: Int[Array, " T"],
+        pool: PagePool | tuple[PagePool, ...],
+        metadata: AttentionMetadata | tuple[AttentionMetadata, ...],
+    ):
+        """Runs the packed new tokens of many sequences against a paged cache; see `Decoder.__call__`.
+
+        Args:
+            params: the weights, as in `self.params`.
+            tokens: the new tokens of all sequences, packed; padding behind them.
+            pool: one pool, or one for each of `config.layer_groups`.
+            metadata: where each token stands; one, or one for each pool.
+
+        Returns:
+            float32 logits [B, V] at each sequence's last new token, and the pool or pools.
+        """
+        return nnx.merge(self.graph, params)(tokens, pool, metadata)
+
+    def dense_forward(self, params: Any, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T V"]:
+        """Logits at every token of whole sequences, computed without any cache."""
+        return nnx.merge(self.graph, params).dense(tokens)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer beside the weights.
+
+        Raises:
+            ValueError: there is no tokenizer.json, or it is not readable.
+        """
+        return Tokenizer.load(self.folder)
+
+
+def load(folder: str | Path, dtype: str | None = None) -> Model:
+    """Loads a checkpoint folder, tensor by tensor, straight into its dtype.
+
+    Args:
+        folder: holds config.json, and model.safetensors or its shards with model.safetensors.index.json.
+        dtype: "float32" or "bfloat16" for weights and activations; None: what config.json says.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: a file is missing, cut short or not understood, or the tensors are not those of the config.
+    """
+    folder = Path(folder)
+    fields = Fields(read_json(folder / "config.json"), str(folder / "config.json"))
+    family = find_family(fields)
+    config = family.config(fields)
+    stored = list_checkpoint(folder)
+    graph, abstract = _abstract_decoder(config, _choose_dtype(fields, dtype))
+    plan = _plan(family, abstract, stored, folder, config)
+    return Model(config, graph, _read(abstract, plan), folder, _stop_tokens(folder, fields))
+
+
+def save(folder: Path, hf_config: dict[str, Any], params: Any, *, dtype=None, num_shards: int = 1):
+    """Writes config.json and the weights as a Hugging Face checkpoint.
+
+    Args:
+        folder: made where it does not exist.
+        hf_config: what config.json will say; its `model_type` chooses the tensors' names.
+        params: the state of a `Decoder` of that config.
+        dtype: of the written tensors; None: as they are.
+        num_shards: files; more than one come with model.safetensors.index.json.
+    """
+    family = find_family(Fields(hf_config))
+    parts: dict[str, list[np.ndarray]] = {}
+    for path, value in _flatten(params).items():
+        array = np.asarray(value if dtype is None else value.astype(dtype))
+        parts.setdefault(family.file_name(path), []).append(array)
+    order = {name: [family.file_name(path) for path in _flatten(params)].index(name) for name in parts}
+    tensors = {name: np.concatenate(parts[name]) for name in sorted(parts, key=order.__getitem__)}
+    folder.mkdir(parents=True, exist_ok=True)
+    names = list(tensors)
+    shards = [names[i::num_shards] for i in range(num_shards)]
+    files = ["model.safetensors"]
+    if num_shards > 1:
+        files = [f"model-{i + 1:05}-of-{num_shards:05}.safetensors" for i in range(num_shards)]
+        weight_map = {name: file for shard, file in zip(shards, files, strict=True) for name in shard}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for shard, file in zip(shards, files, strict=True):
+        part = folder / f"{file}.part"
+        save_file({name: tensors[name] for name in shard}, str(part), metadata={"format": "pt"})
+        part.chmod(0o644)
+        part.replace(folder / file)
+    written = np.dtype(tensors[names[0]].dtype).name
+    (folder / "config.json").write_text(json.dumps(hf_config | {"dtype": written}, indent=2) + "\n")
+
+
+def decoder_config(hf_config: dict[str, Any]) -> DecoderConfig:
+    """The decoder that a config.json describes."""
+    fields = Fields(hf_config)
+    return find_family(fields).config(fields)
+
+
+def _choose_dtype(fields: Fields, dtype: str | None) -> jnp.dtype:
+    if dtype is None:
+        name = "dtype" if "dtype" in fields.values else "torch_dtype"
+        dtype = fields.get(name, "float32")
+        if dtype not in DTYPES:
+            fields.fail(name, f"pass load(folder, dtype=...) with one of {', '.join(DTYPES)}.")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not supported: use one of {', '.join(DTYPES)}.")
+    return jnp.dtype(dtype)
+
+
+def _abstract_decoder(config: DecoderConfig, dtype):
+    """Structure and shapes of a decoder, without allocating it."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))))
+
+
+def _flatten(params) -> dict[str, Any]:
+    """Every weight by its path, such as `layers.0.attn.q.weight`."""
+    return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(params)}
+
+
+def _plan(
+    family: Family, abstract, stored: dict[str, StoredTensor], folder: Path, config: DecoderConfig
+) -> dict[str, tuple[StoredTensor, int, int]]:
+    """For each of our tensors: where it is stored, and in which rows; one error for all that does not fit."""
+    rows: dict[str, int] = {}
+    ours: dict[str, tuple[str, int, int]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, leaf in _flatten(abstract).items():
+        name = family.file_name(path)
+        start = rows.get(name, 0)
+        rows[name] = start + leaf.shape[0]
+        ours[path] = (name, start, rows[name])
+        shapes[name] = (rows[name], *leaf.shape[1:])
+    ignored = {"lm_head.weight"} if config.tie_embeddings else set()
+    extra = {name for name in stored if name not in shapes and not name.endswith(DERIVED)} - ignored
+    missing = shapes.keys() - stored.keys()
+    misshaped = [
+        f"{name} is {list(stored[name].shape)} instead of {list(shape)}"
+        for name, shape in shapes.items()
+        if name in stored and stored[name].shape != shape
+    ]
+    problems = {"missing": missing, "not expected": extra, "of another shape": misshaped}
+    found = [f"{what}: {describe(names)}" for what, names in problems.items() if names]
+    if found:
+        raise ValueError(
+            f"the tensors in {folder} are not those of its config.json. {'; '.join(found)}. "
+            "Correct config.json, or download the checkpoint again."
+        )
+    return {path: (stored[name], start, stop) for path, (name, start, stop) in ours.items()}
+
+
+def _read(abstract, plan: dict[str, tuple[StoredTensor, int, int]]):
+    """All tensors, the largest first: what a copy needs besides the weights is smallest at the end."""
+    flat = dict(nnx.to_flat_state(abstract))
+    sizes = {path: math.prod(leaf.shape) * leaf.dtype.itemsize for path, leaf in flat.items()}
+    total = sum(sizes.values())
+    with Progress(transient=True, disable=total < PROGRESS_BYTES) as bar:
+        task = bar.add_task("loading weights", total=total)
+        for path in sorted(flat, key=sizes.__getitem__, reverse=True):
+            tensor, start, stop = plan[".".join(map(str, path))]
+            rows = tensor.rows(start, stop)
+            flat[path] = flat[path].replace(jnp.array(rows, dtype=flat[path].dtype, copy=True))
+            del rows
+            bar.advance(task, sizes[path])
+    return nnx.from_flat_state(flat)
+
+
+def _stop_tokens(folder: Path, fields: Fields) -> tuple[int, ...]:
+    """End-of-text ids: of generation_config.json, otherwise of config.json."""
+    path = folder / "generation_config.json"
+    generation = read_json(path) if path.exists() else {}
+    ids = generation.get("eos_token_id", fields.get("eos_token_id", None))
+    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)

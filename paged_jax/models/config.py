@@ -1,0 +1,94 @@
+"""What the decoder families differ in, as fields."""
+
+from dataclasses import dataclass
+
+from paged_jax.models.rope import Rope
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The shape and the options of a decoder; hashable, so it can be a static argument.
+
+    Args:
+        vocab_size: number of token ids (V).
+        hidden_size: width of the residual stream (D).
+        intermediate_size: width of the gated MLP, or of one expert (F).
+        num_layers: decoder layers (L).
+        num_heads: query heads (N).
+        num_kv_heads: key and value heads (K); divides `num_heads`.
+        head_dim: width of one head (H).
+        max_length: longest context in tokens that the weights were trained for.
+        norm_eps: added to the mean square in every RMS norm.
+        unit_offset_norm: the norms multiply by `1 + weight` instead of `weight` (Gemma).
+        qk_norm: RMS norm over each query and key head before RoPE (Qwen 3, Gemma 3).
+        post_norms: a second norm after attention and after the MLP (Gemma 2 and 3).
+        activation: of the MLP's gate: "silu" or "gelu_tanh".
+        rope: rotary embedding of every layer.
+        local_rope: rotary embedding of the layers with a window, where it differs (Gemma 3).
+        windows: one entry a layer, the tokens that a query may see, None for all; empty: no layer has a window.
+        attention_scale: factor on the scores; None: `head_dim ** -0.5`.
+        attention_soft_cap: c in `c * tanh(score / c)`; None: no cap.
+        logit_soft_cap: the same for the logits.
+        embedding_scale: factor on the token embeddings (Gemma).
+        qkv_bias: bias of the query, key and value projections (Qwen 2, gpt-oss).
+        output_bias: bias of the attention output projection (gpt-oss).
+        mlp_bias: bias of the MLP projections.
+        sinks: one learned logit a query head that takes softmax mass and adds no value (gpt-oss).
+        num_experts: experts of each layer's MLP; 0: one plain gated MLP.
+        experts_per_token: experts that each token is sent to.
+        tie_embeddings: the logits use the embedding matrix.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_length: int = 2048
+    norm_eps: float = 1e-6
+    unit_offset_norm: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    activation: str = "silu"
+    rope: Rope = Rope()
+    local_rope: Rope | None = None
+    windows: tuple[int | None, ...] = ()
+    attention_scale: float | None = None
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
+    embedding_scale: float = 1.0
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    sinks: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
+    tie_embeddings: bool = False
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: every KV head "
+                "serves the same number of query heads. Change one of them."
+            )
+        if self.windows and len(self.windows) != self.num_layers:
+            raise ValueError(
+                f"windows has {len(self.windows)} entries for num_layers={self.num_layers}: give one a layer "
+                "(None for a layer without a window), or leave it empty."
+            )
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a query of this layer sees, itself included; None: all."""
+        return self.windows[layer] if self.windows else None
+
+    @property
+    def layer_groups(self) -> tuple[tuple[int | None, tuple[int, ...]], ...]:
+        """The layers that can share one page table, as (window, layers): a table can drop what a window passed.
+
+        Layers without a window come first, then the windows from the widest to the narrowest.
+        """
+        windows = {self.window(i) for i in range(self.num_layers)}
+        ordered = sorted(windows, key=lambda w: float("inf") if w is None else w, reverse=True)
+        return tuple((w, tuple(i for i in range(self.num_layers) if self.window(i) == w)) for w in ordered)

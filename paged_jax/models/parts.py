@@ -1,0 +1,57 @@
+"""The plain parts of a decoder layer: projection, norm, gated MLP."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from paged_jax.models.config import DecoderConfig
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
+
+
+class Linear(nnx.Module):
+    """`x @ weight.T + bias`; the weight is [out, in] as in checkpoint files, so loading never transposes."""
+
+    def __init__(self, num_in: int, num_out: int, *, bias: bool = False, std: float = 0.02, dtype, rngs: nnx.Rngs):
+        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (num_out, num_in), dtype))
+        self.bias = nnx.Param(jnp.zeros((num_out,), dtype)) if bias else None
+
+    def __call__(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
+        y = jnp.einsum("...i,oi->...o", x, self.weight[...])
+        return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis (https://arxiv.org/abs/1910.07467), computed in float32."""
+
+    def __init__(self, size: int, *, eps: float, unit_offset: bool, dtype):
+        self.weight = nnx.Param(jnp.zeros((size,), dtype) if unit_offset else jnp.ones((size,), dtype))
+        self.eps, self.unit_offset = eps, unit_offset
+
+    def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
+        wide = x.astype(jnp.float32)
+        weight = self.weight[...].astype(jnp.float32) + (1.0 if self.unit_offset else 0.0)
+        mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        normed = wide * jax.lax.rsqrt(mean_square + self.eps)
+        return (normed * jnp.broadcast_to(weight, normed.shape)).astype(x.dtype)
+
+
+def make_norm(config: DecoderConfig, size: int, dtype) -> RMSNorm:
+    """The config's norm for a vector of this size."""
+    return RMSNorm(size, eps=config.norm_eps, unit_offset=config.unit_offset_norm, dtype=dtype)
+
+
+class MLP(nnx.Module):
+    """The gated MLP: `down(activation(gate(x)) * up(x))`."""
+
+    def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        std = 0.02 * (2 * config.num_layers) ** -0.5
+        self.gate = Linear(hidden, inner, bias=bias, dtype=dtype, rngs=rngs)
+        self.up = Linear(hidden, inner, bias=bias, dtype=dtype, rngs=rngs)
+        self.down = Linear(inner, hidden, bias=bias, std=std, dtype=dtype, rngs=rngs)
+        self.activation = config.activation
+
+    def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
+        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))

@@ -1,0 +1,120 @@
+"""Safetensors files, read one tensor at a time through the page cache, so that nothing is held twice."""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies in a file."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows of the tensor as a memory map, which goes away with the array."""
+        if self.dtype not in DTYPES:
+            raise ValueError(
+                f"{self.path}: tensor {self.name!r} has dtype {self.dtype}; supported are {', '.join(DTYPES)}. "
+                "Convert the checkpoint to one of these."
+            )
+        dtype = DTYPES[self.dtype]
+        offset = self.offset + start * math.prod(self.shape[1:]) * dtype.itemsize
+        return np.memmap(self.path, dtype=dtype, mode="r", offset=offset, shape=(stop - start, *self.shape[1:]))
+
+
+def list_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file.
+
+    Raises:
+        ValueError: the file is cut short or is no safetensors file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        if size < 8 or header_size > size - 8:
+            raise ValueError(
+                f"{path} is cut short or is no safetensors file: it has {size} bytes and says that its header "
+                f"has {header_size}. Download it again."
+            )
+        header_bytes = file.read(header_size)
+    try:
+        header = json.loads(header_bytes)
+        begin = 8 + header_size
+        ends = [begin + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        tensors = {
+            name: StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]), begin + entry["data_offsets"][0])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no safetensors file: its header is not readable ({error}). Download it again."
+        ) from error
+    if max(ends, default=begin) > size:
+        raise ValueError(
+            f"{path} is cut short: its header tells of {max(ends)} bytes, but it has {size}. Download it again."
+        )
+    return tensors
+
+
+def list_checkpoint(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint: model.safetensors, or the files in model.safetensors.index.json.
+
+    Raises:
+        ValueError: there are no such files, or one is broken.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return list_tensors(single)
+    if not index.exists():
+        raise ValueError(
+            f"{folder} has neither model.safetensors nor model.safetensors.index.json: give the folder of a "
+            "Hugging Face checkpoint with safetensors weights."
+        )
+    weight_map = read_json(index).get("weight_map", {})
+    tensors: dict[str, StoredTensor] = {}
+    for name in sorted(set(weight_map.values())):
+        if not (folder / name).exists():
+            raise ValueError(f"{index} names {name!r}, which is not in {folder}: download that file.")
+        tensors |= list_tensors(folder / name)
+    return tensors
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: the file is missing or is no JSON object.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: give the folder of a Hugging Face checkpoint.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable as JSON ({error}). Download it again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__} instead of a JSON object. Download it again.")
+    return value
+
+
+def describe(names: Iterable[str], most: int = 12) -> str:
+    """Names in a line, the first of many."""
+    names = sorted(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
