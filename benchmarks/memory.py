@@ -162,13 +162,12 @@ def _sample(table: PageTable, outputs: jax.Array):
 
 
 def sharing_of_samples(load: Load, width: int, num_requests: int = 200, page_size: int = 16) -> float:
-    """Share of the mapped pages that parallel samples need no memory for."""
-    prompts, _ = load.draw(num_requests)
-    _, outputs = load.draw(num_requests * width, seed=1)
+    """Share of the mapped pages that parallel samples of equal length need no memory for."""
+    prompts, outputs = load.draw(num_requests)
     num_rows = num_requests * width
     table = PageTable.create(_config(page_size, num_rows))
     table = _fork_all(table.reserve(_at_first_rows(prompts - 1, width))[0], width)
-    mapped, used = _sample(table, jnp.asarray(outputs))
+    mapped, used = _sample(table, jnp.asarray(np.repeat(outputs, width)))
     return 1 - int(used) / int(mapped)
 
 
