@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpu.hardware import shared_memory_per_block
+from pallas_kernels.gpu.layout import ACC, swizzled
 from pallas_kernels.gpu.schedule import Schedule
 
 LOG2E = math.log2(math.e)
@@ -179,7 +180,7 @@ def attend_segments(
                     plgpu.wgmma(acc_ref, k_smem.at[slot], q_smem.at[buffer].transpose((1, 0)))
                     return acc_ref[...]
 
-                s = pl.run_scoped(score, plgpu.ACC((tokens, group), jnp.float32))
+                s = pl.run_scoped(score, ACC((tokens, group), jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot])
                 if soft_cap is None:
                     s = s * (scale * LOG2E)
@@ -214,7 +215,7 @@ def attend_segments(
                     plgpu.wgmma(acc_ref, v_smem.at[slot].transpose((1, 0)), p_smem.transpose((1, 0)))
                     return acc_ref[...]
 
-                update = pl.run_scoped(weigh, plgpu.ACC((head_dim, group), jnp.float32))
+                update = pl.run_scoped(weigh, ACC((head_dim, group), jnp.float32))
                 plgpu.barrier_arrive(v_free.at[slot])
                 return acc * lax.broadcast_in_dim(decay, acc.shape, [1]) + update, new_top, total
 
@@ -242,12 +243,11 @@ def attend_segments(
         def _():
             lax.fori_loop(first_segment, end_segment, load_segment, jnp.int32(0))
 
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     scratch_types: list[Any] = [
-        plgpu.SMEM((2, group, head_dim), q.dtype, transforms=transforms),
-        plgpu.SMEM((stages, tokens, head_dim), data.dtype, transforms=transforms),
-        plgpu.SMEM((stages, tokens, head_dim), data.dtype, transforms=transforms),
-        plgpu.SMEM((group, tokens), q.dtype, transforms=transforms),
+        swizzled((2, group, head_dim), q.dtype),
+        swizzled((stages, tokens, head_dim), data.dtype),
+        swizzled((stages, tokens, head_dim), data.dtype),
+        swizzled((group, tokens), q.dtype),
         plgpu.SMEM((tile.ids,), jnp.int32),
         plgpu.SMEM((stages,), jnp.int32),
         plgpu.SMEM((2, 4), jnp.int32),
@@ -358,7 +358,6 @@ def merge_segments(
         plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[row, head])
         plgpu.wait_smem_to_gmem(0)
 
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     return plgpu.kernel(
         kernel,
         out_type=(
@@ -370,7 +369,7 @@ def merge_segments(
         scratch_types=[
             plgpu.SMEM((MERGE_STAGES, head_dim, group), jnp.float32),
             plgpu.SMEM((MERGE_STAGES, LSE_LANES), jnp.float32),
-            plgpu.SMEM((group, head_dim), dtype, transforms=transforms),
+            swizzled((group, head_dim), dtype),
             plgpu.SMEM((LSE_LANES,), jnp.float32),
             plgpu.Barrier(num_barriers=MERGE_STAGES),
             plgpu.Barrier(num_barriers=MERGE_STAGES),

@@ -1,0 +1,93 @@
+"""Compiles for an H200 on a machine without a GPU and reads what the compiler reports."""
+
+import pathlib
+import re
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+
+TARGET = pathlib.Path(__file__).parent / "h200.txtpb"
+SHARED_MEMORY, RESERVED, REGISTERS = 233472, 1024, 65536  # of a multiprocessor; reserved: by every block
+LOAD = r"cp\.async\.bulk\.tensor\.\dd\.shared"  # of the copy engine
+
+
+class KernelReport(NamedTuple):
+    """What was compiled of one kernel.
+
+    Args:
+        registers: of a thread.
+        spilled_bytes: stores and loads of registers that did not fit, and the stack frame.
+        threads: of a block.
+        shared_memory: of a block, in bytes.
+        log: of the assembler.
+        ptx: lines of the program.
+    """
+
+    registers: int
+    spilled_bytes: int
+    threads: int
+    shared_memory: int
+    log: str
+    ptx: list[str]
+
+    @property
+    def blocks_per_multiprocessor(self) -> int:
+        registers = -(-self.registers // 8) * 8 * self.threads
+        return min(REGISTERS // registers, SHARED_MEMORY // (self.shared_memory + RESERVED))
+
+    def copy_loops(self) -> list[list[str]]:
+        """The innermost loops of the program that load with the copy engine."""
+        labels = {line[:-1]: i for i, line in enumerate(self.ptx) if re.fullmatch(r"\$L\w+:", line)}
+        loops = []
+        for i, line in enumerate(self.ptx):
+            jump = re.search(r"bra(?:\.uni)?\s+(\$L\w+);", line)
+            if jump and labels[jump[1]] < i:
+                loops.append((labels[jump[1]], i))
+        innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+        bodies = [self.ptx[start:end] for start, end in innermost]
+        return [body for body in bodies if count(body, LOAD)]
+
+
+def count(lines: list[str], pattern: str) -> int:
+    return sum(bool(re.search(pattern, line)) for line in lines)
+
+
+def compile_for_h200(function, *arguments):
+    """Compiles `function` for shapes and dtypes like those of `arguments` (a pytree)."""
+    import jax_plugins.xla_cuda13  # noqa: F401  registers the compiler; no driver needed
+
+    jax.devices()
+    topology = topologies.get_topology_desc("", platform="cuda", target_config=TARGET.read_text(), topology="1x1x1")
+    mesh = Mesh(np.array(topology.devices[:1]), ("x",))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
+    with use_abstract_mesh(mesh.abstract_mesh):
+        return function.lower(*arguments).compile()
+
+
+def read_reports(folder: pathlib.Path) -> dict[str, KernelReport]:
+    """The report of each kernel dumped into a folder, by the kernel's name."""
+    reports = {}
+    for log_file in sorted(folder.glob("*.ptxas")):
+        stem = log_file.name.removesuffix(".ptxas")
+        log = log_file.read_text()
+        spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+        registers = re.search(r"Used (\d+) registers", log)
+        name = re.sub(r"_\d+$", "", stem)
+        assert name not in reports, f"two kernels of one name: {name}"
+        (program_file,) = folder.glob(f"{name}_[0-9]*.before_layout_inference.txt")  # numbered otherwise
+        program = program_file.read_text()
+        launch = re.search(r"threads\(.*?\) in \(%\w+ = %c(\d+).*dynamic_shared_memory_size %c(\d+)", program)
+        assert spills and registers and launch, f"{log_file} reads otherwise than expected:\n{log}"
+        reports[name] = KernelReport(
+            registers=int(registers[1]),
+            spilled_bytes=sum(map(int, spills.groups())),
+            threads=int(launch[1]),
+            shared_memory=int(launch[2]),
+            log=log,
+            ptx=[line.strip() for line in (folder / f"{stem}.ptx").read_text().splitlines()],
+        )
+    return reports

@@ -1,0 +1,77 @@
+"""The kernels compiled for an H200 on a machine without one: what the compiler says of them."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from compiling import LOAD, compile_for_h200, count, read_reports
+
+from pallas_kernels import paged_attention
+from pallas_kernels.pages import Pages, init_pages
+
+pytestmark = pytest.mark.gpu_compile
+
+
+@pytest.fixture
+def compile_kernels(tmp_path, monkeypatch, capfd):
+    """Compiles a function for an H200; returns what was compiled and the reports of its kernels by name."""
+    pytest.importorskip("jax_plugins.xla_cuda13")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+
+    def compile_kernels(function, *arguments):
+        compiled = compile_for_h200(function, *arguments)
+        reports = read_reports(tmp_path)
+        assert reports, "no kernel was compiled"
+        output = "".join(capfd.readouterr())
+        for name, report in reports.items():
+            assert report.spilled_bytes == 0, f"{name} spills: {report.log}"
+            assert "C7504" not in report.log + output  # a register limit that the assembler dropped
+        return compiled, reports
+
+    return compile_kernels
+
+
+def abstract_pages(num_kv_heads, page_size, head_dim, dtype=jnp.bfloat16, num_pages=4096) -> Pages:
+    return jax.eval_shape(partial(init_pages, num_pages, num_kv_heads, page_size, head_dim, dtype))
+
+
+def array(*shape, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def attention_arguments(batch, tokens, heads, pages, max_pages=256):
+    q = array(tokens, heads, pages.head_dim, dtype=jnp.bfloat16)
+    return q, None, None, pages, array(batch, max_pages), array(batch), array(batch + 1)
+
+
+@pytest.mark.parametrize(
+    ("page_size", "head_dim", "heads", "blocks"),
+    [
+        (16, 128, (32, 8), 2),
+        (64, 128, (32, 8), 2),
+        (128, 128, (32, 8), 2),
+        (8, 128, (16, 1), 2),
+        (16, 64, (64, 8), 2),
+        (64, 64, (12, 1), 2),
+        (32, 256, (16, 2), 1),
+        (64, 256, (16, 1), 1),
+    ],
+)
+def test_decode(compile_kernels, page_size, head_dim, heads, blocks):
+    num_heads, num_kv_heads = heads
+    pages = abstract_pages(num_kv_heads, page_size, head_dim)
+    decode = jax.jit(partial(paged_attention, max_query_len=1, implementation="pallas_gpu"))
+    _, reports = compile_kernels(decode, *attention_arguments(64, 64, num_heads, pages))
+    # A kernel that an earlier test compiled is not compiled again: the merge may be missing, the rest differs.
+    report = reports["paged_decode"]
+    assert report.blocks_per_multiprocessor >= blocks
+    # The loop over tiles is peeled once or not at all; every copy of it loads the keys, then the values.
+    (loop,) = report.copy_loops()[-1:]
+    tokens = 128 if head_dim == 64 and num_heads // num_kv_heads <= 8 else 64
+    pages_per_tile = max(1, tokens // page_size)
+    ids = count(loop, r"bulk\.tensor\.2d\.shared")
+    assert ids == 1
+    assert count(loop, LOAD) - ids == 2 * pages_per_tile
+    assert count(loop, r"\bld\.global") == 0
