@@ -8,6 +8,8 @@ from paged_jax.page_table import PageTable
 FREE, CACHED, OWNED = -1, 0, 1  # page states; above OWNED: the number of rows that share the page
 _CELLS = {FREE: ("·", "dim"), CACHED: ("▒", "yellow"), OWNED: ("■", "blue")}
 _SHARED = "bold green"
+_COLOURS = {FREE: "#e8e8e8", CACHED: "#f2c14e", OWNED: "#9cc9e8", 2: "#3f8fcf", 3: "#1f5f9f", 4: "#0f2f5f"}
+_NAMES = {FREE: "free", CACHED: "cached", OWNED: "1 owner", 2: "2 owners", 3: "3 owners", 4: "4 or more"}
 
 
 def page_states(table: PageTable) -> np.ndarray:
@@ -27,33 +29,36 @@ def page_map(table: PageTable, width: int = 64) -> Text:
     return text
 
 
-def draw_pages(table: PageTable, ax=None, width: int = 32, title: str = ""):
-    """The pool for a notebook (needs matplotlib): a square a page, darker the more rows share it; returns the axes."""
+def draw_pages(table: PageTable, title: str = "", width: int = 32):
+    """Pool and rows for a notebook (needs matplotlib); returns the figure.
+
+    Above, the pool: a square a page, darker the more rows share it. Below, the rows: the pages of each sequence in order, by
+    number, in the same colours.
+    """
     import matplotlib.pyplot as plt
-    from matplotlib.colors import BoundaryNorm, ListedColormap
+    from matplotlib.patches import Patch, Rectangle
 
     states = page_states(table)
-    cells = np.full(-(-len(states) // width) * width, np.nan)
-    cells[: len(states)] = np.clip(states, FREE, 4)
-    cells = cells.reshape(-1, width)
-    colours = ListedColormap(["#eeeeee", "#f2c14e", "#7fb3d5", "#2e86c1", "#1f618d", "#154360"])
-    if ax is None:
-        _, ax = plt.subplots(figsize=(width * 0.25, max(1.5, len(cells) * 0.25 + 0.8)))
-    image = ax.pcolormesh(
-        cells,
-        cmap=colours,
-        norm=BoundaryNorm(np.arange(-1.5, 5), colours.N),
-        edgecolors="white",
-        linewidth=1.5,
-    )
-    ax.set_aspect("equal")
-    ax.invert_yaxis()
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.set_title(title)
-    for side in ax.spines.values():
-        side.set_visible(False)
-    bar = ax.figure.colorbar(image, ax=ax, ticks=range(-1, 5), fraction=0.03, pad=0.02)
-    bar.ax.set_yticklabels(["free", "cached", "1 owner", "2 owners", "3 owners", "4 or more"], fontsize=8)
-    bar.outline.set_visible(False)
-    return ax
+    rows = np.asarray(table.pages)
+    lines = -(-len(states) // width)
+    height = lines + 1 + len(rows)
+    figure, ax = plt.subplots(figsize=((width + 6) * 0.24, (height + 3) * 0.24))
+
+    def cell(x, y, state, label=""):
+        ax.add_patch(Rectangle((x + 0.05, y + 0.05), 0.9, 0.9, color=_COLOURS[min(state, 4)]))
+        ax.text(x + 0.5, y + 0.55, label, ha="center", va="center", fontsize=6, color="white" if state > 1 else "#333")
+
+    for i, state in enumerate(states):
+        cell(i % width, i // width, state)
+    for b, row in enumerate(rows):
+        ax.text(-0.4, lines + 1.5 + b, f"row {b}", ha="right", va="center", fontsize=7)
+        for column in np.flatnonzero(row):
+            if column < width:
+                cell(column, lines + 1 + b, states[row[column] - 1], str(row[column]))
+    ax.text(-0.4, lines / 2, "pool", ha="right", va="center", fontsize=7)
+    ax.set(xlim=(-3, width), ylim=(height, 0), aspect="equal")
+    ax.axis("off")
+    ax.set_title(title, fontsize=10, loc="left")
+    legend = [Patch(color=colour, label=_NAMES[state]) for state, colour in _COLOURS.items()]
+    ax.legend(handles=legend, ncols=6, fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0, 0))
+    return figure
