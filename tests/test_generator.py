@@ -43,7 +43,9 @@ def test_a_prompt_longer_than_a_prefill_step_is_cut():
     texts = prompts(50, 33, 32, 31, 5)
     for prefill_tokens in (7, 32):
         g = generator(prefill_tokens=prefill_tokens)
-        assert tokens(g.run(texts, SamplingParams(max_new_tokens=6))) == [[toy.dense_greedy(PARAMS, p, 6)] for p in texts]
+        assert tokens(g.run(texts, SamplingParams(max_new_tokens=6))) == [
+            [toy.dense_greedy(PARAMS, p, 6)] for p in texts
+        ]
 
 
 def test_cached_and_cold_prompts_give_the_same_tokens():

@@ -82,4 +82,3 @@ def dense_greedy(params, prompt, num_tokens: int) -> list[int]:
         padded[: len(tokens)] = tokens
         tokens.append(int(np.argmax(np.asarray(dense_logits(params, padded))[len(tokens) - 1])))
     return tokens[len(prompt) :]
-
