@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -114,13 +113,13 @@ def save(folder: Path, hf_config: dict[str, Any], params: Any, *, dtype=None, nu
         dtype: of the written tensors; None: as they are.
         num_shards: files; more than one come with model.safetensors.index.json.
     """
-    family = find_family(Fields(hf_config))
+    flat = _flatten(params)
+    places = find_family(Fields(hf_config)).place({path: leaf.shape[0] for path, leaf in flat.items()})
     parts: dict[str, list[np.ndarray]] = {}
-    for path, value in _flatten(params).items():
-        array = np.asarray(value if dtype is None else value.astype(dtype))
-        parts.setdefault(family.file_name(path), []).append(array)
-    order = {name: [family.file_name(path) for path in _flatten(params)].index(name) for name in parts}
-    tensors = {name: np.concatenate(parts[name]) for name in sorted(parts, key=order.__getitem__)}
+    for path, place in sorted(places.items(), key=lambda item: item[1].start):
+        value = flat[path][...]
+        parts.setdefault(place.name, []).append(np.asarray(value if dtype is None else value.astype(dtype)))
+    tensors = {name: np.concatenate(parts[name]) for name in sorted(parts)}
     folder.mkdir(parents=True, exist_ok=True)
     names = list(tensors)
     shards = [names[i::num_shards] for i in range(num_shards)]
@@ -169,15 +168,11 @@ def _plan(
     family: Family, abstract, stored: dict[str, StoredTensor], folder: Path, config: DecoderConfig
 ) -> dict[str, tuple[StoredTensor, int, int]]:
     """For each of our tensors: where it is stored, and in which rows; one error for all that does not fit."""
-    rows: dict[str, int] = {}
-    ours: dict[str, tuple[str, int, int]] = {}
+    flat = _flatten(abstract)
+    places = family.place({path: leaf.shape[0] for path, leaf in flat.items()})
     shapes: dict[str, tuple[int, ...]] = {}
-    for path, leaf in _flatten(abstract).items():
-        name = family.file_name(path)
-        start = rows.get(name, 0)
-        rows[name] = start + leaf.shape[0]
-        ours[path] = (name, start, rows[name])
-        shapes[name] = (rows[name], *leaf.shape[1:])
+    for path, place in sorted(places.items(), key=lambda item: item[1].stop):
+        shapes[place.name] = (place.stop, *flat[path].shape[1:])
     ignored = {"lm_head.weight"} if config.tie_embeddings else set()
     extra = {name for name in stored if name not in shapes and not name.endswith(DERIVED)} - ignored
     missing = shapes.keys() - stored.keys()
@@ -193,7 +188,7 @@ def _plan(
             f"the tensors in {folder} are not those of its config.json. {'; '.join(found)}. "
             "Correct config.json, or download the checkpoint again."
         )
-    return {path: (stored[name], start, stop) for path, (name, start, stop) in ours.items()}
+    return {path: (stored[place.name], place.start, place.stop) for path, place in places.items()}
 
 
 def _read(abstract, plan: dict[str, tuple[StoredTensor, int, int]]):

@@ -13,7 +13,7 @@ def dense_attention(
     scale: float | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
-    sinks: Float[Array, "N"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
     tile: int = 128,
 ) -> Float[Array, "*B T N H"]:
     """Causal grouped-query attention over whole sequences; scores and softmax in float32.

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from paged_jax.models.config import DecoderConfig
 from paged_jax.models.rope import Rope
@@ -253,6 +253,14 @@ def gpt_oss(fields: Fields) -> DecoderConfig:
     )
 
 
+class Place(NamedTuple):
+    """Rows of one tensor of a checkpoint."""
+
+    name: str
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True)
 class Family:
     """One `model_type`.
@@ -267,8 +275,22 @@ class Family:
     layer_names: dict[str, str] = field(default_factory=dict)
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def file_name(self, path: str) -> str:
-        """What the checkpoint calls the tensor that we call `path`, such as `layers.0.attn.q.weight`."""
+    def place(self, paths_and_rows: dict[str, int]) -> dict[str, Place]:
+        """Where a checkpoint keeps each of our tensors.
+
+        Args:
+            paths_and_rows: our tensors, such as `layers.0.attn.q.weight`, and the size of their first axis.
+        """
+        places: dict[str, Place] = {}
+        rows: dict[str, int] = {}
+        for path in sorted(paths_and_rows, key=self._part):
+            name = self._file_name(path)
+            start = rows.get(name, 0)
+            rows[name] = start + paths_and_rows[path]
+            places[path] = Place(name, start, rows[name])
+        return places
+
+    def _file_name(self, path: str) -> str:
         if not path.startswith("layers."):
             return TOP[path]
         _, layer, name = path.split(".", 2)
@@ -276,6 +298,11 @@ class Family:
             if name in names:
                 return f"model.layers.{layer}.{file_name}"
         return f"model.layers.{layer}.{(LLAMA_LAYER | self.layer_names)[name]}"
+
+    def _part(self, path: str) -> int:
+        """Where a tensor stands within the fused one that holds it."""
+        name = path.split(".", 2)[-1]
+        return next((names.index(name) for names in self.fused.values() if name in names), 0)
 
 
 GEMMA_NAMES = {

@@ -1,0 +1,186 @@
+"""What `transformers` computes for tiny random checkpoints of every family, to compare our decoder with.
+
+    python tests/models/make_goldens.py [--seed 0] [--output tests/models/goldens]
+
+Needs torch and transformers, and neither JAX nor this package, so it runs in an environment of its own. The weights are
+not stored: `fill` makes them again from their names and shapes, bit for bit, anywhere.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+PROMPT_LENGTHS = (1, 2, 15, 16, 17, 45, 130, 300)
+NEW_TOKENS = 64
+COMMON = dict(
+    vocab_size=256,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=512,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+)
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=10000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+YARN_ROPE = dict(
+    rope_type="yarn",
+    rope_theta=10000.0,
+    factor=4.0,
+    beta_fast=32.0,
+    beta_slow=1.0,
+    truncate=False,
+    original_max_position_embeddings=128,
+)
+# name -> (transformers' model_type, what differs from COMMON)
+CASES = {
+    "llama2": ("llama", dict(num_key_value_heads=4, attention_bias=True, mlp_bias=True)),
+    "llama3": ("llama", dict(rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True)),
+    "mistral": ("mistral", dict(sliding_window=24)),
+    "qwen2": ("qwen2", dict(use_sliding_window=True, sliding_window=40, max_window_layers=1)),
+    "qwen2_yarn": ("qwen2", dict(rope_parameters=YARN_ROPE | dict(truncate=True))),
+    "qwen3": ("qwen3", dict(head_dim=24)),
+    "gemma2": (
+        "gemma2",
+        dict(
+            sliding_window=24,
+            layer_types=MIXED,
+            attn_logit_softcapping=1.0,
+            final_logit_softcapping=1.0,
+            query_pre_attn_scalar=24,
+        ),
+    ),
+    "gemma3": (
+        "gemma3_text",
+        dict(
+            sliding_window=24,
+            layer_types=MIXED,
+            query_pre_attn_scalar=24,
+            rope_parameters={
+                "full_attention": dict(rope_type="linear", rope_theta=1e6, factor=8.0),
+                "sliding_attention": dict(rope_type="default", rope_theta=10000.0),
+            },
+        ),
+    ),
+    "phi3": (
+        "phi3",
+        dict(
+            hidden_size=64,
+            sliding_window=40,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5),
+        ),
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        dict(
+            sliding_window=24,
+            layer_types=MIXED,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            rope_parameters=YARN_ROPE,
+        ),
+    ),
+}
+
+
+def hashed(seed: int, size: int) -> np.ndarray:
+    """Uniform float32 in [-0.5, 0.5) from a counter (splitmix64), the same on every machine."""
+    with np.errstate(over="ignore"):
+        x = (np.arange(1, size + 1, dtype=np.uint64) + np.uint64(seed << 32)) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x = x ^ (x >> np.uint64(31))
+    return (x >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24) - np.float32(0.5)
+
+
+def fill(seed: int, names_and_shapes: dict[str, list[int]], gemma: bool) -> dict[str, np.ndarray]:
+    """The weights of a case: standard deviation 0.3, so that greedy text does not repeat one token; norms around 1.
+
+    Gemma's norms are stored less 1, and its embeddings are scaled up after they were read, so they start smaller.
+    """
+    weights = {}
+    for number, (name, shape) in enumerate(sorted(names_and_shapes.items())):
+        values = hashed(seed * 1000 + number, int(np.prod(shape))).reshape(shape)
+        if "norm" in name:
+            weights[name] = values if gemma else values + np.float32(1)
+        else:
+            weights[name] = values * np.float32(0.125 if gemma and "embed" in name else 12**0.5 * 0.3)
+    return weights
+
+
+def prompts(seed: int, vocab_size: int) -> list[list[int]]:
+    """One prompt of each length."""
+    return [
+        ((hashed(seed * 1000 + 900 + i, length) + 0.5) * vocab_size).astype(int).tolist()
+        for i, length in enumerate(PROMPT_LENGTHS)
+    ]
+
+
+def compute(case: str, seed: int) -> dict[str, np.ndarray]:
+    """Config, tensor shapes, logits at the last token of every prompt, and greedy continuations."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type, changes = CASES[case]
+    config = AutoConfig.for_model(model_type, **(COMMON | changes))
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    state = model.state_dict()
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    shapes = {name: list(tensor.shape) for name, tensor in state.items()}
+    weights = fill(seed, shapes, model_type.startswith("gemma"))
+    model.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()}, strict=False)
+    model.tie_weights()
+    all_logits, greedy = [], []
+    with torch.no_grad():
+        for prompt in prompts(seed, config.vocab_size):
+            tokens = torch.tensor([prompt])
+            all_logits.append(model(tokens, use_cache=False).logits[0].numpy())
+            out = model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                do_sample=False,
+            )
+            greedy.append(out[0, len(prompt) :].numpy().astype(np.int32))
+    return {
+        "config": np.array(config.to_json_string(use_diff=True)),
+        "shapes": np.array(json.dumps(shapes)),
+        "seed": np.array(seed),
+        "last_logits": np.stack([logits[-1] for logits in all_logits]),
+        "logits": all_logits[-1][::25],  # of the longest prompt
+        "greedy": np.stack(greedy),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "goldens")
+    parser.add_argument("cases", nargs="*", default=list(CASES))
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    for case in options.cases:
+        golden = compute(case, options.seed)
+        np.savez_compressed(options.output / f"{case}.npz", **golden)
+        print(case, "logits", golden["last_logits"].min(), "to", golden["last_logits"].max())
+        print("   ", golden["greedy"][0, :24].tolist())
+
+
+if __name__ == "__main__":
+    main()
