@@ -179,14 +179,9 @@ def sharing_of_beams(load: Load, width: int, num_requests: int = 24, page_size: 
     text = model.tokenizer.encode(inspect.getsource(textwrap))
     starts = np.random.default_rng(2).integers(0, len(text) - prompts.max(), num_requests)
     pieces = [text[start : start + n] for start, n in zip(starts, prompts, strict=True)]
-    config = dataclasses.replace(
-        _config(page_size, num_requests * width),
-        num_layers=model.config.num_layers,
-        num_kv_heads=model.config.num_kv_heads,
-        head_dim=model.config.head_dim,
-        num_pages=num_requests * width * 24,
-        max_pages_per_sequence=64,
-        dtype="float32",
+    num_rows = num_requests * width
+    config = model.cache_config(
+        num_pages=num_rows * 24, max_sequences=num_rows, max_pages_per_sequence=64, page_size=page_size
     )
     tokens = np.concatenate([piece[:-1] for piece in pieces]).astype(np.int32)
     carry = PageTable.create(config), PagePool.create(config)

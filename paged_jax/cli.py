@@ -63,11 +63,11 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     from paged_jax import models
-    from paged_jax.config import CacheConfig
     from paged_jax.generator import Generator
     from paged_jax.sampling import SamplingParams
 
     texts = _read_prompts(options)
+    model = models.load(options.model or models.DEMO, options.dtype)
     params = SamplingParams(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
@@ -75,21 +75,17 @@ def _generate(options: argparse.Namespace) -> None:
         top_p=options.top_p,
         seed=options.seed,
         num_samples=options.samples,
+        stop_tokens=model.stop_tokens,
         stop_strings=tuple(options.stop),
     )
-    model = models.load(options.model or models.DEMO, options.dtype)
     prompts = [model.tokenizer.encode(text) for text in texts]
     pages_per_row = -(-(max(map(len, prompts)) + options.max_new_tokens) // max(1, options.page_size))
     num_rows = min(16, len(prompts) * options.samples)
-    config = CacheConfig(
-        num_layers=model.config.num_layers,
-        num_kv_heads=model.config.num_kv_heads,
-        head_dim=model.config.head_dim,
+    config = model.cache_config(
         num_pages=num_rows * pages_per_row + 1 if options.num_pages is None else options.num_pages,
         max_sequences=num_rows,
         max_pages_per_sequence=pages_per_row,
         page_size=options.page_size,
-        dtype=model.dtype,
     )
     generator = Generator(model.forward, model.params, config, decode_text=model.tokenizer.decode)
     for request, completions in enumerate(generator.run(prompts, params)):

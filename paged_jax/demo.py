@@ -44,15 +44,11 @@ def run(model: Model, console: Console, *, samples: int = 3, max_new_tokens: int
     texts = prompts()
     tokens = [model.tokenizer.encode(text) for text in texts]
     length = max(map(len, tokens)) + max_new_tokens
-    config = CacheConfig(
-        num_layers=model.config.num_layers,
-        num_kv_heads=model.config.num_kv_heads,
-        head_dim=model.config.head_dim,
+    config = model.cache_config(
         num_pages=384,
         max_sequences=len(texts) * samples,
         max_pages_per_sequence=-(-length // PAGE_SIZE),
         page_size=PAGE_SIZE,
-        dtype="float32",
     )
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.7, top_p=0.95, seed=seed, num_samples=samples)
     generator = Generator(model.forward, model.params, config, steps_per_visit=8)

@@ -35,14 +35,14 @@ class Completion:
 
 @dataclasses.dataclass
 class _Sample:
-    """One sample on its way: waiting (row None) or running."""
+    """One sample on its way, waiting or running."""
 
     request: int
     number: int
     params: SamplingParams
     num_prompt: int
     tokens: list[int]  # the prompt, then what was drawn
-    row: int | None = None
+    row: int = -1  # -1 while it waits
     num_cached: int = 0  # tokens of the context that the prefix cache held when it was given its row
 
     @property
@@ -104,11 +104,20 @@ class Generator:
         self._waiting: collections.deque[_Sample] = collections.deque()
         self._running: dict[int, _Sample] = {}  # by row, oldest first
         self._num_requests = 0
-        self._prefill = jax.jit(functools.partial(prefill, forward), donate_argnums=1)
-        self._decode = jax.jit(functools.partial(_visit, forward), donate_argnums=1)
-        self._start = jax.jit(start, donate_argnums=0)
-        self._stop = jax.jit(stop, donate_argnums=0)
-        self._fork = jax.jit(_fork, donate_argnums=0)
+        self._num_traces = 0
+        self._prefill = self._jit(functools.partial(prefill, forward), donate_argnums=1)
+        self._decode = self._jit(functools.partial(_visit, forward), donate_argnums=1)
+        self._start = self._jit(start, donate_argnums=0)
+        self._stop = self._jit(stop, donate_argnums=0)
+        self._fork = self._jit(_fork, donate_argnums=0)
+
+    def _jit(self, function: Callable[..., Any], donate_argnums: int) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def counted(*arguments):
+            self._num_traces += 1
+            return function(*arguments)
+
+        return jax.jit(counted, donate_argnums=donate_argnums)
 
     def submit(self, prompt: Sequence[int], sampling: SamplingParams = SamplingParams()) -> int:  # noqa: B008  frozen
         """Queue a prompt; returns its request number.
@@ -176,8 +185,8 @@ class Generator:
         ]
 
     def num_compilations(self) -> int:
-        """How often a device function was compiled; constant after warm-up."""
-        return sum(f._cache_size() for f in (self._prefill, self._decode, self._start, self._stop, self._fork))
+        """How many device functions were traced and compiled so far; constant after warm-up."""
+        return self._num_traces
 
     # ---- admission -------------------------------------------------------------------------------------------
 
@@ -307,7 +316,7 @@ class Generator:
     def _ends_with_stop_string(self, sample: _Sample, drawn: list[int]) -> int | None:
         """How many of the drawn tokens it takes to complete a stop string; None if they complete none."""
         strings = sample.params.stop_strings
-        if not strings:
+        if not strings or self._decode_text is None:
             return None
         before = sample.tokens[sample.num_prompt :]
         for count in range(1, len(drawn) + 1):
@@ -341,7 +350,7 @@ class Generator:
             for sample in samples:
                 rows[sample.row] = True
                 self._running.pop(sample.row, None)
-                sample.row = None
+                sample.row = -1
             self.state = self._stop(self.state, rows)
 
     def _set_table(self, table) -> None:

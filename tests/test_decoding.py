@@ -40,7 +40,7 @@ def pack(pieces, num_rows):
     return tokens, query_lens
 
 
-def begun(config, prompts, params=GREEDY, capacity=32):
+def begun(config, prompts, params: SamplingParams | list[SamplingParams] = GREEDY, capacity=32):
     """A state in which row b is about to decode prompts[b]."""
     num_rows = config.max_sequences
     state = DecodeState.create(config, capacity)
@@ -238,12 +238,13 @@ def test_one_program_allocates_copies_finishes_and_releases_for_64_sequences():
         if batch == 0:
             text_of_program = loop64.lower(PARAMS, state).as_text()
             assert "callback" not in text_of_program and "infeed" not in text_of_program
-            traces.clear()
         state, refused = loop64(PARAMS, state)
+        if batch == 0:
+            traces.clear()
         assert not np.any(refused) and not np.any(state.active)
         assert [len(drawn(state, row)) for row in range(64)] == limits.tolist()
         for row in (0, 10, 34):  # the greedy ones
             prompt = text[row // 8, : lens[row // 8]].tolist()
             assert drawn(state, row) == toy.dense_greedy(PARAMS, prompt, int(limits[row]))
         assert int(state.table.num_free) == config.num_pages - 1
-    assert len(traces) <= 1 and loop64._cache_size() == 1
+    assert not traces, "one compilation served all batches"

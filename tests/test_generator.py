@@ -1,5 +1,7 @@
 """The generator on a toy decoder: admission, sharing, shortage, and the same tokens whatever runs beside a request."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -12,8 +14,8 @@ GREEDY = SamplingParams(max_new_tokens=12)
 
 
 def generator(config=None, **options):
-    options = {"prefill_tokens": 32, "steps_per_visit": 4} | options
-    return Generator(toy.forward, PARAMS, config or toy.config(), **options)
+    defaults: dict[str, Any] = {"prefill_tokens": 32, "steps_per_visit": 4}
+    return Generator(toy.forward, PARAMS, config or toy.config(), **(defaults | options))
 
 
 def prompts(*lengths, seed=0):
@@ -114,9 +116,8 @@ def test_when_pages_run_short_samples_are_preempted_and_draw_the_same_tokens(tem
             preempted.extend(s for s in samples if s.remaining > 0)
             super()._release(samples)
 
-    g = Counting(
-        toy.forward, PARAMS, toy.config(num_pages=1 + 16), prefill_tokens=32, steps_per_visit=4, prefix_cache=prefix_cache
-    )  # fmt: skip
+    config = toy.config(num_pages=1 + 16)
+    g = Counting(toy.forward, PARAMS, config, prefill_tokens=32, steps_per_visit=4, prefix_cache=prefix_cache)
     assert tokens(g.run(texts, params)) == plenty
     assert preempted
     assert pool_is_empty(g)

@@ -1,4 +1,4 @@
-"""The shipped model on real text: greedy tokens over the paged cache are those of a dense forward of the whole context."""
+"""The shipped model on real text: greedy tokens over the paged cache are those of a dense forward."""
 
 import inspect
 import random
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from paged_jax import models
-from paged_jax.config import CacheConfig
 from paged_jax.generator import Generator
 from paged_jax.sampling import SamplingParams
 
@@ -33,15 +32,11 @@ def prompts(model):
 
 
 def make_generator(model, page_size=16, max_sequences=16, **options):
-    config = CacheConfig(
-        num_layers=model.config.num_layers,
-        num_kv_heads=model.config.num_kv_heads,
-        head_dim=model.config.head_dim,
+    config = model.cache_config(
         num_pages=8192 // page_size + 1,
         max_sequences=max_sequences,
         max_pages_per_sequence=1536 // page_size,
         page_size=page_size,
-        dtype="float32",
     )
     return Generator(model.forward, model.params, config, prefill_tokens=512, **options)
 

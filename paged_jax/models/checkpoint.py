@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from rich.progress import Progress
 from safetensors.numpy import save_file
 
+from paged_jax.config import CacheConfig
 from paged_jax.metadata import AttentionMetadata
 from paged_jax.models.config import DecoderConfig
 from paged_jax.models.decoder import Decoder
@@ -69,6 +71,17 @@ class Model:
     def dense_forward(self, params: Any, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T V"]:
         """Logits at every token of whole sequences, computed without any cache."""
         return nnx.merge(self.graph, params).dense(tokens)
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights: "float32" or "bfloat16"."""
+        return jax.tree.leaves(self.params)[0].dtype.name
+
+    def cache_config(self, **sizes: Any) -> CacheConfig:
+        """A `CacheConfig` for this model; `sizes` are its other fields, `dtype` the weights' unless given."""
+        config = self.config
+        shape = {"num_layers": config.num_layers, "num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+        return CacheConfig(**(shape | {"dtype": self.dtype} | sizes))
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
