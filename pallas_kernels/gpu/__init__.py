@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from pallas_kernels.gpu import attention
+from pallas_kernels.gpu import attention, moves
 from pallas_kernels.gpu.attention import paged_attention
+from pallas_kernels.gpu.moves import copy_pages, write_pages
 
-__all__ = ["paged_attention", "refusal"]
+__all__ = ["copy_pages", "paged_attention", "refusal", "write_pages"]
 
 
 def refusal(op: str, **arguments: Any) -> str | None:
     """Why the kernels cannot run `op`, in one sentence, or None if they can."""
-    del op
-    return attention.refusal(**arguments)
+    if reason := moves.refusal(**arguments):
+        return reason
+    return attention.refusal(**arguments) if op == "paged_attention" else None

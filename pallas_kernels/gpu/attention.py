@@ -9,9 +9,10 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpu import hardware
 from pallas_kernels.gpu.decode import attend_segments, decode_tile, merge_segments, padded_group
+from pallas_kernels.gpu.moves import write_pages
 from pallas_kernels.gpu.schedule import cut_rows
 from pallas_kernels.pages import Pages, token_places
-from pallas_kernels.reference import AttentionResult, write_pages
+from pallas_kernels.reference import AttentionResult
 
 HEAD_DIMS = (64, 128, 256)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from compiling import LOAD, compile_for_h200, count, read_reports
 
-from pallas_kernels import paged_attention
+from pallas_kernels import copy_pages, paged_attention, write_pages
 from pallas_kernels.pages import Pages, init_pages
 
 pytestmark = pytest.mark.gpu_compile
@@ -75,3 +75,36 @@ def test_decode(compile_kernels, page_size, head_dim, heads, blocks):
     assert ids == 1
     assert count(loop, LOAD) - ids == 2 * pages_per_tile
     assert count(loop, r"\bld\.global") == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_pages_move_in_place(compile_kernels, dtype):
+    pages = abstract_pages(8, 64, 128, dtype)
+    new = array(256, 8, 128, dtype=jnp.bfloat16)
+    write = jax.jit(partial(write_pages, implementation="pallas_gpu"), donate_argnums=0)
+    compiled, _ = compile_kernels(write, pages, new, new, array(64, 256), array(64), array(65))
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == pages.num_bytes
+    assert memory.temp_size_in_bytes < pages.num_bytes // 500
+
+    copy = jax.jit(partial(copy_pages, implementation="pallas_gpu"), donate_argnums=0)
+    compiled, _ = compile_kernels(copy, pages, array(4), array(4))
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == pages.num_bytes
+    assert memory.temp_size_in_bytes < pages.num_bytes // 500  # the four pages
+
+
+def test_a_step_writes_in_place_before_it_attends(compile_kernels):
+    pages = abstract_pages(8, 16, 128)
+    new = array(64, 8, 128, dtype=jnp.bfloat16)
+    q, _, _, _, *rest = attention_arguments(64, 64, 24, pages)
+
+    def step(pages, *arguments):
+        q, k, v, *rest = arguments
+        result = paged_attention(q, k, v, pages, *rest, max_query_len=1, implementation="pallas_gpu")
+        return result.pages, result.out
+
+    compiled, _ = compile_kernels(jax.jit(step, donate_argnums=0), pages, q, new, new, *rest)
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == pages.num_bytes
+    assert memory.temp_size_in_bytes < pages.num_bytes // 20
