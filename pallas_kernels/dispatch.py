@@ -71,9 +71,7 @@ def choose(op: str, implementation: str | None, arguments: dict[str, Any]) -> An
                 return getattr(backend.load(), op)
         raise NotImplementedError(f'no implementation of {op} on {platform}: pass implementation="xla"')
     if implementation not in BACKENDS:
-        raise ValueError(
-            f"implementation must be None or one of {', '.join(BACKENDS)}, got {implementation!r}"
-        )
+        raise ValueError(f"implementation must be None or one of {', '.join(BACKENDS)}, got {implementation!r}")
     module = BACKENDS[implementation].load()
     if reason := _refusal(module, op, arguments):
         raise NotImplementedError(f"{implementation} {op}: {reason}")
@@ -182,9 +180,7 @@ def write_pages(
     return choose("write_pages", implementation, arguments)(**arguments)
 
 
-def read_pages(
-    pages: Pages, page_ids: Int32[Array, " n"]
-) -> tuple[Float[Array, "n S K H"], Float[Array, "n S K H"]]:
+def read_pages(pages: Pages, page_ids: Int32[Array, " n"]) -> tuple[Float[Array, "n S K H"], Float[Array, "n S K H"]]:
     """The keys and values in some pages, token by token.
 
     Args:
@@ -248,9 +244,7 @@ def check_table(page_table, lengths, query_starts) -> None:
         )
 
 
-def check_attention(
-    q, k, v, pages, page_table, lengths, query_starts, window, soft_cap, sinks, max_query_len
-) -> None:
+def check_attention(q, k, v, pages, page_table, lengths, query_starts, window, soft_cap, sinks, max_query_len) -> None:
     """Raises ValueError where the arguments of `paged_attention` contradict each other."""
     if (k is None) != (v is None):
         raise ValueError("k and v must both be arrays (write, then attend) or both None (attend only)")
@@ -264,9 +258,7 @@ def check_attention(
     if head_dim != pages.head_dim:
         raise ValueError(f"q has head size {head_dim}, the pages hold {pages.head_dim}")
     if num_heads % pages.num_kv_heads:
-        raise ValueError(
-            f"the {num_heads} query heads must be a multiple of the pages' {pages.num_kv_heads} KV heads"
-        )
+        raise ValueError(f"the {num_heads} query heads must be a multiple of the pages' {pages.num_kv_heads} KV heads")
     if sinks is not None and sinks.shape != (num_heads,):
         raise ValueError(f"sinks must hold one logit for each of {num_heads} query heads, got {sinks.shape}")
     if window is not None and window < 1:
@@ -302,8 +294,6 @@ def check_page_table(page_table: Array, lengths: Array, pages: Pages) -> None:
             raise ValueError(f"row {row}: page {wrong[0]} is outside 0 .. {pages.num_pages - 1}")
         owned = np.trim_zeros(used, "f")
         if length and (owned.size == 0 or not owned.all()):
-            raise ValueError(
-                f"row {row}: length {length} needs {used.size} mapped pages, got {used.tolist()}"
-            )
+            raise ValueError(f"row {row}: length {length} needs {used.size} mapped pages, got {used.tolist()}")
         if len(set(owned.tolist())) < owned.size:
             raise ValueError(f"row {row}: a page stands twice in {owned.tolist()}")

@@ -67,9 +67,7 @@ def is_stacked(pages: Pages) -> bool:
     return pages.data.shape[2] == 2 * pages.page_size
 
 
-def init_pages(
-    num_pages: int, num_kv_heads: int, page_size: int, head_dim: int, dtype: Any = jnp.bfloat16
-) -> Pages:
+def init_pages(num_pages: int, num_kv_heads: int, page_size: int, head_dim: int, dtype: Any = jnp.bfloat16) -> Pages:
     """Empty pages.
 
     Args:
@@ -134,9 +132,7 @@ class TokenPlaces(NamedTuple):
     position: Int32[Array, " T"]  # within the sequence; negative: the token is inert
 
 
-def token_places(
-    lengths: Int32[Array, " B"], query_starts: Int32[Array, " B+1"], num_tokens: int
-) -> TokenPlaces:
+def token_places(lengths: Int32[Array, " B"], query_starts: Int32[Array, " B+1"], num_tokens: int) -> TokenPlaces:
     """The sequence and position of each of `num_tokens` packed tokens; padding gets position -1."""
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     ends = query_starts[1:]

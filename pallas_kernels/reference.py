@@ -26,9 +26,7 @@ class AttentionResult(NamedTuple):
     lse: Array | None
 
 
-def read_pages(
-    pages: Pages, page_ids: Int32[Array, " n"]
-) -> tuple[Float[Array, "n S K H"], Float[Array, "n S K H"]]:
+def read_pages(pages: Pages, page_ids: Int32[Array, " n"]) -> tuple[Float[Array, "n S K H"], Float[Array, "n S K H"]]:
     mapped = is_mapped(page_ids, pages)
     index = jnp.where(mapped, page_ids, 0)
 

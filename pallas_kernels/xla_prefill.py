@@ -1,0 +1,115 @@
+"""Many queries a sequence: for each block of queries, a loop over the KV tiles that it can see."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.pages import Pages
+from pallas_kernels.xla_tiles import Options, Softmax, attend, finish, start
+
+BLOCK_QUERIES = 128
+
+
+def prefill_attention(
+    q: Float[Array, "T N H"],
+    out: Float[Array, "T N H"],
+    lse: Float[Array, "T N"],
+    pages: Pages,
+    table: Int32[Array, "B tiles pages_per_tile"],
+    lengths: Int32[Array, " B"],
+    query_starts: Int32[Array, " B+1"],
+    fewest_queries: int,
+    sinks: Float[Array, " N"] | None,
+    options: Options,
+) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
+    """Attention of the sequences with at least `fewest_queries` new tokens, block by block.
+
+    The online softmax of FlashAttention (Dao et al. 2022, arXiv 2205.14135) over gathered tiles: nothing
+    ever holds a whole context, and tiles outside every query's causal range or window are not read.
+
+    Args:
+        q: the queries of all sequences.
+        out: the outputs of the other sequences' tokens; returned with those of these.
+        lse: their log-sum-exp.
+        pages: one layer's pages, the tokens already in them.
+        table: the pages by tiles.
+        lengths: tokens in each sequence, the new ones included.
+        query_starts: where each sequence's tokens start in T.
+        fewest_queries: sequences with fewer new tokens are left alone.
+        sinks: one logit a query head.
+        options: the static options.
+
+    Returns:
+        `out` and `lse` with the rows of these sequences in them.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, page_size = pages.num_kv_heads, pages.page_size
+    group = num_heads // num_kv_heads
+    block = min(BLOCK_QUERIES, num_tokens)
+    tile_tokens = table.shape[2] * page_size
+
+    starts, ends = query_starts[:-1], query_starts[1:]
+    num_queries = ends - starts
+    num_blocks = jnp.where(num_queries >= fewest_queries, -(-num_queries // block), 0)
+    block_ends = jnp.cumsum(num_blocks, dtype=jnp.int32)
+    row = jnp.arange(block, dtype=jnp.int32)
+    offset = jnp.arange(tile_tokens, dtype=jnp.int32)
+    initial = start(sinks, num_kv_heads, num_heads, head_dim)
+    # [K, R = block * G, ...]: one sequence's queries, those of one KV head together.
+    initial = jax.tree.map(lambda x: jnp.repeat(x[:, None], block, axis=1), initial)
+    initial = Softmax(*(x.reshape(1, num_kv_heads, block * group, *x.shape[3:]) for x in initial))
+
+    def attend_block(i, carry):
+        out, lse = carry
+        sequence = jnp.sum(block_ends <= i, dtype=jnp.int32)
+        in_sequence = i - (block_ends[sequence] - num_blocks[sequence])
+        # The last block of the step may reach past T: it starts earlier, and ignores the rows before its own.
+        own_start = starts[sequence] + in_sequence * block
+        first = jnp.minimum(own_start, num_tokens - block)
+        token = first + row
+        position = lengths[sequence] - ends[sequence] + token
+        own = (token >= own_start) & (token < ends[sequence]) & (position >= 0)
+        first_position = jnp.maximum(lengths[sequence] - ends[sequence] + own_start, 0)
+        last_position = lengths[sequence] - ends[sequence] + jnp.minimum(own_start + block - 1, ends[sequence] - 1)
+
+        queries = jax.lax.dynamic_slice_in_dim(q, first, block)
+        queries = queries.reshape(block, num_kv_heads, group, head_dim).swapaxes(0, 1)
+        queries = queries.reshape(1, num_kv_heads, block * group, head_dim)
+        row_position = jnp.repeat(position, group)
+
+        def attend_tile(tile, state: Softmax) -> Softmax:
+            page_ids = table[sequence, tile]
+            key_position = tile * tile_tokens + offset
+            exists = jnp.repeat(page_ids > 0, page_size) & (key_position <= last_position)
+            visible = exists[None, :] & (key_position[None, :] <= row_position[:, None])
+            if options.window is not None:
+                exists &= key_position > first_position - options.window
+                visible &= key_position[None, :] > row_position[:, None] - options.window
+            new = attend(queries, pages, page_ids[None], exists[None], visible[None], options)
+            top = jnp.maximum(state.top, new.top)
+            shrink, weight = jnp.exp(state.top - top), jnp.exp(new.top - top)
+            return Softmax(
+                top,
+                state.total * shrink + new.total * weight,
+                state.out * shrink[..., None] + new.out * weight[..., None],
+            )
+
+        first_tile = 0
+        if options.window is not None:
+            first_tile = jnp.maximum(first_position - options.window + 1, 0) // tile_tokens
+        end_tile = jnp.minimum(last_position // tile_tokens + 1, table.shape[1])
+        state = jax.lax.fori_loop(first_tile, end_tile, attend_tile, initial)
+
+        def put(whole, x):  # [1, K, R, ...] -> the block's own rows of [T, N, ...]
+            x = x.reshape(num_kv_heads, block, group, *x.shape[3:]).swapaxes(0, 1)
+            x = x.reshape(block, *whole.shape[1:]).astype(whole.dtype)
+            old = jax.lax.dynamic_slice_in_dim(whole, first, block)
+            mask = own.reshape(block, *[1] * (x.ndim - 1))
+            return jax.lax.dynamic_update_slice_in_dim(whole, jnp.where(mask, x, old), first, 0)
+
+        block_out, block_lse = finish(state)
+        return put(out, block_out), put(lse, block_lse)
+
+    return jax.lax.fori_loop(0, block_ends[-1], attend_block, (out, lse))
