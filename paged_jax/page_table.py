@@ -6,9 +6,9 @@
     ...                                                 # attend: write the new tokens, read the old ones
     table = table.release(finished)
 
-Every method that changes the table is a transition: pure, `(table, arguments) -> (table, result)`, jittable, vectorised over
-the rows. Nothing raises under jit. A row whose request cannot be honoured is left exactly as it was, and a bit of `fault`
-sticks until `clear_fault`. The cost of a transition follows the pages that it touches, not the size of the pool.
+Every method that changes the table is a transition: pure, `(table, arguments) -> (table, result)`, jittable, vectorised
+over the rows. Nothing raises under jit: a row whose request cannot be honoured is left exactly as it was, and a bit of
+`fault` sticks until `clear_fault`. The cost of a transition follows the pages it touches, not the size of the pool.
 """
 
 import dataclasses
@@ -54,8 +54,8 @@ class Reservation(NamedTuple):
 class PageTable:
     """Who owns what. P pages of S = `page_size` tokens, B rows (one sequence each) of at most M pages.
 
-    Row b maps the columns `first_column[b]` to `ceil(lengths[b] / S) - 1`: token i lies in page `pages[b, i // S]`, slot
-    `i % S`. An empty row has length 0. A page may stand in several rows and handles; `refcounts` says in how many.
+    Row b maps the columns `first_column[b]` to `ceil(lengths[b] / S) - 1`: its token i lies in page `pages[b, i // S]`,
+    slot `i % S`. An empty row has length 0. A page may stand in several rows and handles; `refcounts` says in how many.
     """
 
     refcounts: Int32[Array, " P"]  # the truth: 0 means free
@@ -72,19 +72,22 @@ class PageTable:
     @classmethod
     def create(cls, config: CacheConfig) -> "PageTable":
         """An empty table."""
-        num_pages, num_rows = config.num_pages, config.max_sequences
-        scalar = lambda value: jnp.array(value, jnp.int32)  # noqa: E731  distinct buffers: each may be donated
+        shape = (config.max_sequences, config.max_pages_per_sequence)
+        return cls._empty(config.num_pages, shape, config.page_size)
+
+    @classmethod
+    def _empty(cls, num_pages: int, shape: tuple[int, int], page_size: int) -> "PageTable":
         return cls(
             refcounts=jnp.zeros(num_pages, jnp.int32).at[NULL_PAGE].set(1),
-            free_stack=jnp.arange(num_pages - 1, -1, -1, dtype=jnp.int32),  # the null page is not within reach
-            num_free=scalar(num_pages - 1),
-            pages=jnp.full((num_rows, config.max_pages_per_sequence), NULL_PAGE, jnp.int32),
-            lengths=jnp.zeros(num_rows, jnp.int32),
-            first_column=jnp.zeros(num_rows, jnp.int32),
-            fault=scalar(0),
-            version=scalar(0),
-            epoch=scalar(0),
-            page_size=config.page_size,
+            free_stack=jnp.arange(num_pages - 1, -1, -1, dtype=jnp.int32),  # the null page is out of reach
+            num_free=jnp.array(num_pages - 1, jnp.int32),
+            pages=jnp.full(shape, NULL_PAGE, jnp.int32),
+            lengths=jnp.zeros(shape[0], jnp.int32),
+            first_column=jnp.zeros(shape[0], jnp.int32),
+            fault=jnp.zeros((), jnp.int32),
+            version=jnp.zeros((), jnp.int32),
+            epoch=jnp.zeros((), jnp.int32),
+            page_size=page_size,
         )
 
     @property
@@ -107,11 +110,11 @@ class PageTable:
     ) -> tuple["PageTable", Reservation]:
         """Make room for the next tokens of every row, and count them in.
 
-        A row gets all it asks for or is refused. Rows are served in order; once one that needs pages is refused for lack of
-        them, so is every later one that needs any. A row that asks for more than M pages hold is refused by itself.
+        A row gets all it asks for or is refused. Rows are served in order; once one that needs pages is refused for
+        lack of them, so is every later one that needs any. A row that asks for more than M pages hold is refused alone.
 
-        Copy-on-write is one rule: a row whose partly filled last page has other owners appends to a copy of it. Where all
-        owners of a page append in the same step, the last of them keeps the page. (It counts as one that needs pages.)
+        Copy-on-write is one rule: a row whose partly filled last page has other owners appends to a copy of it. Where
+        all owners of a page append in one step, the last of them keeps it (and counts as one that needs pages).
 
         Args:
             new_tokens: tokens to append to each row; 0 asks for nothing and is granted.
@@ -120,11 +123,11 @@ class PageTable:
         Returns:
             The table and a Reservation. Make its copies (`PagePool.copy`) before anything is written.
         """
-        row = jnp.arange(self.num_rows, dtype=jnp.int32)
         is_bad = new_tokens < 0
         is_full = new_tokens > self.max_length - self.lengths
         appends = (new_tokens > 0) & ~is_full
         column, slot = jnp.divmod(self.lengths, self.page_size)  # where the next token goes
+        row = jnp.arange(self.num_rows, dtype=jnp.int32)
         last_page = self.pages.at[row, column].get(mode="fill", fill_value=NULL_PAGE)
         is_shared = appends & (slot > 0) & (self.refcounts[last_page] > 1)
         new_lengths = self.lengths + jnp.where(appends, new_tokens, 0)
@@ -144,33 +147,15 @@ class PageTable:
             copies &= granted
             num_new = jnp.where(granted, num_needed, 0)
             first_new = jnp.where((slot > 0) & ~copies, column + 1, column)
-            top = table.num_free - 1 - (total - num_new)  # where in the stack a row's first new page lies
-
-            def map_next(k, carry):
-                refcounts, pages = carry
-                takes = k < num_new
-                page = table.free_stack.at[top - k].get(mode="clip")
-                owned = jnp.where(takes, page, self.num_pages + row)
-                refcounts = refcounts.at[owned].set(1, mode="drop", unique_indices=True)
-                where = jnp.where(takes, first_new + k, pages.shape[1])
-                return refcounts, pages.at[row, where].set(page, mode="drop", unique_indices=True)
-
-            refcounts = lax.cond(
-                jnp.any(copies),
-                lambda: table.refcounts.at[jnp.where(copies, last_page, self.num_pages)].add(-1, mode="drop"),
-                lambda: table.refcounts,
-            )
-            refcounts, pages = lax.fori_loop(0, jnp.max(num_new), map_next, (refcounts, table.pages))
-            table = dataclasses.replace(
-                table, refcounts=refcounts, pages=pages, num_free=table.num_free - jnp.sum(num_new)
-            )
-            target = table.free_stack.at[top].get(mode="clip")
-            copy_source = jnp.where(copies, last_page, NULL_PAGE)
-            return table, Reservation(granted, copy_source, jnp.where(copies, target, NULL_PAGE))
+            table = table._leave(jnp.where(copies, last_page, NULL_PAGE))
+            table, first_page = table._take(num_new, total - num_new, first_new)
+            nulls = jnp.full_like(last_page, NULL_PAGE)
+            pairs = jnp.where(copies, last_page, nulls), jnp.where(copies, first_page, nulls)
+            return table, Reservation(granted, *pairs)
 
         def allocate_nothing(table: PageTable) -> tuple[PageTable, Reservation]:
-            nulls = jnp.full_like(row, NULL_PAGE)
-            return table, Reservation(jnp.ones_like(appends), nulls, nulls)
+            nulls = jnp.full_like(last_page, NULL_PAGE)
+            return table, Reservation(~needs_pages, nulls, nulls)
 
         table, reservation = lax.cond(jnp.any(needs_pages), allocate, allocate_nothing, self)
         granted = reservation.granted & ~is_bad & ~is_full
@@ -238,7 +223,7 @@ class PageTable:
         ok = asked & in_range & is_empty & (jnp.sum(same_child, axis=1) == 1)
 
         def share(i, table: PageTable) -> PageTable:
-            pages = table.pages[parents[i]]
+            pages = table._row(parents[i])
             table = table._add_references(pages)
             return dataclasses.replace(table, pages=table.pages.at[children[i]].set(pages))
 
@@ -337,23 +322,16 @@ class PageTable:
 
     def reset(self) -> "PageTable":
         """Empty everything; handles from before are stale."""
-        num_pages = self.num_pages
-        return dataclasses.replace(
-            self,
-            refcounts=jnp.zeros_like(self.refcounts).at[NULL_PAGE].set(1),
-            free_stack=jnp.arange(num_pages - 1, -1, -1, dtype=jnp.int32),
-            num_free=jnp.full_like(self.num_free, num_pages - 1),
-            pages=jnp.full_like(self.pages, NULL_PAGE),
-            lengths=jnp.zeros_like(self.lengths),
-            first_column=jnp.zeros_like(self.first_column),
-            fault=jnp.zeros_like(self.fault),
-            version=self.version + 1,
-            epoch=self.epoch + 1,
-        )
+        table = PageTable._empty(self.num_pages, self.pages.shape, self.page_size)
+        return dataclasses.replace(table, version=self.version + 1, epoch=self.epoch + 1)
 
     def _columns(self, lengths: Array) -> Array:
         """Columns that so many tokens reach."""
         return (lengths + self.page_size - 1) // self.page_size
+
+    def _row(self, b: Array) -> Int32[Array, " M"]:
+        """One row, read at once: left to itself XLA reads it again behind a write, and copies all rows for that."""
+        return lax.optimization_barrier(self.pages[b])
 
     def _next(self, *faults: tuple[Fault, Array], **changes: Array) -> "PageTable":
         """The table after a transition: some fields changed, faults noted where their condition holds."""
@@ -365,6 +343,55 @@ class PageTable:
     def _is_alive(self, handle: PageHandle) -> Array:
         held = handle.pages != NULL_PAGE
         return (handle.epoch == self.epoch) & jnp.all(~held | (self.refcounts[handle.pages] > 0))
+
+    def _take(self, num_new: Array, start: Array, first_column: Array) -> tuple["PageTable", Int32[Array, " B"]]:
+        """Rows take `num_new[b]` free pages, those from `start[b]` on, for their columns from `first_column[b]` on.
+
+        Returns:
+            The table, and the first page that each row took.
+        """
+        top = self.num_free - 1 - start  # where in the stack a row's first page lies
+        page = self.free_stack.at[top].get(mode="clip")
+        takes = num_new > 0
+        row = jnp.arange(self.num_rows, dtype=jnp.int32)
+        column = jnp.where(takes, first_column, self.pages.shape[1])
+        table = dataclasses.replace(
+            self,
+            refcounts=self._set_refcounts(jnp.where(takes, page, NULL_PAGE), jnp.ones_like(page)),
+            pages=self.pages.at[row, column].set(page, mode="drop", unique_indices=True),
+            num_free=self.num_free - jnp.sum(num_new),
+        )
+
+        def take_more(b, table: PageTable) -> PageTable:
+            i = jnp.arange(table.pages.shape[1], dtype=jnp.int32) - first_column[b]
+            takes = (i > 0) & (i < num_new[b])
+            pages = jnp.where(takes, table.free_stack.at[top[b] - i].get(mode="clip"), NULL_PAGE)
+            refcounts = table._set_refcounts(pages, jnp.ones_like(pages))
+            pages = table.pages.at[b].set(jnp.where(takes, pages, table._row(b)))
+            return dataclasses.replace(table, refcounts=refcounts, pages=pages)
+
+        return _for_each(num_new > 1, take_more, table), page
+
+    def _leave(self, pages: Int32[Array, " B"]) -> "PageTable":
+        """Rows give up one page each (null: none), not its last owner, though several may leave the same page."""
+
+        def leave(refcounts):
+            return refcounts.at[jnp.where(pages != NULL_PAGE, pages, self.num_pages)].add(-1, mode="drop")
+
+        refcounts = lax.cond(jnp.any(pages != NULL_PAGE), leave, lambda refcounts: refcounts, self.refcounts)
+        return dataclasses.replace(self, refcounts=refcounts)
+
+    def _unmap(self, rows: Bool[Array, " B"], start: Array, stop: Array) -> "PageTable":
+        """Some rows give up the pages in their columns `start[b]` to `stop[b] - 1`."""
+        column = jnp.arange(self.pages.shape[1], dtype=jnp.int32)
+
+        def unmap_row(b, table: PageTable) -> PageTable:
+            row = table._row(b)
+            is_gone = (start[b] <= column) & (column < stop[b])
+            table = table._drop_references(jnp.where(is_gone, row, NULL_PAGE))
+            return dataclasses.replace(table, pages=table.pages.at[b].set(jnp.where(is_gone, NULL_PAGE, row)))
+
+        return _for_each(rows, unmap_row, self)
 
     def _add_references(self, pages: Int32[Array, " M"]) -> "PageTable":
         """One more owner for each of some distinct pages (null pages aside)."""
@@ -389,18 +416,6 @@ class PageTable:
         past_the_end = self.num_pages + jnp.arange(len(pages), dtype=jnp.int32)
         where = jnp.where(pages != NULL_PAGE, pages, past_the_end)
         return self.refcounts.at[where].set(counts, mode="drop", unique_indices=True)
-
-    def _unmap(self, rows: Bool[Array, " B"], start: Array, stop: Array) -> "PageTable":
-        """Some rows give up the pages in their columns `start[b]` to `stop[b] - 1`."""
-        column = jnp.arange(self.pages.shape[1], dtype=jnp.int32)
-
-        def unmap_row(b, table: PageTable) -> PageTable:
-            row = table.pages[b]
-            is_gone = (start[b] <= column) & (column < stop[b])
-            table = table._drop_references(jnp.where(is_gone, row, NULL_PAGE))
-            return dataclasses.replace(table, pages=table.pages.at[b].set(jnp.where(is_gone, NULL_PAGE, row)))
-
-        return _for_each(rows, unmap_row, self)
 
 
 def _for_each(mask: Bool[Array, " n"], body: Callable[[Array, PageTable], PageTable], table: PageTable) -> PageTable:

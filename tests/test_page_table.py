@@ -259,31 +259,31 @@ class TestReserve:
         assert (lengths + np.asarray(refused)).tolist() == [30] * B
         assert int(table.fault) == Fault.OUT_OF_PAGES  # it stuck; rows at 16 of 20 tokens are not full
 
-    def test_a_page_freed_and_handed_out_again_in_one_step_while_a_copy_is_pending(self):
+    def test_a_page_freed_and_handed_out_again_in_one_step_while_a_copy_is_pending(self, driver):
         """Row 0 frees its page, which becomes the copy of row 1's page, in one jitted step with the real pool."""
-        config = dataclasses.replace(CONFIG, num_pages=4, dtype="float32")
-        table, pool = PageTable.create(config), PagePool.create(config)
-        new = [jnp.array(only(row0=3, row1=3), jnp.int32), jnp.array(only(row1=1, row2=1), jnp.int32)]
-        table, _ = table.reserve(new[0])
-        data = jnp.broadcast_to(
-            jnp.arange(4, dtype=jnp.float32)[:, None, None, None], pool.layers[0].data.shape
-        )  # page p holds p
-        pool = pool.replace_layer(0, dataclasses.replace(pool.layers[0], data=data))
-        table, _ = table.fork(jnp.array([1]), jnp.array([2]))
-        table, _ = table.reserve(jnp.array(only(row3=1), jnp.int32))  # the last free page
+        pool = PagePool.create(dataclasses.replace(CONFIG, dtype="float32"))
+        ids = jnp.broadcast_to(jnp.arange(P, dtype=jnp.float32)[:, None, None, None], pool.layers[0].data.shape)
+        pool = pool.replace_layer(0, dataclasses.replace(pool.layers[0], data=ids))  # page p holds p
+        driver.reserve(only(row0=3, row1=3))
+        driver.fork([(1, 2)])
+        freed, shared = driver.pages[0][0], driver.pages[1][0]
+        fill(driver, num_free=0)
+        new_tokens = jnp.array(only(row1=1, row2=1), jnp.int32)
 
         @jax.jit
         def step(table, pool):
             table = table.release(jnp.array(mask(0)))
-            table, reservation = table.reserve(new[1])
+            table, reservation = table.reserve(new_tokens)
             return table, pool.copy(reservation), reservation
 
-        table, pool, reservation = step(table, pool)
-        check(table, appended=new[1])
-        assert reservation.copy_source.tolist() == [0, 2, 0, 0, 0, 0]
-        assert reservation.copy_target.tolist() == [0, 1, 0, 0, 0, 0]
-        keys, values = read_pages(pool.layers[0], jnp.arange(4, dtype=jnp.int32))
-        assert keys[:, 0, 0, 0].tolist() == values[:, 0, 0, 0].tolist() == [0, 2, 2, 3]
+        table, pool, reservation = step(driver.table, pool)
+        check(table, [held.handle for held in driver.held], appended=new_tokens)
+        assert reservation.copy_source.tolist() == [0, shared, 0, 0, 0, 0]
+        assert reservation.copy_target.tolist() == [0, freed, 0, 0, 0, 0]
+        keys, values = read_pages(pool.layers[0], jnp.arange(P, dtype=jnp.int32))
+        expected = np.arange(P)
+        expected[freed] = shared
+        assert keys[:, 0, 0, 0].tolist() == values[:, 0, 0, 0].tolist() == expected.tolist()
 
 
 class TestTruncateAndPermute:
