@@ -96,8 +96,8 @@ class PrefixCache:
     ) -> PageTable:
         """Cache the full pages of a row, after the step that wrote them.
 
-        Pages whose tokens are cached already stay the row's own. Nothing is cached of a row that lacks some pages, which
-        it gave up behind its window, or whose pages are cached in another namespace.
+        Pages whose tokens are cached already stay the row's own. Nothing is cached of a row that lacks pages, because
+        it gave them up behind its window, or whose pages are cached in another namespace.
 
         Args:
             table: the table; it stays valid.
