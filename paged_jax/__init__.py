@@ -5,32 +5,37 @@ builds an `AttentionMetadata`, and each layer calls `paged_attention`. `decode_l
 program; `generate` serves prompts with it.
 """
 
-from pallas_kernels import Pages
-
 from paged_jax.attention import paged_attention
 from paged_jax.config import CacheConfig
 from paged_jax.decoding import DecodeState, decode_loop, decode_step, prefill
+from paged_jax.generator import Completion, Generator, generate
 from paged_jax.handles import PageHandle
 from paged_jax.memory import MemoryReport
 from paged_jax.metadata import AttentionMetadata
 from paged_jax.page_table import PageTable, Reservation
 from paged_jax.pool import PagePool
+from paged_jax.prefix import PrefixCache
 from paged_jax.sampling import SamplingParams
+from pallas_kernels import Pages
 
 __version__ = "0.1.0"
 __all__ = [
     "AttentionMetadata",
     "CacheConfig",
+    "Completion",
     "DecodeState",
+    "Generator",
     "MemoryReport",
     "PageHandle",
     "PagePool",
     "PageTable",
     "Pages",
+    "PrefixCache",
     "Reservation",
     "SamplingParams",
     "decode_loop",
     "decode_step",
+    "generate",
     "paged_attention",
     "prefill",
 ]

@@ -104,20 +104,7 @@ class Generator:
         self._waiting: collections.deque[_Sample] = collections.deque()
         self._running: dict[int, _Sample] = {}  # by row, oldest first
         self._num_requests = 0
-        self._num_traces = 0
-        self._prefill = self._jit(functools.partial(prefill, forward), donate_argnums=1)
-        self._decode = self._jit(functools.partial(_visit, forward), donate_argnums=1)
-        self._start = self._jit(start, donate_argnums=0)
-        self._stop = self._jit(stop, donate_argnums=0)
-        self._fork = self._jit(_fork, donate_argnums=0)
-
-    def _jit(self, function: Callable[..., Any], donate_argnums: int) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def counted(*arguments):
-            self._num_traces += 1
-            return function(*arguments)
-
-        return jax.jit(counted, donate_argnums=donate_argnums)
+        self._forward = forward
 
     def submit(self, prompt: Sequence[int], sampling: SamplingParams = SamplingParams()) -> int:  # noqa: B008  frozen
         """Queue a prompt; returns its request number.
@@ -160,7 +147,7 @@ class Generator:
         """Serve everything that was submitted, chunk by chunk; more may be submitted meanwhile."""
         while self._waiting or self._running:
             self._admit()
-            self.state, refused = self._decode(self.params, self.state)
+            self.state, refused = _decode(self._forward, self.params, self.state)
             yield from self._collect()
             if np.any(np.asarray(refused)):
                 self._make_room(int(np.sum(refused)))
@@ -184,10 +171,6 @@ class Generator:
             for r, params in zip(requests, each, strict=True)
         ]
 
-    def num_compilations(self) -> int:
-        """How many device functions were traced and compiled so far; constant after warm-up."""
-        return self._num_traces
-
     # ---- admission -------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
@@ -201,32 +184,30 @@ class Generator:
                 parents, children = np.full((2, self.config.max_sequences), -1, np.int32)
                 for i, (parent, child) in enumerate(followers):
                     parents[i], children[i] = parent.row, child.row
-                self.state = self._fork(self.state, parents, children)
+                self.state = _fork(self.state, parents, children)
             self._begin(leaders + [child for _, child in followers])
 
     def _choose(self) -> tuple[list[_Sample], list[tuple[_Sample, _Sample]]]:
         """Give rows to the next samples: leaders compute their context, followers fork a leader of the same tokens."""
         page_size = self.config.page_size
         rows = [row for row in range(self.config.max_sequences) if row not in self._running]
-        free = int(self.state.table.num_free)
+        planned = 0  # pages that those chosen before will take
         leaders: list[_Sample] = []
         followers: list[tuple[_Sample, _Sample]] = []
         while self._waiting and rows:
             sample = self._waiting[0]
-            reserve = len(self._running)  # so that whoever runs can take one more page before it must wait
             leader = next((s for s in leaders if s.tokens == sample.tokens), None)
             if leader is None and any(self._will_share(sample, s) for s in leaders):
                 break  # the next round finds these pages in the prefix cache
             sample.row = rows[0]
             if leader is None:
                 self._match(sample)
-            need = 1 if leader else -(-len(sample.tokens) // page_size) - sample.num_cached // page_size
-            if need + reserve > free:
-                free = self._evict(need + reserve)
-            if need + reserve > free:
+            own = 1 if leader else -(-len(sample.tokens) // page_size) - sample.num_cached // page_size
+            need = planned + own + len(self._running)  # whoever runs may take one page more before it must wait
+            if self._evict(need) < need:
                 self._release([sample])
                 break
-            free -= need
+            planned += own
             if leader:
                 followers.append((leader, sample))
             else:
@@ -270,7 +251,7 @@ class Generator:
                     done[sample.row] += len(piece)
             tokens = np.zeros(num_tokens, np.int32)
             tokens[: len(packed)] = packed
-            self.state, granted = self._prefill(self.params, self.state, tokens, query_lens)
+            self.state, granted = _prefill(self._forward, self.params, self.state, tokens, query_lens)
             assert np.all(np.asarray(granted) | (query_lens == 0)), "pages that were counted as free were refused"
             left = [s for s in left if done[s.row] < len(s.context)]
         if self.cache is not None:
@@ -288,7 +269,7 @@ class Generator:
             remaining[sample.row] = sample.remaining
             by_row[sample.row] = sample.params, sample.number
         sampler = Sampler.of(by_row, self.max_stop_tokens)
-        self.state = self._start(self.state, rows, feed, remaining, sampler)
+        self.state = _start(self.state, rows, feed, remaining, sampler)
 
     # ---- after a visit ---------------------------------------------------------------------------------------
 
@@ -351,7 +332,7 @@ class Generator:
                 rows[sample.row] = True
                 self._running.pop(sample.row, None)
                 sample.row = -1
-            self.state = self._stop(self.state, rows)
+            self.state = _stop(self.state, rows)
 
     def _set_table(self, table) -> None:
         self.state = dataclasses.replace(self.state, table=table)
@@ -390,11 +371,19 @@ _REASONS = {
 }
 
 
+# Compiled once for all generators of one decoder and one config.
+_prefill = jax.jit(prefill, static_argnums=0, donate_argnums=2)
+_start = jax.jit(start, donate_argnums=0)
+_stop = jax.jit(stop, donate_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _decode(forward: Forward, params: Any, state: DecodeState) -> tuple[DecodeState, jax.Array]:
+    """Decode into an empty buffer."""
+    return decode_loop(forward, params, state.empty_buffer())
+
+
+@functools.partial(jax.jit, donate_argnums=0)
 def _fork(state: DecodeState, parents: jax.Array, children: jax.Array) -> DecodeState:
     table, _ = state.table.fork(parents, children)
     return dataclasses.replace(state, table=table)
-
-
-def _visit(forward: Forward, params: Any, state: DecodeState) -> tuple[DecodeState, jax.Array]:
-    """Decode into an empty buffer."""
-    return decode_loop(forward, params, state.empty_buffer())

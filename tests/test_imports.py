@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [  # from the bottom; a package stands for all its files, longest name first where one contains another
     ["pallas_kernels"],
-    [f"paged_jax.{name}" for name in ("config", "page_table", "pool", "metadata", "invariants", "handles", "prefix")],
+    [f"paged_jax.{name}" for name in ("config", "page_table", "pool", "metadata", "invariants", "handles", "prefix", "prefix_index")],
     ["paged_jax.attention"],
     ["paged_jax.models", "paged_jax.flax"],
     ["paged_jax.sampling", "paged_jax.decoding", "paged_jax.generator", "paged_jax.beam"],
@@ -32,6 +32,11 @@ def layer(module: str) -> int:
     raise AssertionError(f"{module} stands in no layer: add it to LAYERS")
 
 
+def is_module(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").exists()
+
+
 def imports(path: pathlib.Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -39,8 +44,8 @@ def imports(path: pathlib.Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} line {node.lineno}: imports are absolute"
-            submodules = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {m for m in submodules if (ROOT / (m.replace(".", "/") + ".py")).exists()} or {node.module}
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if is_module(name) else node.module for name in names}
     return {name for name in found if name.split(".")[0] in ("paged_jax", "pallas_kernels")}
 
 
