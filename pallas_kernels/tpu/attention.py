@@ -16,35 +16,62 @@ from pallas_kernels.tpu.blocks import decode_sizes
 from pallas_kernels.tpu.heads import LANES, pack_heads, pack_queries, pad_group, unpack_rows
 
 
-def page_chunks(pages: Pages, page_table: Array) -> tuple[Array, int]:
-    """The page table as rows of 128 ids `[B * chunks, 1, 128]`, 0 where there is no page, and chunks a row."""
-    num_rows, max_pages = page_table.shape
+def page_chunks(ids: Array) -> tuple[Array, int]:
+    """A page table `[B, M]` as rows of 128 ids `[B * chunks, 128]`, and the chunks of a row."""
+    num_rows, max_pages = ids.shape
     chunks = -(-max_pages // kernel.IDS)
-    ids = jnp.where(is_mapped(page_table, pages), page_table, 0)
     ids = jnp.pad(ids, ((0, 0), (0, chunks * kernel.IDS - max_pages)))
-    return ids.reshape(num_rows * chunks, 1, kernel.IDS), chunks
+    return ids.reshape(num_rows * chunks, kernel.IDS), chunks
 
 
-def decode_rows(lengths: Array, query_starts: Array, sizes: kernel.DecodeSizes, window: int | None) -> Array:
-    """The scalars of each row that the decode kernel needs; rows without exactly one new token sit out."""
+def decode_rows(
+    lengths: Array, query_starts: Array, ids: Array, sizes: kernel.DecodeSizes, window: int | None
+) -> Array:
+    """The scalars of each row that the decode kernel needs; rows without exactly one new token sit out.
+
+    Args:
+        ids: int32 `[B, M]`, the page table, 0 where there is no page.
+    """
     tokens, page_size = sizes.tokens, sizes.page_size
     length = jnp.where(query_starts[1:] - query_starts[:-1] == 1, jnp.maximum(lengths, 0), 0)
-    first = jnp.zeros_like(length) if window is None else jnp.maximum(length - window, 0) // tokens
     last = jnp.maximum(length - 1, 0)
-    blocks = jnp.where(length > 0, last // tokens + 1 - first, 0)
-    fields = jnp.stack(
-        [length, query_starts[:-1], first, last % tokens // page_size, last % page_size, blocks]
-    )
-    added = -length.size % kernel.UNROLL
-    return jnp.pad(fields, ((0, 0), (0, added))).reshape(-1)
+    first = jnp.zeros_like(length) if window is None else jnp.maximum(length - window, 0)
+    first_block, last_block = first // tokens, last // tokens
+    row = jnp.arange(length.size, dtype=jnp.int32)
+    column = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :]
+    needed = (column >= (first // page_size)[:, None]) & (column <= (last // page_size)[:, None])
+    fields = {
+        kernel.TABLE_ROW: row,
+        kernel.LENGTH: length,
+        kernel.TOKEN: query_starts[:-1],
+        kernel.FIRST_BLOCK: first_block,
+        kernel.FIRST_PAGE: first % tokens // page_size,
+        kernel.LAST_PAGE: last % tokens // page_size,
+        kernel.LAST_SLOT: last % page_size,
+        kernel.HOLES: jnp.any(needed & (ids == 0), axis=1).astype(jnp.int32),
+    }
+    rows = jnp.stack([fields[i] for i in range(kernel.FIELDS)])
+    active = length > 0
+    # The rows that take part move to the front: cheaper than a sort, and once a step for all layers.
+    rank = jnp.sum((row[None, :] < row[:, None]) & active[None, :], axis=1, dtype=jnp.int32)
+    is_nth = (rank[None, :] == row[:, None]) & active[None, :]
+    rows = jnp.sum(jnp.where(is_nth[None], rows[:, None, :], 0), axis=2)  # [FIELDS, B]
+    num_active = jnp.sum(active, dtype=jnp.int32)
+    num_items = jnp.sum(jnp.where(active, last_block + 1 - first_block, 0), dtype=jnp.int32)
+    return jnp.concatenate([rows.reshape(-1), num_active[None], num_items[None]])
 
 
 def new_rows(k: Array, v: Array, pages: Pages) -> Array:
-    """New keys and values as rows of a page, float32 `[T, K * planes, L]`."""
-    k, v = (x.astype(pages.dtype).astype(jnp.float32) for x in (k, v))
+    """New keys and values as rows of a page, int32 `[T, K * planes, L]`: a value in all parts of its word."""
+    k, v = (x.astype(pages.dtype) for x in (k, v))
     if is_stacked(pages):
-        return jnp.stack([k, v], axis=2).reshape(k.shape[0], 2 * k.shape[1], k.shape[2])
-    return jnp.concatenate([k, v], axis=2)
+        rows = jnp.stack([k, v], axis=2).reshape(k.shape[0], 2 * k.shape[1], k.shape[2])
+    else:
+        rows = jnp.concatenate([k, v], axis=2)
+    bits = 8 * rows.dtype.itemsize
+    words = jax.lax.bitcast_convert_type(rows, f"uint{bits}").astype(jnp.uint32)
+    words = words * jnp.uint32(sum(1 << at for at in range(0, 32, bits)))
+    return jax.lax.bitcast_convert_type(words, jnp.int32)
 
 
 def decode(
@@ -63,8 +90,9 @@ def decode(
     if sizes is None:
         sizes = decode_sizes(pages, page_table.shape[1], packing)
     lengths = jnp.minimum(lengths, page_table.shape[1] * pages.page_size)
-    rows = decode_rows(lengths, query_starts, sizes, window)
-    table, chunks = page_chunks(pages, page_table)
+    ids = jnp.where(is_mapped(page_table, pages), page_table, 0)
+    rows = decode_rows(lengths, query_starts, ids, sizes, window)
+    table, chunks = page_chunks(ids)
     if sinks is not None:
         sinks = pad_group(sinks.astype(jnp.float32)[None], packing).reshape(packing.rows, 1)
         sinks = jnp.broadcast_to(sinks, (packing.rows, LANES))
@@ -74,8 +102,8 @@ def decode(
         chunks=chunks, sizes=sizes, packing=packing, options=options, interpret=interpret,
     )  # fmt: skip
     token = jnp.arange(num_tokens, dtype=jnp.int32)
-    is_mine = (query_starts[None, :-1] == token[:, None]) & (rows[: lengths.size] > 0)[None, :]
-    is_mine = jnp.any(is_mine, axis=1)[:, None]  # [T, 1]
+    takes_part = (query_starts[1:] - query_starts[:-1] == 1) & (lengths > 0)
+    is_mine = jnp.any((query_starts[None, :-1] == token[:, None]) & takes_part[None, :], axis=1)[:, None]
     out = jnp.where(is_mine[..., None], unpack_rows(out, packing)[..., -head_dim:], jnp.zeros((), q.dtype))
     if return_lse:
         lse = jnp.where(is_mine, unpack_rows(lse[..., 0], packing), -jnp.inf)

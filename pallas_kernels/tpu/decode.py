@@ -33,9 +33,11 @@ MASKED = -1e30  # score of a key that does not exist
 FLOOR = -1e20  # the running maximum before the first key: exp2(MASKED - FLOOR) is 0
 LOG2E = 1.4426950408889634
 IDS = 128  # page ids in a chunk of the page table: one row of lanes
-FIELDS = 6  # of a row in `rows`
-LENGTH, TOKEN, FIRST_BLOCK, LAST_PAGE, LAST_SLOT, NUM_BLOCKS = range(FIELDS)
-UNROLL = 8
+ID_GROUPS = 16  # groups whose page ids can be under way; a power of two
+FIELDS = 8  # of a row in `rows`
+TABLE_ROW, LENGTH, TOKEN, FIRST_BLOCK, FIRST_PAGE, LAST_PAGE, LAST_SLOT, HOLES = range(FIELDS)
+RESIDENT_BYTES = 256 << 10  # a page table up to this size lies in scalar memory, a larger one streams
+WORD_PART = {1: -1, 2: 0xFFFF, 4: 0xFF}  # the first of so many values packed in a 32-bit word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +67,13 @@ class DecodeSizes:
 
     @property
     def plan_ahead(self) -> int:
-        """Items between an item's plan and its fetch."""
-        return 2 * self.items_per_group
+        """Items between an item's plan and its fetch, where the page table streams."""
+        return 8 * self.items_per_group
 
     @property
     def records(self) -> int:
-        """Items whose scalars are kept: from the plan to the write-back, one lap after the values."""
-        return pl.next_power_of_2(2 * self.items_in_ring + self.plan_ahead + 3 * self.items_per_group)
+        """Items whose scalars are kept: from the plan to the values."""
+        return pl.next_power_of_2(self.items_in_ring + self.plan_ahead + 3 * self.items_per_group)
 
     @property
     def sequences(self) -> int:
@@ -98,146 +100,152 @@ def _dot(a: Array, b: Array, contract_b: int) -> Array:
 
 
 def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, out_hbm, lse_hbm, pages, *scratch,
-            num_rows: int, chunks: int, sizes: DecodeSizes, packing: HeadPacking, options: DecodeOptions):  # fmt: skip
+            num_rows: int, chunks: int, streams: bool, sizes: DecodeSizes, packing: HeadPacking, options: DecodeOptions):  # fmt: skip
     del pages_in  # the same memory as `pages`
     S, NP, W, U = sizes.page_size, sizes.pages_per_item, sizes.items_per_group, sizes.items_in_ring
-    T, ahead, plan_ahead = sizes.tokens, sizes.ahead, sizes.plan_ahead
+    T, ahead, plan_ahead = sizes.tokens, sizes.ahead, sizes.plan_ahead if streams else 0
+    num_active, num_items = rows[FIELDS * num_rows], rows[FIELDS * num_rows + 1]
     num_groups_in_ring, last_record, last_sequence = U // W, sizes.records - 1, sizes.sequences - 1
     K, E, L = packing.num_kv_heads, packing.heads_per_pass, packing.lanes
     R, G, num_rows_q = packing.rows_per_pass, packing.padded_group, packing.rows
+    all_pages = (1 << NP) - 1 if NP < 32 else -1  # a bit for each page of an item
     planes = pages.shape[2] // S  # 2: value rows below key rows; 1: side by side in the lanes
     value_row = (planes - 1) * S
-    tile_rows = SUBLANES * 4 // pages.dtype.itemsize  # what a copy can address
+    packed = 4 // pages.dtype.itemsize  # values in a 32-bit word
+    tile_rows = SUBLANES * packed  # what a copy can address
     slots, scratch = scratch[:U], scratch[U:]
-    (order, cursor, left_of, low_of, column_of, bits_of, count_of, first_of, sequence_of, token_of,
+    (cursor, row_of, left_of, low_of, bits_of, count_of, dirty_of, first_of, sequence_of, chunk_of,
+     column_of, pages_due, rows_due, outs_due, tiles_due,
      ids, q, new, out, lse, tile, m_ref, l_ref, acc_ref, s_ref, p_ref, alpha_ref, l_out, m_out,
      page_sem, row_sem, id_sem, out_sem, tile_sem) = scratch  # fmt: skip
+    ids = ids if streams else table
 
     def field(index, row):
         return rows[index * num_rows + row]
 
     # ---- the walk over items -------------------------------------------------------------------------------
-    def collect_rows():
-        """Lists the rows that take part and counts their items."""
-
-        def body(i, carry):
-            count, items = carry
-            for j in range(UNROLL):
-                row = i * UNROLL + j
-                length = field(LENGTH, row)
-                order[count] = row
-                count = count + jnp.where(length > 0, 1, 0)
-                items = items + field(NUM_BLOCKS, row)
-            return count, items
-
-        zero = jnp.int32(0)
-        return lax.fori_loop(0, num_rows // UNROLL, body, (zero, zero))
-
-    def plan(item, at, num_active):
+    def plan(item):
         """Writes the item's record, starts the copy of its page ids and advances the walker."""
         nth, block = cursor[0], cursor[1]
         real = nth < num_active
-        row = order[jnp.minimum(nth, num_active - 1)]
+        row = jnp.minimum(nth, num_active - 1)
         length = field(LENGTH, row)
         left = length - block * T
         first_page = block * NP
+        first = block == field(FIRST_BLOCK, row)
+        end = jnp.where(left > T, NP, field(LAST_PAGE, row) + 1)
+        begin = jnp.where(first, field(FIRST_PAGE, row), 0) if options.window is not None else 0
+        chunk = field(TABLE_ROW, row) * chunks + jnp.right_shift(first_page, IDS.bit_length() - 1)
         r = item & last_record
+        row_of[r] = row
         left_of[r] = jnp.where(real, left, 0)
-        column_of[r] = first_page & (IDS - 1)
-        first_of[r] = jnp.where(real & (block == field(FIRST_BLOCK, row)), 1, 0)
+        bits = jnp.left_shift(2, end - 1) - jnp.left_shift(1, begin)
+        is_dirty = (bits != all_pages) | (left < T) | (field(HOLES, row) > 0)
+        bits_of[r] = bits
+        dirty_of[r] = jnp.where(real & is_dirty, 1, 0)
+        count_of[r] = jnp.where(real, end - begin, 0)
+        first_of[r] = jnp.where(real & first, 1, 0)
         # Items past the end leave their output where nobody looks.
         sequence_of[r] = jnp.where(real, nth & last_sequence, last_sequence + 1)
-        token_of[r] = row
+        column_of[r] = first_page & (IDS - 1)
+        chunk_of[r] = r if streams else chunk
         if options.window is not None:
             low_of[r] = jnp.where(real, length - options.window - block * T, T)
-        chunk = row * chunks + jnp.right_shift(first_page, IDS.bit_length() - 1)
-        pltpu.make_async_copy(table.at[chunk], ids.at[pl.ds(r, 1)], id_sem.at[at]).start()
+        if streams:
+            pltpu.make_async_copy(table.at[chunk], ids.at[pl.ds(r, 1)], id_sem.at[id_group(item)]).start()
         finished = left <= T
-        following = order[jnp.minimum(nth + 1, num_active - 1)]
+        following = jnp.minimum(nth + 1, num_active - 1)
         cursor[0] = jnp.where(finished & real, nth + 1, nth)
         cursor[1] = jnp.where(finished, field(FIRST_BLOCK, following), block + 1)
+
+    def id_group(item):
+        return jnp.right_shift(item, W.bit_length() - 1) & (ID_GROUPS - 1)
+
+    def page_id(r, j):
+        return ids[chunk_of[r], column_of[r] + j]
 
     def is_last(r):
         return (left_of[r] > 0) & (left_of[r] <= T)
 
-    def total(values, first):
-        return functools.reduce(lambda a, b: a + b, [values((first + w) & last_record) for w in range(W)])
+    def ends_here(r):
+        """Whether the item has the page of the newest token; it lacks it if that page is not mapped."""
+        return is_last(r) & ((jnp.right_shift(bits_of[r], field(LAST_PAGE, row_of[r])) & 1) > 0)
+
+    def total(values):
+        return functools.reduce(lambda a, b: a + b, values)
 
     # ---- data movement -------------------------------------------------------------------------------------
     def row_copies(r):
         """The query of the item's sequence and, where it is appended, its new token."""
-        sequence, row = sequence_of[r], field(TOKEN, token_of[r])
+        sequence, row = sequence_of[r], field(TOKEN, row_of[r])
         copies = [(q_hbm.at[row], q.at[sequence])]
         return copies + ([(new_hbm.at[row], new.at[sequence])] if options.append else [])
 
     def fetch(item, slot):
         r = item & last_record
-        left, column = left_of[r], column_of[r]
-        bits = count = jnp.int32(0)
+        left, chunk, column = left_of[r], chunk_of[r], column_of[r]
         for j in range(NP):
-            page = ids[r, column + j]
-            wanted = (left > j * S) & (page > 0)
+            wanted = left > j * S
             if options.window is not None:
                 wanted = wanted & (low_of[r] < (j + 1) * S)
+            copy = pltpu.make_async_copy(pages.at[ids[chunk, column + j]], slots[slot].at[j], page_sem.at[slot // W])
+            pl.when(wanted)(copy.start)  # one copy under a condition is a predicated descriptor, not a branch
 
-            @pl.when(wanted)
-            def _(page=page, j=j):
-                pltpu.make_async_copy(pages.at[page], slots[slot].at[j], page_sem.at[slot // W]).start()
+        for source, target in row_copies(r):
+            pl.when(first_of[r] > 0)(pltpu.make_async_copy(source, target, row_sem.at[slot // W]).start)
 
-            bits = bits | jnp.where(wanted, jnp.int32(-(1 << 31) if j == 31 else 1 << j), 0)
-            count = count + jnp.where(wanted, 1, 0)
-        bits_of[r], count_of[r] = bits, count
-
-        @pl.when(first_of[r] > 0)
-        def _():
-            for source, target in row_copies(r):
-                pltpu.make_async_copy(source, target, row_sem.at[slot // W]).start()
+    def fetch_group(first, u0):
+        """Fetches W items and remembers what the group will wait for."""
+        for w in range(W):
+            fetch(first + w, u0 + w)
+        pages_due[u0 // W] = total([count_of[(first + w) & last_record] for w in range(W)])
+        rows_due[u0 // W] = total([first_of[(first + w) & last_record] for w in range(W)])
 
     def wait(ref, count, sem):
         """Waits for the bytes of `count` leading elements of `ref`."""
         part = ref.at[pl.ds(0, count)]
         pl.when(count > 0)(pltpu.make_async_copy(part, part, sem).wait)
 
-    def arrive(first, u0):
-        wait(pages, total(lambda r: count_of[r], first), page_sem.at[u0 // W])
-        num_first = total(lambda r: first_of[r], first)
-        wait(q_hbm, num_first, row_sem.at[u0 // W])
+    def arrive(at):
+        wait(pages, pages_due[at], page_sem.at[at])
+        wait(q_hbm, rows_due[at], row_sem.at[at])
         if options.append:
-            wait(new_hbm, num_first, row_sem.at[u0 // W])
+            wait(new_hbm, rows_due[at], row_sem.at[at])
 
-    def ids_arrive(at):
+    def ids_arrive(item):
         part = ids.at[pl.ds(0, W)]
-        pltpu.make_async_copy(part, part, id_sem.at[at]).wait()
+        pltpu.make_async_copy(part, part, id_sem.at[id_group(item)]).wait()
 
-    def leave(first, group):
-        """Waits for what the items from `first` wrote to HBM a lap ago: outputs."""
-        count = total(lambda r: jnp.where(is_last(r), 1, 0), first)
-        wait(out_hbm, count, out_sem.at[group])
+    def leave(at):
+        """Waits for what the group at this place of the ring sent to HBM a lap ago."""
+        wait(out_hbm, outs_due[at], out_sem.at[at])
         if options.lse:
-            wait(lse_hbm, count, out_sem.at[group])
+            wait(lse_hbm, outs_due[at], out_sem.at[at])
+        if options.append:
+            wait(tile, tiles_due[at], tile_sem.at[at])
 
-    def ends_here(r):
-        return is_last(r) & ((jnp.right_shift(bits_of[r], field(LAST_PAGE, token_of[r])) & 1) > 0)
+    def send_output(r, at):
+        sequence, row = sequence_of[r], field(TOKEN, row_of[r])
+        pl.when(is_last(r))(pltpu.make_async_copy(out.at[sequence], out_hbm.at[row], out_sem.at[at]).start)
+        if options.lse:
+            copy = pltpu.make_async_copy(lse.at[sequence], lse_hbm.at[row], out_sem.at[at])
+            pl.when(is_last(r))(copy.start)
 
-    def tiles_leave(first, group):
-        wait(tile, total(lambda r: jnp.where(ends_here(r), 1, 0), first), tile_sem.at[group])
-
-    def send_outputs(r, group):
-        sequence, row = sequence_of[r], field(TOKEN, token_of[r])
-
-        @pl.when(is_last(r))
-        def _():
-            pltpu.make_async_copy(out.at[sequence], out_hbm.at[row], out_sem.at[group]).start()
-            if options.lse:
-                pltpu.make_async_copy(lse.at[sequence], lse_hbm.at[row], out_sem.at[group]).start()
-
-    # ---- the pages of an item: what does not exist becomes zero, what is new is put in ------------------------
+    # ---- the pages of an item: what is new is put in, what does not exist becomes zero -----------------------
     def clean(r, slot):
-        """Zeroes the values of pages that were not fetched: 0 * NaN is NaN."""
-        left = left_of[r]
+        """Zeroes the values that do not exist, but for the tile of the last token: 0 * NaN is NaN."""
+        left, row = left_of[r], row_of[r]
+        has_holes = field(HOLES, row) > 0
 
-        @pl.when((left > 0) & (bits_of[r] != (1 << NP) - (1 << 32 if NP == 32 else 0) - 1))
+        @pl.when(dirty_of[r] > 0)
         def _():
+            def drop_hole(j, bits):
+                return jnp.where(page_id(r, j) > 0, bits, bits & ~jnp.left_shift(1, j))
+
+            @pl.when(has_holes)
+            def _():
+                bits_of[r] = lax.fori_loop(0, NP, drop_hole, bits_of[r])
+
             def page(j, _):
                 @pl.when((jnp.right_shift(bits_of[r], j) & 1) == 0)
                 def _():
@@ -245,40 +253,45 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, out_hbm, lse_hbm, 
 
                 return 0
 
-            lax.fori_loop(0, NP, page, 0)
-
-    def finish(r, slot, group):
-        """The last page of a sequence: appends its new token and zeroes the values behind it."""
-        row, sequence = token_of[r], sequence_of[r]
-        j, at = field(LAST_PAGE, row), field(LAST_SLOT, row)
-        first_row = pl.multiple_of(at & -tile_rows, tile_rows)
-        in_tile = lax.broadcasted_iota(jnp.int32, (tile_rows, L), 0) - (at - first_row)
-
-        @pl.when(ends_here(r))
-        def _():
-            for h in range(K):
-                for e in range(planes):
-                    here = pl.ds(pl.multiple_of(e * S + first_row, tile_rows), tile_rows)
-                    x = slots[slot][j, h, here, :].astype(jnp.float32)
-                    if options.append:
-                        x = jnp.where(in_tile == 0, new[sequence, h * planes + e : h * planes + e + 1, :], x)
-                        tile[sequence, h, e] = x.astype(pages.dtype)
-                    if e == planes - 1:
-                        x = jnp.where(in_tile > 0, 0.0, x)
-                    slots[slot][j, h, here, :] = x.astype(pages.dtype)
-            if options.append:
-                for e in range(planes):
-                    here = pl.ds(pl.multiple_of(e * S + first_row, tile_rows), tile_rows)
-                    target = pages.at[ids[r, column_of[r] + j], :, here, :]
-                    pltpu.make_async_copy(tile.at[sequence, :, e], target, tile_sem.at[group]).start()
-
             def behind(t, _):
                 here = pl.ds(pl.multiple_of(value_row + t * tile_rows, tile_rows), tile_rows)
+                j = field(LAST_PAGE, row)
                 slots[slot][j, :, here, :] = jnp.zeros((K, tile_rows, L), pages.dtype)
                 return 0
 
-            if S > tile_rows:
-                lax.fori_loop(lax.div(first_row, tile_rows) + 1, S // tile_rows, behind, 0)
+            lax.fori_loop(0, NP, page, 0)
+            first_behind = lax.div(field(LAST_SLOT, row), tile_rows) + 1
+            lax.fori_loop(jnp.where(left <= T, first_behind, S // tile_rows), S // tile_rows, behind, 0)
+
+    def put_new_token(r, slot, group):
+        """Appends to the tile of the last token, as 32-bit words; other items keep theirs as it is.
+
+        There is no branch, so that the work hides beside the matrix unit.
+        """
+        row, sequence, ends = row_of[r], sequence_of[r], ends_here(r)
+        j, at = field(LAST_PAGE, row), field(LAST_SLOT, row)
+        in_tile = at & (tile_rows - 1)
+        first_row = at - in_tile
+        part = (in_tile & (packed - 1)) * (32 // packed)  # of a word, in bits
+        sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, L), 0)
+        is_word = (sublane == lax.div(in_tile, packed)) & ends
+        is_behind = (sublane > lax.div(in_tile, packed)) & ends
+        own = jnp.left_shift(jnp.int32(WORD_PART[packed]), part)
+        new_bits = jnp.where(is_word, own, 0)
+        kept_bits = jnp.where(is_behind, 0, jnp.where(is_word, own | (jnp.left_shift(1, part) - 1), -1))
+        places = [pl.ds(pl.multiple_of(e * S + first_row, tile_rows), tile_rows) for e in range(planes)]
+        tiles = {(h, e): slots[slot][j, h, places[e], :] for h in range(K) for e in range(planes)}
+        for (h, e), x in tiles.items():  # after all loads: a load waits for a store that it might alias
+            x = pltpu.bitcast(x, jnp.int32)
+            if options.append:
+                x = x ^ ((x ^ new[sequence, h * planes + e : h * planes + e + 1, :]) & new_bits)
+                tile[sequence, h, e] = pltpu.bitcast(x, pages.dtype)
+            if e == planes - 1:
+                x = x & kept_bits
+            slots[slot][j, h, places[e], :] = pltpu.bitcast(x, pages.dtype)
+        for e in range(planes if options.append else 0):
+            target = pages.at[page_id(r, j), :, places[e], :]
+            pl.when(ends)(pltpu.make_async_copy(tile.at[sequence, :, e], target, tile_sem.at[group]).start)
 
     # ---- the three stages ----------------------------------------------------------------------------------
     def side_by_side(slot, n, first_row):
@@ -327,19 +340,21 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, out_hbm, lse_hbm, 
         return x if L == LANES else jnp.broadcast_to(x[:, :1], (num_rows_q, L))
 
     # ---- the pipeline --------------------------------------------------------------------------------------
-    def group(first, u0, num_active):
+    def group(first, u0):
         at = u0 // W
         behind = [((first + w - 2 * W) & last_record, (u0 + w - 2 * W) % U) for w in range(W)]
-        arrive(first, u0)
-        ids_arrive((at + ahead // W) % num_groups_in_ring)
-        leave(first - 2 * W - U, at)
-        if options.append:
-            tiles_leave(first - U, at)
-        for w in range(W):
-            r = (first + w) & last_record
-            clean(r, u0 + w)
-            finish(r, u0 + w, at)
+        arrive(at)
+        leave(at)
+        if streams:
+            ids_arrive(first + ahead)
 
+        @pl.when(total([dirty_of[(first + w) & last_record] for w in range(W)]) > 0)
+        def _():
+            for w in range(W):
+                clean((first + w) & last_record, u0 + w)
+
+        for w in range(W):
+            put_new_token((first + w) & last_record, u0 + w, at)
         m, l, acc = m_ref[...], l_ref[...], acc_ref[...]
         for w, (r, slot) in enumerate(behind):
             o = values(slot, p_ref[w])
@@ -349,9 +364,11 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, out_hbm, lse_hbm, 
             if options.lse:
                 log = (m_out[w] + jnp.log2(jnp.where(d > 0, d, 1.0))) * (1 / LOG2E)
                 lse[sequence_of[r]] = jnp.where(d > 0, log, -jnp.inf)
-            send_outputs(r, at)
-            fetch(first + w + ahead, slot)
-            plan(first + w + ahead + plan_ahead, (at + (ahead + plan_ahead) // W) % num_groups_in_ring, num_active)
+            send_output(r, at)
+            plan(first + w + ahead + plan_ahead)
+        fetch_group(first + ahead, (u0 + ahead) % U)
+        outs_due[at] = total([jnp.where(is_last(r), 1, 0) for r, _ in behind])
+        tiles_due[at] = total([jnp.where(ends_here((first + w) & last_record), 1, 0) for w in range(W)])
         s = [scores((first + w) & last_record, u0 + w) for w in range(W)]
         for w in range(W):
             p, alpha, m, l = softmax((first + w - W) & last_record, s_ref[w], m, l)
@@ -362,20 +379,24 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, out_hbm, lse_hbm, 
             s_ref[w] = s[w]
         m_ref[...], l_ref[...], acc_ref[...] = m, l, acc
 
-    def run(num_active, num_items):
-        cursor[0], cursor[1] = jnp.int32(0), field(FIRST_BLOCK, order[0])
-        for item in range(-2 * W - U, 0):  # nothing came before
+    def run():
+        cursor[0], cursor[1] = jnp.int32(0), field(FIRST_BLOCK, 0)
+        for item in range(-2 * W, 0):  # nothing came before
             r = item & last_record
-            left_of[r] = first_of[r] = bits_of[r] = count_of[r] = column_of[r] = token_of[r] = jnp.int32(0)
+            row_of[r] = left_of[r] = first_of[r] = bits_of[r] = jnp.int32(0)
             sequence_of[r] = jnp.int32(last_sequence + 1)
             if options.window is not None:
                 low_of[r] = jnp.int32(0)
-        for item in range(ahead + plan_ahead):
-            plan(jnp.int32(item), item // W % num_groups_in_ring, num_active)
-        for item in range(ahead):
-            if item % W == 0:
-                ids_arrive(item // W)
-            fetch(jnp.int32(item), item)
+        for at in range(num_groups_in_ring):
+            outs_due[at] = tiles_due[at] = jnp.int32(0)
+        for item in range(plan_ahead):
+            plan(jnp.int32(item))
+        for first in range(0, ahead, W):
+            for w in range(W):
+                plan(jnp.int32(first + w + plan_ahead))
+            if streams:
+                ids_arrive(jnp.int32(first))
+            fetch_group(jnp.int32(first), first)
         m_ref[...] = jnp.full_like(m_ref, FLOOR)
         for ref in (l_ref, acc_ref, s_ref, p_ref, alpha_ref, l_out, m_out):
             ref[...] = jnp.zeros_like(ref)
@@ -385,25 +406,16 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, out_hbm, lse_hbm, 
         def lap(g0):
             for u0 in range(0, U, W):
                 g = g0 + u0 // W
-                pl.when(g < num_groups)(functools.partial(group, g * W, u0, num_active))
+                pl.when(g < num_groups)(functools.partial(group, g * W, u0))
             return g0 + num_groups_in_ring
 
-        end = lax.while_loop(lambda g0: g0 < num_groups, lap, jnp.int32(0))
+        lax.while_loop(lambda g0: g0 < num_groups, lap, jnp.int32(0))
+        for at in range(num_groups_in_ring):
+            leave(at)
+        for g in range(plan_ahead // W):  # planned, never fetched
+            ids_arrive(num_groups * W + ahead + g * W)
 
-        for at in range(num_groups_in_ring):  # what was started and has nobody left to wait for it
-            g = end - num_groups_in_ring + at
-            g = jnp.where(g < num_groups, g, g - num_groups_in_ring)
-            leave((g - 2) * W, at)
-            if options.append:
-                tiles_leave(g * W, at)
-        at = num_groups - end + (ahead // W) % num_groups_in_ring + num_groups_in_ring
-        for _ in range(plan_ahead // W):  # planned, never fetched
-            at = jnp.where(at >= num_groups_in_ring, at - num_groups_in_ring, at)
-            ids_arrive(at)
-            at = at + 1
-
-    num_active, num_items = collect_rows()
-    pl.when(num_items > 0)(functools.partial(run, num_active, num_items))
+    pl.when(num_items > 0)(run)
 
 
 def decode(q: Array, new: Array | None, sinks: Array | None, rows: Array, table: Array, pages: Array, *,
@@ -412,11 +424,11 @@ def decode(q: Array, new: Array | None, sinks: Array | None, rows: Array, table:
 
     Args:
         q: packed queries `[T, passes, R, E * L]`.
-        new: float32 `[T, K * planes, L]`, the new rows of a page, or None.
+        new: int32 `[T, K * planes, L]`, the new rows of a page, each value in all parts of its word; or None.
         sinks: float32 `[rows, 128]`, or None.
-        rows: int32 `[6 * B]`: of each row of the table its length (0: takes no part), token, first block,
-            page within the last block and slot of the new token, and number of blocks. B a multiple of 8.
-        table: int32 `[B * chunks, 1, 128]`, the page ids, of each row in so many chunks; 0: no page.
+        rows: int32 `[FIELDS * B + 2]`: the fields of each row that takes part, in order and field by field, then
+            the number of such rows and of their items.
+        table: int32 `[B * chunks, 128]`, the page ids, of each row in so many chunks; 0: no page.
         pages: `[P, K, planes * S, L]`.
 
     Returns:
@@ -424,25 +436,28 @@ def decode(q: Array, new: Array | None, sinks: Array | None, rows: Array, table:
         take no part are not written.
     """
     num_tokens, num_rows = q.shape[0], rows.shape[0] // FIELDS
+    streams = table.size * 4 > RESIDENT_BYTES
     W, U, N, L = sizes.items_per_group, sizes.items_in_ring, packing.rows, packing.lanes
     planes = pages.shape[2] // sizes.page_size
     tile_rows = SUBLANES * 4 // pages.dtype.itemsize
     f32, i32 = jnp.float32, jnp.int32
     if new is None:
-        new = jnp.zeros((1, SUBLANES, LANES), f32)
+        new = jnp.zeros((1, SUBLANES, LANES), i32)
     if sinks is None:
         sinks = jnp.zeros((SUBLANES, LANES), f32)
     vmem, smem = pltpu.VMEM, pltpu.SMEM
     ring = sizes.sequences + 1  # the last entry takes what nobody reads
-    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    hbm, scalars = pl.BlockSpec(memory_space=pltpu.HBM), pl.BlockSpec(memory_space=smem)
+    if streams:
+        table = table.reshape(-1, 1, IDS)
     lse_shape = (num_tokens, N, LANES) if options.lse else (1, SUBLANES, LANES)
     kept = (ring, N, LANES) if options.lse else (1, SUBLANES, LANES)
     scratch = [vmem((sizes.pages_per_item, *pages.shape[1:]), pages.dtype)] * U
-    scratch += [smem((num_rows + 1,), i32), smem((2,), i32)] + [smem((sizes.records,), i32)] * 8
+    scratch += [smem((2,), i32)] + [smem((sizes.records,), i32)] * 10 + [smem((U // W,), i32)] * 4
     scratch += [
-        smem((sizes.records, IDS), i32),
+        smem((sizes.records if streams else 1, IDS), i32),
         vmem((ring, *q.shape[1:]), q.dtype),
-        vmem((ring, *new.shape[1:]), f32),
+        vmem((ring, *new.shape[1:]), i32),
         vmem((ring, N, L), q.dtype),
         vmem(kept, f32),
         vmem((ring, pages.shape[1], planes, tile_rows, L), pages.dtype),
@@ -454,17 +469,23 @@ def decode(q: Array, new: Array | None, sinks: Array | None, rows: Array, table:
         vmem((W, N, LANES), f32),
         vmem((W, N, LANES), f32),
         vmem((W, N, LANES) if options.lse else (1, SUBLANES, LANES), f32),
-    ] + [pltpu.SemaphoreType.DMA((U // W,))] * 5
-    kernel = functools.partial(_kernel, num_rows=num_rows, chunks=chunks, sizes=sizes, packing=packing, options=options)
+    ] + [pltpu.SemaphoreType.DMA((n,)) for n in (U // W, U // W, ID_GROUPS, U // W, U // W)]
+    if not interpret:  # XLA would put small arrays into VMEM, where a copy is a loop that breaks basic blocks
+        q, new, pages = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (q, new, pages))
+        if streams:
+            table = pltpu.with_memory_space_constraint(table, pltpu.HBM)
+    kernel = functools.partial(
+        _kernel, num_rows=num_rows, chunks=chunks, streams=streams, sizes=sizes, packing=packing, options=options
+    )
     return pl.pallas_call(
         kernel,
         name="paged_decode",
         out_shape=(
-            jax.ShapeDtypeStruct((num_tokens, N, L), q.dtype),
-            jax.ShapeDtypeStruct(lse_shape, f32),
-            jax.ShapeDtypeStruct(pages.shape, pages.dtype),
+            pltpu.HBM((num_tokens, N, L), q.dtype),
+            pltpu.HBM(lse_shape, f32),
+            pltpu.HBM(pages.shape, pages.dtype),
         ),
-        in_specs=[pl.BlockSpec(memory_space=smem), hbm, hbm, pl.BlockSpec(memory_space=vmem), hbm, hbm],
+        in_specs=[scalars, hbm, hbm, pl.BlockSpec(memory_space=vmem), hbm if streams else scalars, hbm],
         out_specs=(hbm, hbm, hbm),
         input_output_aliases={5: 2},
         scratch_shapes=scratch,
