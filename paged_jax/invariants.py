@@ -126,11 +126,13 @@ def check(
     broken = {bit: np.flatnonzero(where) for bit, where in _find(table, held, appended).items()}
     broken = {bit: where for bit, where in broken.items() if len(where)}
     if broken:
-        lines = [f"{_SENTENCES[bit]}: {_where(bit, where)}" for bit, where in broken.items()]
+        lines = [_SENTENCES[bit] + _where(bit, where) for bit, where in broken.items()]
         raise InvariantError("the page table is broken\n" + "\n".join(lines), Violation(sum(broken)))
 
 
 def _where(bit: Violation, indices: np.ndarray) -> str:
+    if bit in (Violation.NULL_PAGE, Violation.NUM_FREE):
+        return ""
     kind = "rows" if bit >= Violation.LENGTH else "pages"
     shown = ", ".join(str(i) for i in indices[:8]) + (", ..." if len(indices) > 8 else "")
-    return f"{kind} {shown}"
+    return f": {kind} {shown}"
