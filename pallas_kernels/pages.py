@@ -100,6 +100,24 @@ def init_pages(num_pages: int, num_kv_heads: int, page_size: int, head_dim: int,
     return Pages(jnp.zeros(shape, dtype), scales, page_size)
 
 
+def gather_pages(pages: Pages, page_ids: Int32[Array, "*n"]) -> tuple[Array, Array | None]:
+    """Whole pages, `[*n, K, 2S, H]` or `[*n, K, S, 2H]`, and their scales `[*n, K, 2S]`; ids within `0 .. P-1`."""
+    data = pages.data.at[page_ids].get(mode="promise_in_bounds")
+    if pages.scales is None:
+        return data, None
+    scales = scale_rows(pages.scales).at[page_ids].get(mode="promise_in_bounds")
+    return data, scales.reshape(*page_ids.shape, *pages.scales.shape[1:])
+
+
+def scale_rows(scales: Float[Array, "P K R"]) -> Float[Array, "P KR"]:
+    """The scales with one row a page: the view that XLA reads and writes in place on CPU and TPU alike.
+
+    On a TPU it keeps the page as the minor axis of scales; a gather of `[K, 2S]` slices, or a scatter through the
+    flat view, makes it copy all of them into another layout first where K is 2 or 4.
+    """
+    return scales.reshape(scales.shape[0], -1)
+
+
 def split_kv(pages: Pages, data: Array) -> tuple[Array, Array]:
     """Parts whole pages `[..., K, 2S, H]` or `[..., K, S, 2H]` into keys and values `[..., K, S, H]`."""
     axis = -2 if is_stacked(pages) else -1
@@ -164,24 +182,29 @@ def put_tokens(
     so that no two tokens aim at one row.
     """
     num_pages, num_heads, page_size = pages.num_pages, pages.num_kv_heads, pages.page_size
-    token = jnp.arange(page.size, dtype=jnp.int32)
-    # [T, K]: the index of a head's strip of S slots
-    strip = page[:, None] * num_heads + jnp.arange(num_heads, dtype=jnp.int32)[None, :]
-    dropped = (page == NULL_PAGE)[:, None]
+    token = jnp.arange(page.size, dtype=jnp.int32)[:, None]
+    head = jnp.arange(num_heads, dtype=jnp.int32)[None, :]
+    is_dropped = (page == NULL_PAGE)[:, None]
 
-    def put(array: Array, rows: Array, rows_per_strip: int, first: int) -> Array:
-        flat = array.reshape(num_pages * num_heads * rows_per_strip, *array.shape[3:])
-        past = flat.shape[0] + token[:, None] * num_heads + jnp.arange(num_heads, dtype=jnp.int32)[None, :]
-        row = jnp.where(dropped, past, strip * rows_per_strip + first + slot[:, None])
-        rows = rows.astype(array.dtype)
-        flat = flat.at[row].set(rows, mode="drop", unique_indices=True)
+    def put(array: Array, x: Array, slots: int, first: int) -> Array:
+        """Puts x `[T, K, ...]` at row `first + slot` of the strip of `slots` rows that a head has in a page."""
+        flat = array.reshape(num_pages * num_heads * slots, -1)
+        row = (page[:, None] * num_heads + head) * slots + first + slot[:, None]
+        row = jnp.where(is_dropped, flat.shape[0] + token * num_heads + head, row)
+        flat = flat.at[row].set(x.astype(array.dtype), mode="drop", unique_indices=True)
         return flat.reshape(array.shape)
+
+    def put_scale(scales: Array, x: Array, first: int) -> Array:
+        rows = scale_rows(scales)
+        row = jnp.where(is_dropped, num_pages + token, page[:, None])
+        column = head * 2 * page_size + first + slot[:, None]
+        return rows.at[row, column].set(x, mode="drop", unique_indices=True).reshape(scales.shape)
 
     scales = pages.scales
     if scales is not None:
         (k, k_scale), (v, v_scale) = quantise(k), quantise(v)
-        scales = put(scales, k_scale, 2 * page_size, 0)
-        scales = put(scales, v_scale, 2 * page_size, page_size)
+        scales = put_scale(scales, k_scale, 0)
+        scales = put_scale(scales, v_scale, page_size)
     if is_stacked(pages):
         data = put(pages.data, k, 2 * page_size, 0)
         data = put(data, v, 2 * page_size, page_size)

@@ -9,7 +9,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.pages import Pages, is_mapped, put_tokens, split_kv, token_places, token_slots
+from pallas_kernels.pages import (
+    Pages,
+    gather_pages,
+    is_mapped,
+    put_tokens,
+    scale_rows,
+    split_kv,
+    token_places,
+    token_slots,
+)
 
 
 class AttentionResult(NamedTuple):
@@ -34,9 +43,10 @@ def read_pages(pages: Pages, page_ids: Int32[Array, " n"]) -> tuple[Float[Array,
         x = jnp.where(mapped[:, None, None, None], x, jnp.zeros((), x.dtype))
         return jnp.swapaxes(x, 1, 2)
 
-    k, v = split_kv(pages, pages.data[index])  # [n, K, S, H]
-    if pages.scales is not None:
-        k_scale, v_scale = jnp.split(pages.scales[index], 2, axis=-1)  # [n, K, S]
+    data, scales = gather_pages(pages, index)
+    k, v = split_kv(pages, data)  # [n, K, S, H]
+    if scales is not None:
+        k_scale, v_scale = jnp.split(scales, 2, axis=-1)  # [n, K, S]
         k = k.astype(jnp.float32) * k_scale[..., None]
         v = v.astype(jnp.float32) * v_scale[..., None]
     return tokens_first(k), tokens_first(v)
@@ -60,11 +70,12 @@ def copy_pages(pages: Pages, source: Int32[Array, " C"], target: Int32[Array, " 
     source = jnp.where(both, source, 0)
     target = jnp.where(both, target, pages.num_pages)  # past the end: dropped
 
-    def copy(array):
-        return array.at[target].set(array[source], mode="drop")
-
-    scales = None if pages.scales is None else copy(pages.scales)
-    return dataclasses.replace(pages, data=copy(pages.data), scales=scales)
+    data, scales = gather_pages(pages, source)
+    data = pages.data.at[target].set(data, mode="drop")
+    if pages.scales is not None and scales is not None:
+        rows = scale_rows(pages.scales).at[target].set(scale_rows(scales), mode="drop")
+        scales = rows.reshape(pages.scales.shape)
+    return dataclasses.replace(pages, data=data, scales=scales)
 
 
 def paged_attention(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.pages import NULL_PAGE, Pages, is_mapped, split_kv
+from pallas_kernels.pages import NULL_PAGE, Pages, gather_pages, is_mapped, split_kv
 
 TILE_TOKENS = 128
 LOWEST = -1e30  # stands for -inf as the largest score so far: a difference of two of them is 0, not NaN
@@ -97,13 +97,13 @@ def attend(
     def by_head(x):  # [C, pages_per_tile, K, S, ...] -> [C, K, tile, ...]
         return jnp.swapaxes(x, 1, 2).reshape(num_tiles, num_heads, -1, *x.shape[4:])
 
-    k, v = split_kv(pages, pages.data.at[page_ids].get(mode="promise_in_bounds"))
+    data, scales = gather_pages(pages, page_ids)
+    k, v = split_kv(pages, data)
     k, v = by_head(k).astype(dtype), by_head(v).astype(dtype)
     scores = jnp.einsum("ckrh,ckth->ckrt", q.astype(dtype), k, precision=precision, preferred_element_type=jnp.float32)
     scores = scores * options.scale
     v_scale = None
-    if pages.scales is not None:
-        scales = pages.scales.at[page_ids].get(mode="promise_in_bounds")
+    if scales is not None:
         k_scale, v_scale = (by_head(x) for x in jnp.split(scales, 2, axis=-1))  # [C, K, tile]
         scores = scores * k_scale[:, :, None, :]
     if options.soft_cap is not None:
