@@ -41,16 +41,16 @@ def prompts() -> list[str]:
 
 def run(model: Model, console: Console, *, samples: int = 3, max_new_tokens: int = 64, seed: int = 0) -> None:
     """Generate, streaming the text, then show the pages of the fullest moment beside a contiguous cache."""
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.7, top_p=0.95, seed=seed, num_samples=samples)
     texts = prompts()
     tokens = [model.tokenizer.encode(text) for text in texts]
     length = max(map(len, tokens)) + max_new_tokens
     config = model.cache_config(
-        num_pages=384,
+        num_pages=193,
         max_sequences=len(texts) * samples,
         max_pages_per_sequence=-(-length // PAGE_SIZE),
         page_size=PAGE_SIZE,
     )
-    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.7, top_p=0.95, seed=seed, num_samples=samples)
     generator = Generator(model.forward, model.params, config, steps_per_visit=8)
     for prompt in tokens:
         generator.submit(prompt, params)
@@ -67,7 +67,7 @@ def run(model: Model, console: Console, *, samples: int = 3, max_new_tokens: int
             body = Text()
             for number in range(samples if finished else 1):
                 body.append(("" if number == 0 else "\n") + f"── sample {number} ", "dim")
-                body.append("\n" + ending.strip("\n"), "cyan")
+                body.append("\n" + ending.lstrip("\n"), "cyan")
                 body.append(model.tokenizer.decode(drawn[i, number]))
             panels.append(Panel(body, title=f"prompt {i}: {len(tokens[i])} tokens", title_align="left"))
         return Group(*panels) if finished else Group(*panels, progress)

@@ -1,0 +1,79 @@
+"""The command line, in this process."""
+
+import io
+import json
+
+import pytest
+
+from paged_jax import models
+from paged_jax.cli import main
+
+
+@pytest.fixture(scope="module")
+def continuation():
+    """What the demo model greedily says after a prompt, without any cache."""
+    model = models.load(models.DEMO)
+
+    def greedy(text, count):
+        import jax.numpy as jnp
+
+        tokens = model.tokenizer.encode(text)
+        prompt = len(tokens)
+        for _ in range(count):
+            padded = jnp.array(tokens + [0] * (64 - len(tokens)), jnp.int32)
+            tokens.append(int(jnp.argmax(model.dense_forward(model.params, padded)[len(tokens) - 1])))
+        return model.tokenizer.decode(tokens[prompt:])
+
+    return greedy
+
+
+def test_generate_continues_prompts_from_arguments(capsys, continuation):
+    assert main(["generate", "import ", "def main(", "--max-new-tokens", "6"]) == 0
+    expected = [text + continuation(text, 6) for text in ("import ", "def main(")]
+    assert capsys.readouterr().out == "".join(text + "\n" for text in expected)
+
+
+def test_generate_reads_prompts_from_a_file_and_from_stdin(capsys, tmp_path, monkeypatch):
+    path = tmp_path / "prompts.txt"
+    path.write_text("import \n\ndef main(\n")
+    options = ["--max-new-tokens", "6", "--json", "--samples", "2", "--temperature", "0.8"]
+    assert main(["generate", "--file", str(path), *options]) == 0
+    from_file = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("import \n\ndef main(\n"))
+    assert main(["generate", *options]) == 0
+    assert capsys.readouterr().out == from_file, "the same seed draws the same tokens"
+    samples = [json.loads(line) for line in from_file.splitlines()]
+    assert [(s["prompt"], s["sample"]) for s in samples] == [
+        ("import ", 0), ("import ", 1), ("def main(", 0), ("def main(", 1)
+    ]  # fmt: skip
+    assert len({s["text"] for s in samples}) > 1 and all(s["finish"] == "length" for s in samples)
+
+
+def test_demo_prints_text_and_memory(capsys):
+    assert main(["demo", "--samples", "2", "--max-new-tokens", "8"]) == 0
+    output = capsys.readouterr().out
+    assert "prompt 5" in output and "sample 1" in output
+    assert "the pool at its fullest" in output
+    assert "sharing saves" in output and "times the paged cache" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate"], "no prompts: pass them as arguments, with --file, or one a line on stdin"),
+        (["generate", "x", "--file", "y"], "prompts came as arguments and with --file: give one or the other"),
+        (["generate", "--file", "/nowhere"], "No such file"),
+        (["generate", "x", "--model", "/nowhere"], "/nowhere/config.json"),
+        (["generate", "x", "--dtype", "float7"], "float7"),
+        (["generate", "x", "--page-size", "0"], "page_size must be a whole number of at least 1, got 0"),
+        (["generate", "x", "--num-pages", "2"], "needs 5 pages, but the pool has 1 besides the null page"),
+        (["generate", "x", "--top-p", "2"], r"top_p must be in"),
+        (["demo", "--samples", "0"], "num_samples must be at least 1"),
+    ],
+)
+def test_bad_input_is_named_on_stderr(capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.startswith("paged_jax: ")
+    assert captured.out == ""
