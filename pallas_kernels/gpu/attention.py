@@ -10,11 +10,15 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.gpu import hardware
 from pallas_kernels.gpu.decode import attend_segments, decode_tile, merge_segments, padded_group
 from pallas_kernels.gpu.moves import write_pages
-from pallas_kernels.gpu.schedule import cut_rows
+from pallas_kernels.gpu.rows import attend_rows, row_tile
+from pallas_kernels.gpu.schedule import Queries, cut_queries, cut_rows, max_row_items
 from pallas_kernels.pages import Pages, token_places
 from pallas_kernels.reference import AttentionResult
 
 HEAD_DIMS = (64, 128, 256)
+MOST_PACKED_QUERIES = 32  # of a sequence: up to so many, the rows of a block are the query heads of a KV head as well
+MOST_DECODE_GROUP = 16  # query heads of a KV head that the decode kernel takes
+MOST_PARTS = 16  # of a sequence's keys, where there are too few queries to keep every multiprocessor busy
 
 
 class Options(NamedTuple):
@@ -44,13 +48,118 @@ def paged_attention(
     return_lse: bool,
 ) -> AttentionResult:
     """As `pallas_kernels.paged_attention`; the arguments are already checked, here and by `refusal`."""
-    del shared_prefix, max_query_len
+    del shared_prefix
     if k is not None and v is not None:
         pages = write_pages(pages, k, v, page_table, lengths, query_starts)
     options = Options(scale, window, soft_cap, sinks)
     places = token_places(lengths, query_starts, q.shape[0])
-    out, lse = decode(q, pages, page_table, places.sequence, places.position, options)
+    group = q.shape[1] // pages.num_kv_heads
+    if max_query_len == 1 and group <= MOST_DECODE_GROUP:
+        out, lse = decode(q, pages, page_table, places.sequence, places.position, options)
+    else:
+        out, lse = prefill(q, pages, page_table, lengths, query_starts, max_query_len, options)
+        lse = jnp.where(places.position[:, None] >= 0, lse, -jnp.inf)
     return AttentionResult(out, pages, lse if return_lse else None)
+
+
+def prefill(
+    q: Float[Array, "T N H"],
+    pages: Pages,
+    page_table: Int32[Array, "B M"],
+    lengths: Int32[Array, " B"],
+    query_starts: Int32[Array, " B+1"],
+    max_query_len: int,
+    options: Options,
+) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
+    """Attention of sequences with any number of queries; those with one go to the decode kernel where it pays."""
+    num_tokens, num_heads, _ = q.shape
+    num_sequences, capacity = lengths.size, page_table.shape[1] * pages.page_size
+    group = num_heads // pages.num_kv_heads
+    is_packed = max_query_len <= MOST_PACKED_QUERIES
+    decodes_apart = num_sequences > 1 and not is_packed and group <= MOST_DECODE_GROUP
+
+    starts, num = query_starts[:-1], jnp.diff(query_starts)
+    is_decoding = (num == 1) & decodes_apart
+    # The padding behind the last sequence is one more run of queries, which sees nothing.
+    queries = Queries(
+        sequence=jnp.append(jnp.arange(num_sequences, dtype=jnp.int32), 0),
+        start=query_starts,
+        num=jnp.append(jnp.where(is_decoding, 0, num), num_tokens - query_starts[-1]),
+        position=jnp.append(lengths - num, 0),
+        end=jnp.append(jnp.minimum(lengths, capacity), 0),
+    )
+    out, lse = attend_queries(q, pages, page_table, queries, options, is_packed)
+    if decodes_apart:
+        position = jnp.where(is_decoding, lengths - 1, -1)
+        rows = q[jnp.where(is_decoding, starts, 0)]
+        sequence = jnp.arange(num_sequences, dtype=jnp.int32)
+        row_out, row_lse = decode(rows, pages, page_table, sequence, position, options)
+        target = jnp.where(is_decoding, starts, num_tokens + sequence)  # past the end: dropped
+        out = out.at[target].set(row_out, mode="drop", unique_indices=True)
+        lse = lse.at[target].set(row_lse, mode="drop", unique_indices=True)
+    return out, lse
+
+
+def attend_queries(
+    q: Float[Array, "T N H"],
+    pages: Pages,
+    page_table: Int32[Array, "B M"],
+    queries: Queries,
+    options: Options,
+    is_packed: bool,
+) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
+    """Attention of runs of queries by the rows kernel.
+
+    Packed, the rows of a block are the queries of a KV head's whole group, and its keys are read once for all of
+    them; otherwise those of one query head.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads = pages.num_kv_heads
+    group = num_heads // num_kv_heads if is_packed else 1
+    tile = row_tile(head_dim, pages.page_size, page_table.shape[1], group, hardware.is_interpreted())
+    num_items = max_row_items(queries.num.size, num_tokens, group)
+    columns = num_heads // group
+    num_parts = max(1, min(hardware.num_multiprocessors() // (num_items * columns), MOST_PARTS))
+    items = cut_queries(
+        queries, num_tokens, rows_per_query=group, tokens_per_tile=tile.tokens, num_parts=num_parts,
+        window=options.window,
+    )  # fmt: skip
+    # [T, K, G, H] -> [T * G, K, H]
+    rows = q.reshape(num_tokens, columns, group, head_dim).swapaxes(1, 2).reshape(-1, columns, head_dim)
+    sinks = None if options.sinks is None else options.sinks.astype(jnp.float32)
+    is_merged = num_parts > 1 or (is_packed and sinks is not None)
+    out, lse = attend_rows(
+        rows, pages.data, pad_axis(page_table, 1, -page_table.shape[1] % tile.ids), items,
+        None if is_merged else sinks,
+        page_size=pages.page_size, tile=tile, num_parts=num_parts, scale=options.scale,
+        soft_cap=options.soft_cap, window=options.window,
+    )  # fmt: skip
+
+    def unpack(x):
+        x = x.reshape(num_parts, num_tokens, group, columns, -1)
+        return x.swapaxes(2, 3).reshape(num_parts, num_tokens, num_heads, -1)
+
+    out, lse = unpack(out), unpack(lse)[..., 0]
+    if is_merged:
+        return merge_parts(out, lse, sinks, q.dtype)
+    return out[0], lse[0]
+
+
+def merge_parts(
+    out: Float[Array, "parts T N H"], lse: Float[Array, "parts T N"], sinks: Float[Array, " N"] | None, dtype: Any
+) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
+    """Attention over the union of disjoint parts of the keys, and sinks."""
+    top = jnp.max(lse, axis=0, keepdims=True)
+    if sinks is not None:
+        top = jnp.maximum(top, sinks[None, None, :])
+    top = jnp.where(top == -jnp.inf, 0, top)
+    weights = jnp.exp(lse - top)  # [parts, T, N]
+    total = jnp.sum(weights, axis=0, keepdims=True)
+    if sinks is not None:
+        total += jnp.exp(sinks[None, None, :] - top)
+    weights /= jnp.where(total > 0, total, 1)
+    out = jnp.sum(weights[..., None] * out.astype(jnp.float32), axis=0)
+    return out.astype(dtype), (top + jnp.log(total))[0]
 
 
 def decode(
@@ -97,7 +206,7 @@ def pad_axis(x: Array, axis: int, amount: int) -> Array:
     return jnp.pad(x, [(0, amount if i == axis else 0) for i in range(x.ndim)])
 
 
-def refusal(q: Array, pages: Pages, max_query_len: int, **arguments: Any) -> str | None:
+def refusal(q: Array, pages: Pages, **arguments: Any) -> str | None:
     """Why the kernels cannot run these arguments, or None."""
     del arguments
     if q.dtype != jnp.bfloat16:
@@ -108,8 +217,4 @@ def refusal(q: Array, pages: Pages, max_query_len: int, **arguments: Any) -> str
         return f"the GPU kernels take head sizes {HEAD_DIMS}, got {pages.head_dim}."
     if pages.page_size % 64 and pages.page_size not in (8, 16, 32):
         return f"the GPU kernels take pages of 8, 16, 32 or a multiple of 64 tokens, got {pages.page_size}."
-    if max_query_len > 1:
-        return f"the GPU kernels decode one query a sequence, got max_query_len {max_query_len}."
-    if (group := q.shape[1] // pages.num_kv_heads) > 16:
-        return f"the GPU kernels take up to 16 query heads a KV head, got {group}."
     return None

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
+BLOCK_ROWS = 128  # of queries that a block of the rows kernel takes
 FIELDS = 8  # int32 words of a segment: 32 bytes, so that its fields are one memory sector
 
 
@@ -67,6 +68,123 @@ def cut_rows(first_tile: Int32[Array, " R"], num_tiles: Int32[Array, " R"], num_
     share = jnp.where(used, share, num_shares)
     share_starts = count_at_most(share, jnp.arange(num_shares + 1, dtype=jnp.int32) - 1)
     return Schedule(jnp.pad(fields, ((0, 0), (0, FIELDS - fields.shape[1]))), share_starts, row_starts)
+
+
+class RowItems(NamedTuple):
+    """What the blocks of the grid do, the longest first; `[W]` each, unused ones have no rows.
+
+    A block loads 128 rows from a multiple of 8 on, as the copy engine demands of swizzled tiles; those outside
+    `first_row : end_row` belong to other sequences and are not stored.
+
+    Args:
+        sequence: row of the page table.
+        eighth: where the block's rows begin, in units of 8 rows.
+        first_row: the first of the block's 128 rows that is the sequence's.
+        end_row: behind the last.
+        offset: of the block's first row from the sequence's first.
+        position: of the sequence's first query; 2**30 if its rows see every key up to `end`.
+        first_tile: of the keys that some row sees.
+        num_tiles: how many.
+        end: behind the last key that exists.
+        part: which part of the result this is.
+    """
+
+    sequence: Int32[Array, " W"]
+    eighth: Int32[Array, " W"]
+    first_row: Int32[Array, " W"]
+    end_row: Int32[Array, " W"]
+    offset: Int32[Array, " W"]
+    position: Int32[Array, " W"]
+    first_tile: Int32[Array, " W"]
+    num_tiles: Int32[Array, " W"]
+    end: Int32[Array, " W"]
+    part: Int32[Array, " W"]
+
+
+class Queries(NamedTuple):
+    """Consecutive queries of a sequence and the keys that they see; one entry a sequence.
+
+    Args:
+        sequence: row of the page table.
+        start: of the queries in `T`.
+        num: of queries.
+        position: of the first; the others follow.
+        end: behind the last key that exists.
+    """
+
+    sequence: Int32[Array, " C"]
+    start: Int32[Array, " C"]
+    num: Int32[Array, " C"]
+    position: Int32[Array, " C"]
+    end: Int32[Array, " C"]
+
+
+def cut_queries(
+    queries: Queries,
+    num_tokens: int,
+    *,
+    rows_per_query: int,
+    tokens_per_tile: int,
+    num_parts: int,
+    window: int | None,
+) -> RowItems:
+    """Cuts queries into blocks of rows, and the keys of a block into parts; the longest work first.
+
+    Args:
+        queries: disjoint runs of queries.
+        num_tokens: T, a bound on their sum.
+        rows_per_query: rows of the kernel that stand for one query.
+        tokens_per_tile: keys a step.
+        num_parts: of the keys.
+        window: or None.
+
+    Returns:
+        The items: `max_row_items(...) * num_parts` of them.
+    """
+    num_items = max_row_items(queries.num.size, num_tokens, rows_per_query)
+    first, end = queries.start * rows_per_query, (queries.start + queries.num) * rows_per_query
+    base = first // 8 * 8
+    blocks = jnp.where(queries.num > 0, -(-(end - base) // BLOCK_ROWS), 0)
+    ends = running_sum(blocks)
+    item = jnp.arange(num_items, dtype=jnp.int32)
+    run = count_at_most(ends, item)
+    used = run < queries.num.size
+    run = jnp.where(used, run, 0)
+
+    begin = base[run] + (item - (ends - blocks)[run]) * BLOCK_ROWS
+    first_row = jnp.maximum(first[run] - begin, 0)
+    end_row = jnp.where(used, jnp.minimum(end[run] - begin, BLOCK_ROWS), first_row)
+    offset = begin - first[run]
+    position, key_end = queries.position[run], queries.end[run]
+    lowest = position + (offset + first_row) // rows_per_query
+    highest = position + (offset + end_row - 1) // rows_per_query
+    first_tile = 0 * lowest if window is None else jnp.maximum(lowest - window + 1, 0) // tokens_per_tile
+    last = jnp.minimum(highest, key_end - 1)
+    num_tiles = jnp.where(used & (last >= 0), jnp.maximum(last // tokens_per_tile + 1 - first_tile, 0), 0)
+
+    # Longest first, by rank: the blocks that start last are then short, and none of them ends long after the rest.
+    if num_items <= 2048:
+        before = (num_tiles[None, :] > num_tiles[:, None]) & used[None, :]
+        ties = (num_tiles[None, :] == num_tiles[:, None]) & (item[None, :] < item[:, None])
+        rank = jnp.sum(before | ties, axis=1, dtype=jnp.int32)
+    else:
+        rank = item
+    part_tiles = -(-num_tiles // num_parts)
+    parts = []
+    for part in range(num_parts):
+        done = part * part_tiles
+        fields = RowItems(
+            queries.sequence[run], begin // 8, first_row, end_row, offset, position, first_tile + done,
+            jnp.clip(num_tiles - done, 0, part_tiles), key_end, jnp.full_like(run, part),
+        )  # fmt: skip
+        parts.append(RowItems(*(jnp.zeros_like(x).at[rank].set(x, unique_indices=True) for x in fields)))
+    return RowItems(*(jnp.concatenate(field) for field in zip(*parts, strict=True)))
+
+
+def max_row_items(num_runs: int, num_tokens: int, rows_per_query: int) -> int:
+    """A bound on the blocks that so many runs of queries take: each run ends and starts a block of its own."""
+    rows = num_tokens * rows_per_query
+    return min(rows // BLOCK_ROWS + 2 * num_runs, num_tokens * (rows_per_query // BLOCK_ROWS + 2))
 
 
 def running_sum(x: Int32[Array, " n"]) -> Int32[Array, " n"]:

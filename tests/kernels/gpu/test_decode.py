@@ -1,29 +1,9 @@
 """The decode kernel in the interpreter against the reference."""
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from oracle import check
 from problems import make_problem
-
-from pallas_kernels import paged_attention
-
-BFLOAT16 = 2e-2  # absolute, on data of unit scale: the weights are rounded to bfloat16 for the tensor core
-
-
-def check(problem, **options):
-    def run(implementation):
-        return jax.jit(
-            lambda *arrays: paged_attention(*arrays, return_lse=True, implementation=implementation, **options)
-        )(*problem)
-
-    result, expected = run("pallas_gpu"), run("reference")
-    out, expected_out = (np.asarray(x.out, np.float32) for x in (result, expected))
-    assert np.all(np.isfinite(expected_out))
-    np.testing.assert_allclose(out, expected_out, atol=BFLOAT16)
-    np.testing.assert_allclose(result.lse, expected.lse, atol=1e-3, rtol=1e-3)
-    return result
-
 
 # Head size, page size, (query, KV) heads, window, soft cap, sinks: every pair of neighbouring choices occurs.
 CASES = [

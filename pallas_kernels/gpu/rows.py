@@ -1,0 +1,359 @@
+"""Attention of many queries over the pages of one sequence: prefill, chunks, large groups and shared prefixes.
+
+A block takes 128 rows of queries of one head, 64 to each of two computing warpgroups, and streams the sequence's
+keys and values past them; a third warpgroup moves pages. While one warpgroup takes the softmax the other has the
+tensor cores. From FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608). README.md has the reasons and the numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.gpu.hardware import shared_memory_per_block
+from pallas_kernels.gpu.layout import ACC, swizzled
+from pallas_kernels.gpu.schedule import BLOCK_ROWS, RowItems
+
+LOG2E = math.log2(math.e)
+WARPGROUPS = 2  # that compute
+WARPGROUP_ROWS = 64
+assert BLOCK_ROWS == WARPGROUPS * WARPGROUP_ROWS
+COMPUTE_REGISTERS, MOVE_REGISTERS = 232, 40  # of a thread; together what a multiprocessor has
+CLEARED_LANES = 64  # of the values that are cleared at a time
+OUT_LANES = 64  # of the result that are staged at a time
+LSE_LANES = 8  # of the log-sum-exp in memory: the narrowest tile that a warpgroup can hold
+
+
+class RowTile(NamedTuple):
+    """The static sizes of the kernel.
+
+    Args:
+        tokens: keys a step.
+        stages: steps of keys and values in flight.
+        ids: page ids staged at a time.
+        rows_per_query: consecutive rows that stand for heads of one query.
+        is_staged: take the weights through shared memory to the tensor core and add its results up outside: slower,
+            but the interpreter can run it.
+    """
+
+    tokens: int
+    stages: int
+    ids: int
+    rows_per_query: int
+    is_staged: bool
+
+
+def row_tile(head_dim: int, page_size: int, max_pages: int, rows_per_query: int, is_staged: bool) -> RowTile:
+    """The sizes for head size H, pages of S tokens and M columns of the page table: as many stages as fit."""
+    is_whole = 128 % page_size == 0 or page_size % 128 == 0
+    tokens = 128 if head_dim <= 128 and is_whole else 64
+    fixed = BLOCK_ROWS * (2 * head_dim + 4 * OUT_LANES + 4 * LSE_LANES)  # queries, result, log-sum-exp
+    fixed += 8192  # ids, sums across warps, barriers, alignment
+    stages = (shared_memory_per_block(1) - fixed) // (2 * 2 * tokens * head_dim)
+    return RowTile(tokens, min(stages, 4), min(256, -(-max_pages // 32) * 32), rows_per_query, is_staged)
+
+
+def attend_rows(
+    q: Float[Array, "R N H"],
+    data: Array,
+    page_table: Int32[Array, "B M"],
+    items: RowItems,
+    sinks: Float[Array, " N"] | None,
+    *,
+    page_size: int,
+    tile: RowTile,
+    num_parts: int,
+    scale: float,
+    soft_cap: float | None,
+    window: int | None,
+) -> tuple[Float[Array, "parts R N H"], Float[Array, "parts R N 8"]]:
+    """Attention of each item's rows over its tiles.
+
+    Args:
+        q: `[R, N, H]`, N a multiple of the pages' heads.
+        data: the pages.
+        page_table: `[B, M]`, M a multiple of `tile.ids`.
+        items: the work.
+        sinks: float32 `[N]` or None; for a single part only.
+        page_size: S.
+        tile: sizes.
+        num_parts: of the keys, each with its own result.
+        scale: of the scores.
+        soft_cap: or None.
+        window: or None.
+
+    Returns:
+        The mean of the values, in q's dtype or, where there are several parts, float32, and the natural log of the
+        softmax denominator in each of 8 lanes. Rows of no item are not written.
+    """
+    num_rows, num_heads, head_dim = q.shape
+    num_pages, num_kv_heads = data.shape[:2]
+    is_stacked = data.shape[2] == 2 * page_size
+    tokens, stages = tile.tokens, tile.stages
+    copy_tokens = min(page_size, tokens)
+    copies = tokens // copy_tokens
+    all_mapped = (1 << copies) - 1
+    out_dtype = q.dtype if num_parts == 1 else jnp.float32
+    score_scale = scale * LOG2E if soft_cap is None else soft_cap * LOG2E  # of what the soft cap leaves
+
+    def kernel(q_ref, data_ref, table_ref, items_ref, *refs):
+        sinks_ref, refs = (None, refs) if sinks is None else (refs[0], refs[1:])
+        (out_ref, lse_ref, q_smem, k_smem, v_smem, p_smem, ids_smem, mapped_smem, out_smem, lse_smem,
+         q_bar, k_bar, v_bar, ids_bar, tail_bar, k_free, v_free) = refs  # fmt: skip
+        head, item = lax.axis_index("head"), lax.axis_index("item")
+        warpgroup = lax.axis_index("warpgroup")
+        words = RowItems(*(items_ref[item, field] for field in range(len(RowItems._fields))))
+        first_tile, num_tiles, end = words.first_tile, words.num_tiles, words.end
+
+        def move():
+            plgpu.set_max_registers(MOVE_REGISTERS, action="decrease")
+            kv_head = lax.div(head, jnp.int32(num_heads // num_kv_heads))
+            for i in range(WARPGROUPS):
+                rows = q_ref.at[pl.ds(words.eighth * 8 + i * WARPGROUP_ROWS, WARPGROUP_ROWS), head]
+                plgpu.copy_gmem_to_smem(rows, q_smem.at[i], q_bar)
+
+            @pl.loop(0, num_tiles)
+            def _(i):
+                slot = lax.rem(i, jnp.int32(stages))
+                tile_position = (first_tile + i) * tokens
+                column = lax.div(tile_position, jnp.int32(page_size))
+                id_block = lax.div(column, jnp.int32(tile.ids))
+                is_block_start = tile_position == id_block * (tile.ids * page_size)
+
+                @pl.when((i == 0) | is_block_start)
+                def _():
+                    plgpu.commit_smem()  # all warps have read the old ids
+                    source = table_ref.at[words.sequence, pl.ds(id_block * tile.ids, tile.ids)]
+                    plgpu.copy_gmem_to_smem(source, ids_smem, ids_bar)
+                    plgpu.barrier_wait(ids_bar)
+
+                @pl.when(i >= stages)
+                def _():
+                    plgpu.barrier_wait(k_free.at[slot])
+
+                mapped = jnp.int32(0)
+                pages = []
+                for j in range(copies):
+                    page = ids_smem[column - id_block * tile.ids + j]
+                    is_mapped = (page > 0) & (page < num_pages)
+                    mapped = mapped | jnp.where(is_mapped, jnp.int32(1 << j), jnp.int32(0))
+                    pages.append(jnp.where(is_mapped, page, jnp.int32(0)))
+                mapped_smem[slot] = mapped
+                first_slot = lax.rem(tile_position, jnp.int32(page_size)) if page_size > tokens else 0
+
+                def load(is_value, smem, bar):
+                    for j, page in enumerate(pages):
+                        if is_stacked:
+                            here = pl.ds(is_value * page_size + first_slot, copy_tokens)
+                            source = data_ref.at[page, kv_head, here]
+                        else:
+                            lanes = pl.ds(is_value * head_dim, head_dim)
+                            source = data_ref.at[page, kv_head, pl.ds(first_slot, copy_tokens), lanes]
+                        target = smem.at[slot, pl.ds(j * copy_tokens, copy_tokens)]
+                        plgpu.copy_gmem_to_smem(source, target, bar)
+
+                load(0, k_smem, k_bar.at[slot])
+
+                @pl.when(i >= stages)
+                def _():
+                    plgpu.barrier_wait(v_free.at[slot])
+
+                exists_all = (tile_position + tokens <= end) & (mapped == all_mapped)
+
+                @pl.when(exists_all)
+                def _():
+                    load(1, v_smem, v_bar.at[slot])
+
+                @pl.when(jnp.logical_not(exists_all))
+                def _():  # a weight of 0 does not silence a NaN: clear the values that do not exist
+                    load(1, v_smem, tail_bar)
+                    plgpu.barrier_wait(tail_bar)
+                    for first in range(0, tokens, 64):
+                        shape = (64, CLEARED_LANES)
+                        token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) + first
+                        exists = token < end - tile_position
+                        exists &= (lax.shift_right_logical(mapped, token // copy_tokens) & 1) == 1
+                        for lane in range(0, head_dim, CLEARED_LANES):
+                            values = v_smem.at[slot, pl.ds(first, 64), pl.ds(lane, CLEARED_LANES)]
+                            v = plgpu.load(values, layout=plgpu.Layout.WGMMA)
+                            values[...] = jnp.where(exists, v, jnp.zeros_like(v))
+                    plgpu.commit_smem()
+                    for _ in range(copies):
+                        plgpu.barrier_arrive(v_bar.at[slot])
+
+        def compute():
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            # My rows of the block: those of the sequence among them, and the positions of their queries.
+            mine = warpgroup * WARPGROUP_ROWS
+            first_row = jnp.clip(words.first_row - mine, 0, WARPGROUP_ROWS)
+            num_mine = jnp.clip(words.end_row - mine, 0, WARPGROUP_ROWS) - first_row
+
+            def position_of(row):
+                return words.position + lax.div(words.offset + mine + row, jnp.int32(tile.rows_per_query))
+
+            lowest, highest = position_of(first_row), position_of(first_row + num_mine - 1)
+            # The tiles that some row of mine sees, counted from the item's first.
+            begin = jnp.int32(0)
+            if window is not None:
+                begin = jnp.maximum(lax.div(jnp.maximum(lowest - window + 1, 0), jnp.int32(tokens)) - first_tile, 0)
+            stop = jnp.minimum(lax.div(highest, jnp.int32(tokens)) + 1 - first_tile, num_tiles)
+            stop = jnp.where((num_mine > 0) & (highest >= 0), stop, 0)
+            begin = jnp.minimum(begin, num_tiles)
+            stop = jnp.maximum(stop, begin)
+
+            def skip_tile(i, _):
+                slot = lax.rem(i, jnp.int32(stages))
+                for ready, free in ((k_bar, k_free), (v_bar, v_free)):
+                    plgpu.barrier_wait(ready.at[slot])
+                    plgpu.barrier_arrive(free.at[slot])
+
+            def attend_tile(i, carry):
+                acc, top, total = carry
+                slot = lax.rem(i, jnp.int32(stages))
+                tile_position = (first_tile + i) * tokens
+                plgpu.barrier_wait(k_bar.at[slot])
+                mapped = mapped_smem[slot]
+
+                def score(acc_ref):
+                    plgpu.wgmma(acc_ref, q_smem.at[warpgroup], k_smem.at[slot].transpose((1, 0)))
+                    return acc_ref[...]
+
+                s = pl.run_scoped(score, ACC((WARPGROUP_ROWS, tokens), jnp.float32))
+                plgpu.barrier_arrive(k_free.at[slot])
+                if soft_cap is not None:
+                    s = jnp.tanh(s * (scale / soft_cap))
+
+                def mask(s):
+                    def iota(axis):
+                        return plgpu.broadcasted_iota(jnp.int32, s.shape, axis, layout=plgpu.Layout.WGMMA)
+
+                    token = iota(1)
+                    query = words.position + (words.offset + mine + iota(0)) // tile.rows_per_query
+                    visible = (token <= query - tile_position) & (token < end - tile_position)
+                    if window is not None:
+                        visible &= token > query - (tile_position + window)
+                    visible &= (lax.shift_right_logical(mapped, token // copy_tokens) & 1) == 1
+                    return jnp.where(visible, s, -jnp.inf)
+
+                sees_all = (tile_position + tokens - 1 <= lowest) & (tile_position + tokens <= end)
+                sees_all &= mapped == all_mapped
+                if window is not None:
+                    sees_all &= tile_position > highest - window
+                s = lax.cond(sees_all, lambda s: s, mask, s)
+
+                new_top = jnp.maximum(top, s.max(axis=1) * score_scale)
+                safe_top = jnp.where(new_top == -jnp.inf, 0.0, new_top)  # a row that has seen no key yet
+                decay = jnp.exp2(top - safe_top)
+                p = jnp.exp2(s * score_scale - lax.broadcast_in_dim(safe_top, s.shape, [0]))
+                total = total * decay + p.sum(axis=1)
+                acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
+                weights = p.astype(q.dtype)
+
+                if tile.is_staged:
+                    p_smem.at[warpgroup][...] = weights
+                    plgpu.commit_smem()
+                    plgpu.barrier_wait(v_bar.at[slot])
+
+                    def weigh(acc_ref):
+                        plgpu.wgmma(acc_ref, p_smem.at[warpgroup], v_smem.at[slot])
+                        return acc_ref[...]
+
+                    acc = acc + pl.run_scoped(weigh, ACC(acc.shape, jnp.float32))
+                else:
+                    plgpu.barrier_wait(v_bar.at[slot])
+
+                    def weigh_onto(acc_ref):
+                        plgpu.wgmma(acc_ref, weights, v_smem.at[slot])
+
+                    acc = pl.run_state(weigh_onto)(ACC.init(acc))
+                plgpu.barrier_arrive(v_free.at[slot])
+                return acc, new_top, total
+
+            acc = plgpu.layout_cast(jnp.full((WARPGROUP_ROWS, head_dim), 0.0, jnp.float32), plgpu.Layout.WGMMA)
+            rows = plgpu.Layout.WGMMA.reduce(1)
+            top = jnp.full((WARPGROUP_ROWS,), -jnp.inf, jnp.float32)
+            total = jnp.full((WARPGROUP_ROWS,), 0.0, jnp.float32)
+            if sinks_ref is not None:
+                top = lax.broadcast_in_dim(sinks_ref[head] * LOG2E, (WARPGROUP_ROWS,), ())
+                total = jnp.full((WARPGROUP_ROWS,), 1.0, jnp.float32)
+            top, total = plgpu.layout_cast(top, rows), plgpu.layout_cast(total, rows)
+
+            plgpu.barrier_wait(q_bar)
+            lax.fori_loop(0, begin, skip_tile, None)
+            acc, top, total = lax.fori_loop(begin, stop, attend_tile, (acc, top, total))
+            lax.fori_loop(stop, num_tiles, skip_tile, None)
+
+            safe_total = jnp.where(total == 0.0, 1.0, total)
+            acc = acc * lax.broadcast_in_dim(1.0 / safe_total, acc.shape, [0])
+            lse = jnp.where(total == 0.0, -jnp.inf, (top + jnp.log2(safe_total)) * (1 / LOG2E))
+            lse_smem.at[warpgroup][...] = lax.broadcast_in_dim(lse, (WARPGROUP_ROWS, LSE_LANES), [0])
+            place = words.eighth * 8 + mine
+            store_rows(lse_smem.at[warpgroup], lse_ref.at[words.part, :, head], first_row, num_mine, place)
+            for lane in range(0, head_dim, OUT_LANES):
+                if lane:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                out_smem.at[warpgroup][...] = acc[:, lane : lane + OUT_LANES].astype(out_dtype)
+                target = out_ref.at[words.part, :, head, pl.ds(lane, OUT_LANES)]
+                store_rows(out_smem.at[warpgroup], target, first_row, num_mine, place)
+            plgpu.wait_smem_to_gmem(0)
+
+        is_used = words.end_row > words.first_row
+        pl.when(is_used & (warpgroup < WARPGROUPS))(compute)
+        pl.when(is_used & (warpgroup == WARPGROUPS))(move)
+
+    scratch_types: list[Any] = [
+        swizzled((WARPGROUPS, WARPGROUP_ROWS, head_dim), q.dtype),
+        swizzled((stages, tokens, head_dim), data.dtype),
+        swizzled((stages, tokens, head_dim), data.dtype),
+        swizzled((WARPGROUPS, WARPGROUP_ROWS, tokens) if tile.is_staged else (1, 8, 64), q.dtype),
+        plgpu.SMEM((tile.ids,), jnp.int32),
+        plgpu.SMEM((stages,), jnp.int32),
+        plgpu.SMEM((WARPGROUPS, WARPGROUP_ROWS, OUT_LANES), out_dtype),
+        plgpu.SMEM((WARPGROUPS, WARPGROUP_ROWS, LSE_LANES), jnp.float32),
+        plgpu.Barrier(num_arrivals=WARPGROUPS),
+        plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        plgpu.Barrier(),
+        plgpu.Barrier(num_arrivals=copies),
+        plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+    ]
+    fields = jnp.stack(items, axis=1)
+    return plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((num_parts, num_rows, num_heads, head_dim), out_dtype),
+            jax.ShapeDtypeStruct((num_parts, num_rows, num_heads, LSE_LANES), jnp.float32),
+        ),
+        grid=(fields.shape[0], num_heads),
+        grid_names=("item", "head"),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        scratch_types=scratch_types,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="paged_rows",
+    )(q, data, page_table, fields, *([] if sinks is None else [sinks]))
+
+
+def store_rows(source: Any, target: Any, first: Any, num_rows: Any, place: Any) -> None:
+    """Stores rows `first : first + num_rows` of a shared tile that belongs at row `place` of the target.
+
+    In copies of 64, 32, .. 1 rows: the copy engine wants their sizes to be static.
+    """
+    plgpu.commit_smem()
+    size = WARPGROUP_ROWS
+    while size:
+        row = first + num_rows - lax.rem(num_rows, jnp.int32(2 * size))
+
+        @pl.when((num_rows & size) != 0)
+        def _(row=row, size=size):
+            plgpu.copy_smem_to_gmem(source.at[pl.ds(row, size)], target.at[pl.ds(place + row, size)])
+
+        size //= 2

@@ -1,0 +1,26 @@
+"""Compares the GPU kernels with the reference."""
+
+import jax
+import numpy as np
+
+from pallas_kernels import paged_attention
+
+BFLOAT16 = 2e-2  # absolute, on data of unit scale: the weights are rounded to bfloat16 for the tensor core
+
+
+def check(problem, **options):
+    """Runs a problem both ways in one compilation each; returns what the kernels gave."""
+
+    def run(implementation):
+        return jax.jit(
+            lambda *arrays: paged_attention(*arrays, return_lse=True, implementation=implementation, **options)
+        )(*problem)
+
+    result, expected = run("pallas_gpu"), run("reference")
+    out, expected_out = (np.asarray(x.out, np.float32) for x in (result, expected))
+    assert np.all(np.isfinite(expected_out))
+    np.testing.assert_allclose(out, expected_out, atol=BFLOAT16)
+    np.testing.assert_allclose(result.lse, expected.lse, atol=1e-3, rtol=1e-3)
+    for got, want in zip(jax.tree.leaves(result.pages), jax.tree.leaves(expected.pages), strict=True):
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
+    return result

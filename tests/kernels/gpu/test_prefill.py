@@ -1,0 +1,35 @@
+"""The rows kernel (prefill, chunks, mixed batches, large groups) in the interpreter against the reference."""
+
+import jax.numpy as jnp
+import pytest
+from oracle import check
+from problems import make_problem
+
+# Lengths and the new tokens among them: a whole prompt, a chunk of a longer one, a decode, none, a row of the next
+# step that ends on a page, an inert one (length 0 with a query).
+RAGGED = dict(lengths=[133, 200, 77, 31, 64, 0], query_lens=[133, 37, 1, 0, 2, 1])
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "page_size", "heads", "window", "soft_cap", "has_sinks"),
+    [
+        (128, 16, (2, 1), None, None, False),
+        (128, 64, (2, 2), 50, None, True),
+        (64, 32, (2, 1), None, 3.0, True),
+        (256, 64, (1, 1), 130, None, False),
+    ],
+)
+def test_mixed_batch(interpreter, head_dim, page_size, heads, window, soft_cap, has_sinks):
+    problem = make_problem(**RAGGED, padding=3, heads=heads, head_dim=head_dim, page_size=page_size, write=True)
+    sinks = jnp.linspace(-1, 2, heads[0], dtype=jnp.float32) if has_sinks else None
+    check(problem, window=window, soft_cap=soft_cap, sinks=sinks)
+
+
+@pytest.mark.parametrize(
+    ("heads", "query_lens", "window"),
+    [((8, 1), [4, 1, 3, 0], None), ((40, 2), [1, 1, 1, 1], None), ((3, 1), [5, 1, 30, 2], 20)],
+)
+def test_few_queries_pack_their_heads(interpreter, heads, query_lens, window):
+    problem = make_problem([300, 1, 150, 20], query_lens=query_lens, padding=1, heads=heads, page_size=16)
+    sinks = jnp.linspace(-1, 2, heads[0], dtype=jnp.float32)
+    check(problem, max_query_len=max(query_lens), window=window, sinks=sinks)
