@@ -80,8 +80,13 @@ class Model:
     def cache_config(self, **sizes: Any) -> CacheConfig:
         """A `CacheConfig` for this model; `sizes` are its other fields, `dtype` the weights' unless given."""
         config = self.config
-        shape = {"num_layers": config.num_layers, "num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
-        return CacheConfig(**(shape | {"dtype": self.dtype} | sizes))
+        fields: dict[str, Any] = {
+            "num_layers": config.num_layers,
+            "num_kv_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+            "dtype": self.dtype,
+        }
+        return CacheConfig(**(fields | sizes))
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

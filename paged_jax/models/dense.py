@@ -14,7 +14,7 @@ def dense_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
-    tile: int = 128,
+    tile: int | None = None,
 ) -> Float[Array, "*B T N H"]:
     """Causal grouped-query attention over whole sequences; scores and softmax in float32.
 
@@ -26,13 +26,15 @@ def dense_attention(
         window: a query at position p sees the keys in (p - window, p]; None: all before it.
         soft_cap: c in c * tanh(score / c); None: no cap.
         sinks: an extra logit for each query head that takes softmax mass and adds no value.
-        tile: queries that are handled together against the keys before them; bounds the scores kept at once.
+        tile: queries that meet the keys before them together, which bounds the scores kept at once; None: an
+            eighth of the sequence, or 128.
 
     Returns:
         The attention output, in q's dtype.
     """
     length, num_heads, head_dim = q.shape[-3:]
     num_kv_heads = k.shape[-2]
+    tile = tile or max(128, -(-length // 8))
     grouped = q.reshape(*q.shape[:-2], num_kv_heads, num_heads // num_kv_heads, head_dim)
     outs = []
     for start in range(0, length, tile):

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from paged_jax.models.config import DecoderConfig
-from paged_jax.models.rope import Rope
+from paged_jax.models.rope import KINDS, Rope
 
 # Our name of a tensor (within its layer) -> the name in Llama checkpoints (within model.layers.N).
 LLAMA_LAYER = {
@@ -56,7 +56,7 @@ class Fields:
             )
         return default
 
-    def fail(self, name: str, rule: str):
+    def fail(self, name: str, rule: str) -> NoReturn:
         """Raises over the value of one field."""
         raise ValueError(f"{self.source} has {name}={self.values.get(name)!r}: {rule}")
 
@@ -64,37 +64,31 @@ class Fields:
 def read_rope(fields: Fields, parameters: dict[str, Any], theta: float) -> Rope:
     """A rotary embedding from `rope_parameters` (or from `rope_scaling` and `rope_theta`)."""
     kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind not in KINDS:
+        name = "rope_parameters" if "rope_parameters" in fields.values else "rope_scaling"
+        fields.fail(name, f"its rope_type {kind!r} is not supported; {', '.join(KINDS)} are.")
     theta = float(parameters.get("rope_theta", theta))
     share = float(parameters.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0)))
+    if kind == "default":
+        return Rope(theta, rotary_share=share)
     length = fields.get("max_position_embeddings", 2048)
     original = int(
         parameters.get("original_max_position_embeddings") or fields.get("original_max_position_embeddings", length)
     )
     factor = float(parameters.get("factor") or length / original)
-    if kind == "default":
-        return Rope(theta, rotary_share=share)
-    if kind == "linear":
-        return Rope(theta, kind, factor, rotary_share=share)
-    if kind == "llama3":
-        low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
-        return Rope(theta, kind, factor, original, low, high, rotary_share=share)
-    if kind == "yarn":
-        return Rope(
-            theta,
-            kind,
-            factor,
-            original,
-            beta_fast=float(parameters.get("beta_fast") or 32.0),
-            beta_slow=float(parameters.get("beta_slow") or 1.0),
-            truncate=bool(parameters.get("truncate", True)),
-            magnitude=_yarn_magnitude(parameters, factor),
-            rotary_share=share,
-        )
-    fields.fail(
-        "rope_parameters",
-        f"rope type {kind!r} is not supported; default, linear, llama3 and yarn are.",
+    return Rope(
+        theta,
+        kind,
+        factor=factor,
+        original_length=original,
+        low_frequency_factor=float(parameters.get("low_freq_factor") or 1.0),
+        high_frequency_factor=float(parameters.get("high_freq_factor") or 4.0),
+        beta_fast=float(parameters.get("beta_fast") or 32.0),
+        beta_slow=float(parameters.get("beta_slow") or 1.0),
+        truncate=bool(parameters.get("truncate", True)),
+        magnitude=_yarn_magnitude(parameters, factor) if kind == "yarn" else 1.0,
+        rotary_share=share,
     )
-    raise AssertionError
 
 
 def _yarn_magnitude(parameters: dict[str, Any], factor: float) -> float:

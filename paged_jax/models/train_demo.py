@@ -106,7 +106,7 @@ def learning_rate(progress: float) -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Trains the demo model.")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "demo")
     parser.add_argument("--minutes", type=float, default=45.0, help="the learning rate reaches 0 by then")
     parser.add_argument("--steps", type=int, default=20_000, help="or after so many steps")

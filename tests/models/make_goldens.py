@@ -131,8 +131,8 @@ def prompts(seed: int, vocab_size: int) -> list[list[int]]:
 
 def compute(case: str, seed: int) -> dict[str, np.ndarray]:
     """Config, tensor shapes, logits at the last token of every prompt, and greedy continuations."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import torch  # pyright: ignore[reportMissingImports]  an environment of its own
+    from transformers import AutoConfig, AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
 
     model_type, changes = CASES[case]
     config = AutoConfig.for_model(model_type, **(COMMON | changes))
@@ -177,7 +177,7 @@ def main():
     options.output.mkdir(parents=True, exist_ok=True)
     for case in options.cases:
         golden = compute(case, options.seed)
-        np.savez_compressed(options.output / f"{case}.npz", **golden)
+        np.savez_compressed(options.output / f"{case}.npz", allow_pickle=False, **golden)
         print(case, "logits", golden["last_logits"].min(), "to", golden["last_logits"].max())
         print("   ", golden["greedy"][0, :24].tolist())
 

@@ -43,7 +43,13 @@ class PagedRun:
         )
         self.model, self.step_tokens = model, step_tokens
         self.pool, self.table = PagePool.create(config), PageTable.create(config)
-        self.forward = jax.jit(model.forward, donate_argnums=2)
+        self.num_traces = 0
+
+        def forward(*step):
+            self.num_traces += 1
+            return model.forward(*step)
+
+        self.forward = jax.jit(forward, donate_argnums=2)
 
     def step(self, tokens: list[list[int]], num_tokens: int, max_query_len: int | None = None) -> np.ndarray:
         """Feeds new tokens to every row; logits [B, V] at each row's last one."""
@@ -58,7 +64,8 @@ class PagedRun:
 
     def prefill(self, prompts: list[list[int]], chunk: int) -> np.ndarray:
         """Feeds whole prompts, `chunk` tokens of a row at a time, rows mixed; logits at each prompt's end."""
-        rest, last = [list(prompt) for prompt in prompts], [None] * len(prompts)
+        rest = [list(prompt) for prompt in prompts]
+        last: dict[int, np.ndarray] = {}
         while any(rest):
             room, now = self.step_tokens, []
             for row in rest:
@@ -69,7 +76,7 @@ class PagedRun:
                 del rest[b][: len(part)]
                 if part and not rest[b]:
                     last[b] = logits[b]
-        return np.stack(last)
+        return np.stack([last[b] for b in range(len(prompts))])
 
     def greedy(self, logits: np.ndarray, num_new: int) -> np.ndarray:
         """Continues every row with its likeliest token; [B, num_new]."""

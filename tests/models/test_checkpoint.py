@@ -1,0 +1,310 @@
+"""Checkpoint folders: what is read, what is refused and with which words, and how much memory it takes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import make_goldens
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from paged_jax import models
+from paged_jax.models.checkpoint import decoder_config
+from paged_jax.models.safetensors_file import list_checkpoint
+
+TINY = dict(
+    model_type="llama",
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    eos_token_id=[3, 7],
+)
+
+
+def make(folder: Path, dtype=None, num_shards: int = 1, **changes):
+    """Writes a tiny random checkpoint and returns its weights by path."""
+    hf_config = TINY | changes
+    decoder = models.Decoder(decoder_config(hf_config), rngs=nnx.Rngs(1))
+    params = nnx.state(decoder)
+    models.save(folder, hf_config, params, dtype=dtype, num_shards=num_shards)
+    return weights(params)
+
+
+def weights(params) -> dict[str, np.ndarray]:
+    flat = nnx.to_flat_state(params)
+    return {".".join(map(str, path)): np.asarray(leaf[...], np.float32) for path, leaf in flat}
+
+
+def edit_json(path: Path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize(
+    "changes", [dict(), dict(tie_word_embeddings=True), dict(model_type="phi3")], ids=["plain", "tied", "fused"]
+)
+def test_what_was_saved_is_loaded(tmp_path, changes, num_shards):
+    saved = make(tmp_path, num_shards=num_shards, **changes)
+    model = models.load(tmp_path)
+    loaded = weights(model.params)
+    assert loaded.keys() == saved.keys()
+    for path in saved:
+        np.testing.assert_array_equal(loaded[path], saved[path], err_msg=path)
+    assert ("head.weight" in loaded) == (not changes.get("tie_word_embeddings", False))
+    assert len(list(tmp_path.glob("*.safetensors"))) == num_shards
+    assert model.stop_tokens == (3, 7)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
+def test_every_stored_dtype_loads_into_every_dtype(tmp_path, stored, wanted):
+    saved = make(tmp_path, dtype=jnp.dtype(stored))
+    model = models.load(tmp_path, dtype=wanted)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(model.params)} == {wanted}
+    bits = min({"float32": 23, "bfloat16": 7, "float16": 10}[name] for name in (stored, wanted))
+    for path, value in weights(model.params).items():
+        # float16 is subnormal below 6e-5: there its steps are 2**-24
+        np.testing.assert_allclose(value, saved[path], rtol=2.0**-bits, atol=2.0**-24, err_msg=path)
+
+
+def test_the_dtype_is_what_config_json_says(tmp_path):
+    make(tmp_path, dtype=jnp.bfloat16)
+    assert jax.tree.leaves(models.load(tmp_path).params)[0].dtype == jnp.bfloat16
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["torch_dtype"] = config.pop("dtype")  # as transformers 4 wrote it
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert jax.tree.leaves(models.load(tmp_path).params)[0].dtype == jnp.bfloat16
+
+
+def test_loaded_weights_do_not_depend_on_the_file(tmp_path):
+    make(tmp_path)
+    model = models.load(tmp_path)
+    before = weights(model.params)
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        size = file.seek(0, 2)
+        file.seek(size // 2)
+        file.write(b"\0" * (size - size // 2))
+    for path, value in weights(model.params).items():
+        np.testing.assert_array_equal(value, before[path])
+
+
+def test_all_that_does_not_fit_is_in_one_error(tmp_path):
+    make(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.norm.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["model.layers.2.mlp.up_proj.weight"] = np.zeros(3, np.float32)
+    tensors["model.layers.0.self_attn.q_proj.weight"] = np.zeros((32, 15), np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError) as caught:
+        models.load(tmp_path)
+    assert str(caught.value) == (
+        f"the tensors in {tmp_path} are not those of its config.json. "
+        "missing: model.layers.1.mlp.up_proj.weight, model.norm.weight; "
+        "not expected: model.layers.2.mlp.up_proj.weight; "
+        "of another shape: model.layers.0.self_attn.q_proj.weight is [32, 15] instead of [32, 16]. "
+        "Correct config.json, or download the checkpoint again."
+    )
+
+
+def test_tensors_that_follow_from_others_are_ignored(tmp_path):
+    make(tmp_path, tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    models.load(tmp_path)
+
+
+def cut(folder: Path):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def cut_header(folder: Path):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def garble_header(folder: Path):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"dtype"', b'"dtipe"', 1))
+
+
+def store_float8(folder: Path):
+    path = folder / "model.safetensors"
+    header = path.read_bytes().replace(b'"F32"', b'"F8_E4M3"').replace(b"   ", b"", 1)
+    size = int.from_bytes(header[:8], "little")
+    rest = path.read_bytes()[8 + size :]
+    start = json.loads(path.read_bytes()[8 : 8 + size])
+    for name, entry in start.items():
+        if name != "__metadata__":
+            entry["dtype"] = "F8_E4M3"
+    text = json.dumps(start).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + rest)
+
+
+def drop_shard(folder: Path):
+    make(folder, num_shards=3)
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+
+def config(**changes):
+    return lambda folder: edit_json(folder / "config.json", **changes)
+
+
+BROKEN = [
+    (cut, r"model.safetensors is cut short: its header tells of \d+ bytes, but it has \d+\. Download it again"),
+    (cut_header, r"is cut short or is no safetensors file: it has 100 bytes and says that its header has \d+"),
+    (garble_header, r"model.safetensors is no safetensors file: its header is not readable .*Download it again"),
+    (store_float8, r"tensor .* has dtype F8_E4M3; supported are F32, F16, BF16\. Convert the checkpoint"),
+    (drop_shard, r"index.json names 'model-00002-of-00003.safetensors', which is not in .*: download that file"),
+    (lambda f: (f / "model.safetensors").unlink(), r"has neither model.safetensors nor model.safetensors.index"),
+    (lambda f: (f / "config.json").unlink(), r"config.json does not exist: give the folder of a Hugging Face"),
+    (lambda f: (f / "config.json").write_text("{"), r"config.json is not readable as JSON .*Download it again"),
+    (lambda f: (f / "config.json").write_text("[]"), r"config.json holds list instead of a JSON object"),
+    (config(model_type="mamba"), r"config.json has model_type='mamba': supported are gemma2, .*qwen3"),
+    (config(hidden_size=None), r"config.json has no 'hidden_size', which 'llama' models need: add it"),
+    (config(dtype="int4"), r"has dtype='int4': pass load\(folder, dtype=\.\.\.\) with one of float32, bfloat16"),
+    (config(hidden_act="relu"), r"config.json has hidden_act='relu': supported are silu"),
+    (config(num_key_value_heads=3), r"num_heads=4 is not a multiple of num_kv_heads=3: every KV head serves"),
+    (config(quantization_config={"bits": 4}), r"has quantization_config=.*: quantised weights are not supported"),
+    (config(rope_scaling={"type": "dynamic"}), r"has rope_scaling=.*its rope_type 'dynamic' is not supported"),
+    (
+        config(model_type="gemma2", sliding_window=8, layer_types=["linear_attention"] * 2),
+        r"has layer_types=.*: it must name full_attention or sliding_attention for 2 layers",
+    ),
+    (
+        config(model_type="gemma3_text", use_bidirectional_attention=True),
+        r"has use_bidirectional_attention=True: only causal decoders are supported",
+    ),
+]
+
+
+@pytest.mark.parametrize("breakage, message", BROKEN, ids=range(len(BROKEN)))
+def test_a_broken_folder_is_refused_with_file_value_and_fix(tmp_path, breakage, message):
+    make(tmp_path)
+    breakage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        models.load(tmp_path)
+
+
+def test_an_unknown_dtype_is_refused(tmp_path):
+    make(tmp_path)
+    with pytest.raises(ValueError, match="dtype='float64' is not supported: use one of float32, bfloat16"):
+        models.load(tmp_path, dtype="float64")
+
+
+def test_a_missing_or_broken_tokenizer_is_refused_when_it_is_needed(tmp_path):
+    make(tmp_path)
+    with pytest.raises(ValueError, match="tokenizer.json does not exist: text needs a tokenizer. Copy"):
+        _ = models.load(tmp_path).tokenizer
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer.json is not a readable tokenizer \(.*Download it again"):
+        _ = models.load(tmp_path).tokenizer
+
+
+def test_generation_config_decides_what_ends_a_text(tmp_path):
+    make(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5}')
+    assert models.load(tmp_path).stop_tokens == (5,)
+
+
+def as_transformers_4(hf_config: dict) -> dict:
+    """The same config in the words of transformers 4."""
+    old = dict(hf_config)
+    parameters = old.pop("rope_parameters")
+    if "full_attention" in parameters:
+        old["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
+        parameters = parameters["full_attention"]
+    parameters = dict(parameters)
+    old["rope_theta"] = parameters.pop("rope_theta")
+    if "partial_rotary_factor" in parameters:
+        old["partial_rotary_factor"] = parameters.pop("partial_rotary_factor")
+    kind = parameters.pop("rope_type")
+    old["rope_scaling"] = None if kind == "default" else {"type": kind, **parameters}
+    return old
+
+
+@pytest.mark.parametrize("case", make_goldens.CASES)
+def test_configs_of_transformers_4_and_5_mean_the_same(case):
+    golden = np.load(Path(__file__).parent / "goldens" / f"{case}.npz")
+    new = json.loads(str(golden["config"]))
+    old = as_transformers_4(new)
+    if case == "qwen2":
+        del old["layer_types"]  # follows from max_window_layers
+    assert "rope_parameters" in new and "rope_parameters" not in old
+    assert decoder_config(old) == decoder_config(new)
+
+
+def test_layers_alternate_where_the_config_does_not_say_how():
+    gemma2 = decoder_config(TINY | dict(model_type="gemma2", sliding_window=8, num_hidden_layers=4))
+    assert gemma2.windows == (8, None, 8, None)
+    gemma3 = decoder_config(TINY | dict(model_type="gemma3_text", sliding_window=8, num_hidden_layers=7))
+    assert gemma3.windows == (8, 8, 8, 8, 8, None, 8)
+    assert gemma3.layer_groups == ((None, (5,)), (8, (0, 1, 2, 3, 4, 6)))
+    assert decoder_config(TINY).layer_groups == ((None, (0, 1)),)
+
+
+# getrusage's ru_maxrss begins with the parent's memory, VmHWM with the process's own.
+MEASURE = """
+import re, sys
+from pathlib import Path
+import jax
+from paged_jax import models
+jax.numpy.zeros(8).block_until_ready()
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+before = peak()
+models.load(sys.argv[1])
+print(peak() - before)
+"""
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+
+
+def peak_of_loading(folder: Path, hidden_size: int, num_layers: int) -> float:
+    """Peak host memory that loading adds, as a multiple of the checkpoint's size."""
+    shape = dict(hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=num_layers)
+    hf_config = TINY | shape | dict(vocab_size=16 * hidden_size)
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: models.Decoder(decoder_config(hf_config), rngs=nnx.Rngs(0))))
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, jnp.bfloat16), abstract)
+    models.save(folder, hf_config, params)
+    del params
+    size = (folder / "model.safetensors").stat().st_size
+    command = [sys.executable, "-c", MEASURE, str(folder)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    shutil.rmtree(folder)
+    print(f"{size / 1e6:.0f} MB: peak {float(out.stdout) / size:.3f} of it")
+    assert float(out.stdout) > 0.9 * size  # the weights themselves
+    return float(out.stdout) / size
+
+
+@needs_proc
+def test_loading_holds_little_more_than_the_weights(tmp_path):
+    assert peak_of_loading(tmp_path, hidden_size=768, num_layers=6) <= 1.3
+
+
+@needs_proc
+@pytest.mark.long
+def test_loading_a_gigabyte_holds_little_more_than_the_weights(tmp_path):
+    assert peak_of_loading(tmp_path, hidden_size=2048, num_layers=8) <= 1.3
+
+
+def test_a_sharded_checkpoint_lists_the_tensors_of_all_files(tmp_path):
+    make(tmp_path / "one")
+    make(tmp_path / "three", num_shards=3)
+    one, three = list_checkpoint(tmp_path / "one"), list_checkpoint(tmp_path / "three")
+    assert one.keys() == three.keys()
+    assert len({tensor.path for tensor in three.values()}) == 3

@@ -1,0 +1,235 @@
+"""The decoder: paged against dense, layer groups, and that every option of its config is live."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from paged_run import PAGE_SIZE, PagedRun, grant
+
+from paged_jax import AttentionMetadata, CacheConfig, PagePool, PageTable, models
+from paged_jax.models.rope import Rope
+
+SMALL = models.DecoderConfig(
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=16,
+    num_layers=3,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    qk_norm=True,
+    windows=(512, None, 512),
+)
+
+
+def make_decoder(config: models.DecoderConfig, seed: int = 0, std: float = 0.3) -> models.Decoder:
+    """A decoder with weights large enough that its layers matter."""
+    decoder = models.Decoder(config, rngs=nnx.Rngs(seed))
+    rng = np.random.default_rng(seed)
+    for path, leaf in nnx.to_flat_state(nnx.state(decoder)):
+        neutral = 1.0 if "norm" in str(path) and not config.unit_offset_norm else 0.0
+        leaf[...] = jnp.asarray(neutral + std * rng.standard_normal(leaf.shape), leaf.dtype)
+    return decoder
+
+
+@functools.cache
+def load_demo(dtype: str = "float32"):
+    """The demo model and its jitted dense pass over sequences padded to 288 tokens."""
+    model = models.load(models.DEMO, dtype)
+    dense = jax.jit(model.dense_forward)
+
+    def logits_of(tokens) -> np.ndarray:
+        padded = np.zeros(288, np.int32)
+        padded[: len(tokens)] = tokens
+        return np.asarray(dense(model.params, jnp.asarray(padded)))[: len(tokens)]
+
+    return model, logits_of
+
+
+def test_the_demo_writes_the_same_text_paged_and_dense():
+    model, logits_of = load_demo()
+    texts = ("import os\n", "class Queue:\n    def __init__(self", "x", "def main(argv):\n" * 20)
+    prompts = [model.tokenizer.encode(text) for text in texts]
+    run = PagedRun(model, len(prompts), max_length=288, step_tokens=256)
+    paged = run.greedy(run.prefill(prompts, chunk=48), 24)
+    for prompt, tokens in zip(prompts, paged, strict=True):
+        logits = logits_of([*prompt, *tokens])
+        np.testing.assert_array_equal(logits[len(prompt) - 1 : -1].argmax(-1), tokens)
+
+
+def test_the_demo_is_small_and_has_learnt_python():
+    assert sum(path.stat().st_size for path in models.DEMO.iterdir()) < 8_000_000
+    model, logits_of = load_demo()
+    text = 'def read(self, path):\n    with open(path, "rb") as file:\n        return file.read()\n'
+    tokens = model.tokenizer.encode(text)
+    assert model.tokenizer.decode(tokens) == text
+    assert model.tokenizer.vocab_size == model.config.vocab_size
+    assert tokens[0] == model.stop_tokens[0]
+    logits = logits_of(tokens)[:-1].astype(np.float64)
+    losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(tokens) - 1), tokens[1:]]
+    assert losses.mean() < 0.5 * np.log(model.config.vocab_size)
+
+
+def test_growing_sequences_compile_the_step_once():
+    model, _ = load_demo()
+    run = PagedRun(model, 2, max_length=64, step_tokens=32)
+    logits = run.prefill([[1, 2, 3], list(range(40))], chunk=16)
+    run.greedy(logits, 5)
+    assert run.num_traces == 2  # prefill and decode
+
+
+def test_bfloat16_stays_near_float32():
+    (_, wide), (_, narrow) = load_demo("float32"), load_demo("bfloat16")
+    tokens = np.arange(3, 35)
+    expected, logits = wide(tokens), narrow(tokens)
+    assert logits.dtype == np.float32
+    # 8 bits of mantissa: 2**-8 a rounding, a few roundings a layer
+    assert np.abs(logits - expected).max() < 0.05 * np.ptp(expected)
+    assert np.abs(logits - expected).mean() < 0.01 * np.ptp(expected)
+
+
+def test_a_step_writes_the_donated_pool_in_place():
+    model, _ = load_demo("bfloat16")
+    run = PagedRun(model, 4, max_length=16 * 1024, step_tokens=4)
+    lens = jnp.ones(4, jnp.int32)
+    _, _, metadata = grant(run.table, lens, 4, 1)
+    arguments = (model.params, jnp.zeros(4, jnp.int32), run.pool, metadata)
+    analysis = run.forward.lower(*arguments).compile().memory_analysis()
+    assert analysis is not None and run.pool.num_bytes > 60_000_000
+    assert analysis.alias_size_in_bytes == run.pool.num_bytes
+    assert analysis.temp_size_in_bytes < 0.1 * run.pool.num_bytes
+
+
+class GroupRun:
+    """One sequence over a table and a pool for each layer group, dropping what the windows have passed."""
+
+    def __init__(self, decoder: models.Decoder, num_pages: tuple[int, ...], max_length: int):
+        config = decoder.config
+        graph, self.params = nnx.split(decoder)
+        self.windows = [window for window, _ in config.layer_groups]
+        configs = [
+            CacheConfig(
+                num_layers=len(layers),
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                num_pages=pages,
+                max_sequences=1,
+                max_pages_per_sequence=max_length // PAGE_SIZE,
+                dtype="float32",
+            )
+            for pages, (_, layers) in zip(num_pages, config.layer_groups, strict=True)
+        ]
+        self.pools = tuple(PagePool.create(c) for c in configs)
+        self.tables = tuple(PageTable.create(c) for c in configs)
+        self.forward = jax.jit(lambda params, *step: nnx.merge(graph, params)(*step), donate_argnums=2)
+        self.slide = jax.jit(lambda table, window: table.slide(window), static_argnums=1)
+
+    def step(self, tokens: np.ndarray) -> np.ndarray:
+        lens = jnp.asarray([len(tokens)], jnp.int32)
+        granted = [grant(table, lens, len(tokens)) for table in self.tables]
+        assert all(bool(reservation.granted[0]) for _, reservation, _ in granted)
+        steps = tuple(metadata for _, _, metadata in granted)
+        logits, self.pools = self.forward(self.params, jnp.asarray(tokens), self.pools, steps)
+        self.tables = tuple(
+            table if window is None else self.slide(table, window)
+            for (table, _, _), window in zip(granted, self.windows, strict=True)
+        )
+        return np.asarray(logits[0])
+
+    def pages_held(self) -> list[int]:
+        return [int((np.asarray(table.pages) > 0).sum()) for table in self.tables]
+
+
+def test_local_layers_hold_only_the_pages_of_their_window():
+    length, window, chunk = 4096, 512, 256
+    decoder = make_decoder(SMALL)
+    tokens = np.random.default_rng(0).integers(0, 64, length + 8).astype(np.int32)
+    most = window // PAGE_SIZE + 1
+    # The local group's pool holds a window and one chunk, an eighth of the sequence.
+    run = GroupRun(decoder, (length // PAGE_SIZE + 3, most + chunk // PAGE_SIZE + 2), length + PAGE_SIZE)
+    for start in range(0, length, chunk):
+        run.step(tokens[start : start + chunk])
+        held = run.pages_held()
+        assert held[0] == (start + chunk) // PAGE_SIZE
+        assert held[1] <= most
+    logits = []
+    for token in tokens[length:]:
+        logits.append(run.step(np.asarray([token])))
+        assert run.pages_held()[1] <= most
+    dense = jax.jit(lambda params, tokens: nnx.merge(nnx.graphdef(decoder), params).dense(tokens))
+    expected = np.asarray(dense(run.params, jnp.asarray(tokens)))[length:]
+    assert np.abs(np.stack(logits) - expected).max() < 1e-4 * np.ptp(expected)
+
+
+def test_pools_and_metadata_that_do_not_fit_the_layers_are_refused():
+    decoder = make_decoder(SMALL)
+    config = CacheConfig(2, num_kv_heads=1, head_dim=8, num_pages=4, max_sequences=1, max_pages_per_sequence=2)
+    metadata = AttentionMetadata.ragged(PageTable.create(config), jnp.ones(1, jnp.int32), 1)
+    pool = PagePool.create(config)
+    tokens = jnp.zeros(1, jnp.int32)
+    with pytest.raises(ValueError, match="2 pool.s. and 1 metadata for 2 layer group.s.: give one of each"):
+        decoder(tokens, (pool, pool), metadata)
+    with pytest.raises(ValueError, match="a pool has pages for 2 layers, but 3 layers use it: create it with num_lay"):
+        decoder(tokens, pool, metadata)
+
+
+def test_a_config_that_contradicts_itself_is_refused():
+    with pytest.raises(ValueError, match="windows has 1 entries for num_layers=3: give one a layer"):
+        dataclasses.replace(SMALL, windows=(512,))
+    with pytest.raises(ValueError, match="num_heads=2 is not a multiple of num_kv_heads=3: every KV head"):
+        dataclasses.replace(SMALL, num_kv_heads=3)
+    with pytest.raises(ValueError, match="rope kind 'ntk' is not one of default, linear, llama3, yarn: use one"):
+        Rope(kind="ntk").frequencies(8)
+
+
+EVERYTHING = models.DecoderConfig(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    norm_eps=1e-2,
+    unit_offset_norm=True,
+    qk_norm=True,
+    post_norms=True,
+    activation="gelu_tanh",
+    rope=Rope(theta=100.0),
+    local_rope=Rope(theta=7.0),
+    windows=(5, None),
+    attention_scale=0.7,
+    attention_soft_cap=1.5,
+    logit_soft_cap=0.8,
+    embedding_scale=3.0,
+    qkv_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+    sinks=True,
+    tie_embeddings=True,
+)
+SHAPES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+
+
+def test_every_option_changes_the_logits():
+    """An option that the decoder ignored would pass every comparison in which it happens not to matter."""
+    plain = models.DecoderConfig(**{name: getattr(EVERYTHING, name) for name in SHAPES})
+    decoder = make_decoder(EVERYTHING)
+    tokens = jnp.arange(24, dtype=jnp.int32)
+    expected = nnx.jit(models.Decoder.dense)(decoder, tokens)
+    # What owns weights of its own must leave them unused, what does not must use the same ones otherwise.
+    for option in dataclasses.fields(EVERYTHING):
+        if getattr(EVERYTHING, option.name) == getattr(plain, option.name):
+            continue
+        other = dataclasses.replace(EVERYTHING, **{option.name: getattr(plain, option.name)})
+        twin = make_decoder(other)
+        shared = dict(nnx.to_flat_state(nnx.state(decoder)))
+        for path, leaf in nnx.to_flat_state(nnx.state(twin)):
+            if path in shared:
+                leaf[...] = shared[path][...]
+        difference = jnp.abs(nnx.jit(models.Decoder.dense)(twin, tokens) - expected).max()
+        assert difference > 1e-3 * jnp.ptp(expected), option.name
