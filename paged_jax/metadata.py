@@ -64,7 +64,8 @@ class AttentionMetadata:
             query_lens: new tokens of each row; their sum must not exceed `num_tokens`.
             num_tokens: T.
             max_query_len: static bound on `query_lens`; None: T.
-            active: rows that were granted their tokens; the others keep their place in T, but compute nothing. None: all.
+            active: rows that were granted their tokens; the others keep their place in T, but compute nothing;
+                None: all.
         """
         takes_part = query_lens > 0 if active is None else active & (query_lens > 0)
         lengths = jnp.where(takes_part, table.lengths, 0)

@@ -72,18 +72,17 @@ class PageTable:
     @classmethod
     def create(cls, config: CacheConfig) -> "PageTable":
         """An empty table."""
-        shape = (config.max_sequences, config.max_pages_per_sequence)
-        return cls._empty(config.num_pages, shape, config.page_size)
+        return cls._empty(config.num_pages, config.max_sequences, config.max_pages_per_sequence, config.page_size)
 
     @classmethod
-    def _empty(cls, num_pages: int, shape: tuple[int, int], page_size: int) -> "PageTable":
+    def _empty(cls, num_pages: int, num_rows: int, max_pages: int, page_size: int) -> "PageTable":
         return cls(
             refcounts=jnp.zeros(num_pages, jnp.int32).at[NULL_PAGE].set(1),
             free_stack=jnp.arange(num_pages - 1, -1, -1, dtype=jnp.int32),  # the null page is out of reach
             num_free=jnp.array(num_pages - 1, jnp.int32),
-            pages=jnp.full(shape, NULL_PAGE, jnp.int32),
-            lengths=jnp.zeros(shape[0], jnp.int32),
-            first_column=jnp.zeros(shape[0], jnp.int32),
+            pages=jnp.full((num_rows, max_pages), NULL_PAGE, jnp.int32),
+            lengths=jnp.zeros(num_rows, jnp.int32),
+            first_column=jnp.zeros(num_rows, jnp.int32),
             fault=jnp.zeros((), jnp.int32),
             version=jnp.zeros((), jnp.int32),
             epoch=jnp.zeros((), jnp.int32),
@@ -322,7 +321,7 @@ class PageTable:
 
     def reset(self) -> "PageTable":
         """Empty everything; handles from before are stale."""
-        table = PageTable._empty(self.num_pages, self.pages.shape, self.page_size)
+        table = PageTable._empty(self.num_pages, self.num_rows, self.pages.shape[1], self.page_size)
         return dataclasses.replace(table, version=self.version + 1, epoch=self.epoch + 1)
 
     def _columns(self, lengths: Array) -> Array:

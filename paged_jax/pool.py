@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import Pages, copy_pages, init_pages
 from paged_jax.config import CacheConfig
 from paged_jax.page_table import NULL_PAGE, Reservation
+from pallas_kernels import Pages, copy_pages, init_pages
 
 
 @jax.tree_util.register_dataclass
@@ -35,7 +35,8 @@ class PagePool:
         """Make the copies that `PageTable.reserve` asked for (copy-on-write), in every layer.
 
         Do this before anything else is written to the pool: a row that was granted a copy owns the target from now on,
-        and the owners of the source may write to it in this very step. All sources are read before any target is written.
+        and the owners of the source may write to it in this very step. All sources are read before any target is
+        written.
         """
 
         def copy_all(layers: tuple[Pages, ...]) -> tuple[Pages, ...]:

@@ -47,7 +47,7 @@ class Transitions:
         return jax.jit(transition, static_argnums=1 if name == "slide" else ())
 
 
-TRANSITIONS = Transitions()  # compiled once for all tests of a process
+TRANSITIONS: Any = Transitions()  # compiled once for all tests of a process
 
 
 def num_columns(length: int) -> int:

@@ -1,13 +1,14 @@
 """Sizes of a cache: bytes, budgets, refusals."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
 from paged_jax.config import CacheConfig
 from paged_jax.pool import PagePool
 
-SIZES = dict(num_layers=2, num_kv_heads=3, head_dim=16, max_sequences=4, max_pages_per_sequence=8)
+SIZES: dict[str, Any] = dict(num_layers=2, num_kv_heads=3, head_dim=16, max_sequences=4, max_pages_per_sequence=8)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
