@@ -39,17 +39,26 @@ def paged_attention(
         pages = write_pages(pages, k, v, page_table, lengths, query_starts)
     options = Options(scale, window, soft_cap)
     table = tiled_table(page_table, pages)
-    places = token_places(lengths, query_starts, q.shape[0])
+    num_tokens = q.shape[0]
+    places = token_places(lengths, query_starts, num_tokens)
     inert = (places.position < 0)[:, None]
 
-    one_by_one = places
-    if max_query_len >= FEWEST_BLOCK_QUERIES:
+    if max_query_len < FEWEST_BLOCK_QUERIES:
+        out, lse = decode_attention(q, pages, table, places, sinks, options)
+        out = jnp.where(inert[..., None], 0, out).astype(q.dtype)
+        lse = jnp.where(inert, -jnp.inf, lse)
+    else:
+        out, lse = jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf)
         is_short = jnp.diff(query_starts)[places.sequence] < FEWEST_BLOCK_QUERIES
-        one_by_one = TokenPlaces(places.sequence, jnp.where(is_short, places.position, -1))
-    out, lse = decode_attention(q, pages, table, one_by_one, sinks, options)
-    out = jnp.where(inert[..., None], 0, out).astype(q.dtype)
-    lse = jnp.where(inert, -jnp.inf, lse)
-    if max_query_len >= FEWEST_BLOCK_QUERIES:
+        # The few tokens of short sequences, gathered: their softmax states take memory. Past the end: nothing.
+        most = min(num_tokens, lengths.size * (FEWEST_BLOCK_QUERIES - 1))
+        token = jnp.flatnonzero(is_short & ~inert[:, 0], size=most, fill_value=num_tokens)
+        index = jnp.minimum(token, num_tokens - 1)
+        position = jnp.where(token < num_tokens, places.position[index], -1)
+        few = TokenPlaces(places.sequence[index], position)
+        few_out, few_lse = decode_attention(q[index], pages, table, few, sinks, options)
+        out = out.at[token].set(few_out.astype(q.dtype), mode="drop")
+        lse = lse.at[token].set(few_lse, mode="drop")
         out, lse = prefill_attention(
             q, out, lse, pages, table, lengths, query_starts, FEWEST_BLOCK_QUERIES, sinks, options
         )

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.pages import NULL_PAGE, Pages, gather_pages, is_mapped, split_kv
+from pallas_kernels.pages import NULL_PAGE, Pages, gather_pages, is_mapped, is_stacked
 
 TILE_TOKENS = 128
+FEW_QUERIES = 32  # a KV head: fewer, and splitting rows costs more than multiplying whole ones
 LOWEST = -1e30  # stands for -inf as the largest score so far: a difference of two of them is 0, not NaN
 
 
@@ -91,20 +92,21 @@ def attend(
         The state of each query over its tile alone, `[C, K, R]` and `[C, K, R, H]`.
     """
     dtype = compute_dtype(q, pages)
-    num_tiles, num_heads = q.shape[:2]
+    head_dim = q.shape[-1]
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-    def by_head(x):  # [C, pages_per_tile, K, S, ...] -> [C, K, tile, ...]
-        return jnp.swapaxes(x, 1, 2).reshape(num_tiles, num_heads, -1, *x.shape[4:])
-
-    data, scales = gather_pages(pages, page_ids)
-    k, v = split_kv(pages, data)
-    k, v = by_head(k).astype(dtype), by_head(v).astype(dtype)
+    # Zero times NaN is NaN: what no query may see has to go from the values, whatever its weight.
+    exists = jax.lax.optimization_barrier(exists)  # computed once, not again for every lane
+    keep_rows = not is_stacked(pages) and q.shape[2] <= FEW_QUERIES
+    if keep_rows:
+        k = v = gather_rows(pages, page_ids, exists, dtype)  # [C, K, tile, 2H]
+        q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, head_dim)))
+    else:
+        k, v = gather_kv(pages, page_ids, exists, dtype)  # [C, K, tile, H]
     scores = jnp.einsum("ckrh,ckth->ckrt", q.astype(dtype), k, precision=precision, preferred_element_type=jnp.float32)
     scores = scores * options.scale
     v_scale = None
-    if scales is not None:
-        k_scale, v_scale = (by_head(x) for x in jnp.split(scales, 2, axis=-1))  # [C, K, tile]
+    if pages.scales is not None:
+        k_scale, v_scale = gather_scales(pages, page_ids, exists)  # [C, K, tile]
         scores = scores * k_scale[:, :, None, :]
     if options.soft_cap is not None:
         scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
@@ -112,12 +114,50 @@ def attend(
     top = jnp.maximum(jnp.max(scores, axis=-1), LOWEST)
     weights = jnp.exp(scores - top[..., None])
     total = jnp.sum(weights, axis=-1)
-    # Zero times NaN is NaN, so what no query may see has to go from the values too.
     if v_scale is not None:
-        weights = weights * jnp.where(exists[:, None, None, :], v_scale[:, :, None, :], 0)
-    else:
-        v = jnp.where(exists[:, None, :, None], v, jnp.zeros((), dtype))
+        weights = weights * v_scale[:, :, None, :]
     out = jnp.einsum(
         "ckrt,ckth->ckrh", weights.astype(dtype), v, precision=precision, preferred_element_type=jnp.float32
     )
-    return Softmax(top, total, out)
+    return Softmax(top, total, out[..., head_dim:] if keep_rows else out)
+
+
+def strips(pages: Pages, page_ids: Int32[Array, "C pages_per_tile"]) -> Int32[Array, "C K pages_per_tile"]:
+    """The index of each head's strip of rows in each page, in the flat view of all strips."""
+    head = jnp.arange(pages.num_kv_heads, dtype=jnp.int32)
+    return page_ids[:, None, :] * pages.num_kv_heads + head[None, :, None]
+
+
+def gather_kv(pages: Pages, page_ids: Array, exists: Array, dtype) -> tuple[Array, Array]:
+    """Keys and values of C tiles, `[C, K, tile, H]` each, with zeros for values that do not exist."""
+    num_tiles, num_strips = page_ids.shape[0], pages.num_pages * pages.num_kv_heads
+
+    def tiles(x):  # [C, K, pages_per_tile, S, H]
+        return x.reshape(num_tiles, pages.num_kv_heads, -1, pages.head_dim).astype(dtype)
+
+    if is_stacked(pages):
+        halves = pages.data.reshape(2 * num_strips, pages.page_size, pages.head_dim)
+        half = 2 * strips(pages, page_ids)
+        k = tiles(halves.at[half].get(mode="promise_in_bounds"))
+        v = tiles(halves.at[half + 1].get(mode="promise_in_bounds"))
+    else:
+        rows = pages.data.reshape(num_strips, pages.page_size, -1)
+        rows = rows.at[strips(pages, page_ids)].get(mode="promise_in_bounds")
+        k, v = (tiles(x) for x in jnp.split(rows, 2, axis=-1))
+    return k, jnp.where(exists[:, None, :, None], v, jnp.zeros((), dtype))
+
+
+def gather_rows(pages: Pages, page_ids: Array, exists: Array, dtype) -> Array:
+    """Rows of C tiles, `[C, K, tile, 2H]`, each a key beside its value; zeros for rows that do not exist."""
+    rows = pages.data.reshape(-1, pages.page_size, 2 * pages.head_dim)
+    rows = rows.at[strips(pages, page_ids)].get(mode="promise_in_bounds")
+    rows = rows.reshape(page_ids.shape[0], pages.num_kv_heads, -1, 2 * pages.head_dim)
+    return jnp.where(exists[:, None, :, None], rows.astype(dtype), jnp.zeros((), dtype))
+
+
+def gather_scales(pages: Pages, page_ids: Array, exists: Array) -> tuple[Array, Array]:
+    """The scales of the keys and values of C tiles, `[C, K, tile]` each; zeros for those that do not exist."""
+    _, scales = gather_pages(pages, page_ids)
+    assert scales is not None
+    k, v = jnp.split(jnp.swapaxes(scales, 1, 2), 2, axis=-1)  # [C, K, pages_per_tile, S]
+    return tuple(jnp.where(exists[:, None], x.reshape(*x.shape[:2], -1), 0) for x in (k, v))
