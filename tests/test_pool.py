@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from paged_jax.config import CacheConfig
-from paged_jax.page_table import Reservation
+from paged_jax.invariants import check
+from paged_jax.metadata import AttentionMetadata
+from paged_jax.page_table import PageTable, Reservation
 from paged_jax.pool import PagePool
-from pallas_kernels import read_pages
+from pallas_kernels import read_pages, write_pages
 
 CONFIG = CacheConfig(2, 2, 16, 64, max_sequences=4, max_pages_per_sequence=5, page_size=8)
 copy = partial(jax.jit, donate_argnums=0)(PagePool.copy)
@@ -71,3 +73,54 @@ def test_a_layer_is_replaced_alone():
 def test_pages_start_empty():
     keys, values = read_pages(PagePool.create(CONFIG).layers[0], jnp.arange(1, 4, dtype=jnp.int32))
     assert keys.shape == (3, 8, 2, 16) and not np.any(np.asarray(keys)) and not np.any(np.asarray(values))
+
+
+def test_a_history_of_forks_and_rollbacks_reads_back():
+    """Real pages, written by write_pages: every row holds its own tokens, each a number that no other token has."""
+    config = CacheConfig(2, 1, 8, num_pages=14, max_sequences=4, max_pages_per_sequence=5, page_size=4, dtype="float32")
+    num_tokens = 12
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(table, pool, query_lens, stamps):
+        table, reservation = table.reserve(query_lens)
+        pool = pool.copy(reservation)
+        seen = AttentionMetadata.ragged(table, query_lens, num_tokens, active=reservation.granted)
+        k = jnp.broadcast_to(stamps[:, None, None], (num_tokens, 1, 8))
+        for i, pages in enumerate(pool.layers):
+            pages = write_pages(pages, k + i, -k, seen.page_table, seen.lengths, seen.query_starts)
+            pool = pool.replace_layer(i, pages)
+        return table, pool, reservation
+
+    fork, permute, truncate = jax.jit(PageTable.fork), jax.jit(PageTable.permute), jax.jit(PageTable.truncate)
+    random = np.random.default_rng(0)
+    table, pool = PageTable.create(config), PagePool.create(config)
+    rows: list[list[float]] = [[], [], [], []]
+    next_stamp, num_copies, num_refused = 1.0, 0, 0
+    for i in range(120):
+        query_lens = random.integers(0, 4, 4).astype(np.int32)
+        stamps = next_stamp + np.arange(num_tokens, dtype=np.float32)
+        next_stamp += num_tokens
+        table, pool, reservation = step(table, pool, query_lens, stamps)
+        start = np.cumsum([0, *query_lens])
+        for b, granted in enumerate(np.asarray(reservation.granted)):
+            rows[b] += stamps[start[b] : start[b + 1]].tolist() if granted else []
+        num_copies += np.count_nonzero(reservation.copy_target)
+        num_refused += np.count_nonzero(~np.asarray(reservation.granted))
+        if i % 3 == 1:
+            parents = random.integers(0, 4, 4).astype(np.int32)
+            table, rows = permute(table, parents), [list(rows[p]) for p in parents]
+        if i % 3 == 2:
+            lengths = np.array([max(len(row) - random.integers(0, 12), 0) for row in rows], np.int32)
+            table, rows = truncate(table, lengths), [row[:n] for row, n in zip(rows, lengths, strict=True)]
+            empty = [b for b in range(4) if not rows[b]][:1] or [-1]
+            table, ok = fork(table, np.array([3], np.int32), np.array(empty, np.int32))
+            if ok[0]:
+                rows[empty[0]] = list(rows[3])
+        check(table)
+        for layer, pages in enumerate(pool.layers):
+            keys, values = (np.asarray(x) for x in read_pages(pages, table.pages.reshape(-1)))
+            for b, row in enumerate(rows):
+                expected = np.array(row)
+                assert np.array_equal(keys.reshape(4, 20, 8)[b, : len(row), 0], expected + layer)
+                assert np.array_equal(values.reshape(4, 20, 8)[b, : len(row), 7], -expected)
+    assert num_copies > 50 and num_refused > 5  # the history has both
