@@ -159,5 +159,6 @@ def gather_scales(pages: Pages, page_ids: Array, exists: Array) -> tuple[Array, 
     """The scales of the keys and values of C tiles, `[C, K, tile]` each; zeros for those that do not exist."""
     _, scales = gather_pages(pages, page_ids)
     assert scales is not None
-    k, v = jnp.split(jnp.swapaxes(scales, 1, 2), 2, axis=-1)  # [C, K, pages_per_tile, S]
-    return tuple(jnp.where(exists[:, None], x.reshape(*x.shape[:2], -1), 0) for x in (k, v))
+    scales = jnp.swapaxes(scales, 1, 2)  # [C, K, pages_per_tile, 2S]
+    k, v = (x.reshape(*x.shape[:2], -1) for x in jnp.split(scales, 2, axis=-1))
+    return jnp.where(exists[:, None], k, 0), jnp.where(exists[:, None], v, 0)
