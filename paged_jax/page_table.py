@@ -284,8 +284,8 @@ class PageTable:
             pages=pages,
             num_tokens=num_tokens,
             first_column=jnp.where(ok, first_column, 0),
-            epoch=self.epoch,
-            serial=self.version,
+            epoch=jnp.copy(self.epoch),  # the handle outlives the table, whose arrays may be donated
+            serial=jnp.copy(self.version),
         )
 
     def attach(self, slot: Int32[Array, ""] | int, handle: PageHandle) -> tuple["PageTable", Bool[Array, ""]]:

@@ -427,6 +427,14 @@ class TestHandles:
         driver.drop(driver.dropped[0])
         assert driver.num_free == USABLE - 1
 
+    @pytest.mark.parametrize("publish", [PageTable.publish, TRANSITIONS.publish], ids=["eager", "jit"])
+    def test_a_handle_outlives_the_donation_of_its_table(self, publish):
+        table, _ = TRANSITIONS.reserve(PageTable.create(CONFIG), np.array(only(row0=5), np.int32))
+        table, handle = publish(table, 0, 5)
+        table = jax.jit(PageTable.clear_fault, donate_argnums=0)(table)
+        table, ok = TRANSITIONS.attach(table, np.int32(1), handle)
+        assert ok and table.lengths.tolist() == [5, 5, 0, 0, 0, 0]
+
 
 class TestCompilation:
     def test_no_host_callbacks(self):
