@@ -15,7 +15,7 @@ from paged_jax.pool import PagePool
 
 
 class PagedCache(nn.Module):
-    """The paged cache of one layer: `attention_fn` of a `MultiHeadDotProductAttention`, or called by attention of your own.
+    """The paged cache of one layer: `attention_fn` of a `MultiHeadDotProductAttention`, or called by your own attention.
 
         attn = nn.MultiHeadDotProductAttention(num_heads, attention_fn=PagedCache())
         attn(x, mask=metadata)
@@ -75,7 +75,8 @@ class PagedCache(nn.Module):
             )
         out, pages.value = pages.value.attend(
             query, key, value, mask,
-            scale=self.scale, window=self.window, soft_cap=self.soft_cap, sinks=sinks, implementation=self.implementation,
+            scale=self.scale, window=self.window, soft_cap=self.soft_cap, sinks=sinks,
+            implementation=self.implementation,
         )  # fmt: skip
         return out
 

@@ -11,7 +11,7 @@ from paged_jax.pool import PagePool
 
 
 class PagedCache(nnx.Module):
-    """The paged cache of one layer: `attention_fn` of an `nnx.MultiHeadAttention`, or called by attention of your own.
+    """The paged cache of one layer: `attention_fn` of an `nnx.MultiHeadAttention`, or called by your own attention.
 
         self.attn = nnx.MultiHeadAttention(..., decode=False, attention_fn=PagedCache(), rngs=rngs)
         self.attn(x, mask=metadata)
@@ -76,7 +76,8 @@ class PagedCache(nnx.Module):
             raise ValueError("a PagedCache has pages during a step alone: run the model through paged_step(model).")
         out, layer = layer.attend(
             query, key, value, mask,
-            scale=self.scale, window=self.window, soft_cap=self.soft_cap, sinks=sinks, implementation=self.implementation,
+            scale=self.scale, window=self.window, soft_cap=self.soft_cap, sinks=sinks,
+            implementation=self.implementation,
         )  # fmt: skip
         self.pages.set_value(layer)
         return out
@@ -99,7 +100,7 @@ def paged_step(model: nnx.Module, call: Call = lambda model, tokens, metadata: m
     Raises:
         ValueError: the model has no `PagedCache`, or an attention layer has one and `decode=True`.
     """
-    layers = {path for path in _caches(model)}
+    layers = _caches(model)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no PagedCache: give every attention layer one, for example "

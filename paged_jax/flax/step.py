@@ -52,7 +52,9 @@ class LayerPages:
     pages: Pages
     is_written: bool = False  # static: a layer that runs twice in a step would overwrite its own keys
 
-    def attend(self, query: Array, key: Array, value: Array, metadata: Any, **options: Any) -> tuple[Array, "LayerPages"]:
+    def attend(
+        self, query: Array, key: Array, value: Array, metadata: Any, **options: Any
+    ) -> tuple[Array, "LayerPages"]:
         """`paged_attention` for arrays `[..., heads, H]` whose leading axes, flattened, are the packed tokens.
 
         Raises:

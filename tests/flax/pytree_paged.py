@@ -5,26 +5,22 @@ import jax.numpy as jnp
 
 from paged_jax import PagePool, paged_attention
 
-WIDTH, HEADS, HEAD_DIM = 32, 4, 8
 
-
-def init(key, vocab, num_layers):
-    def weights(*shape):
-        return jax.random.normal(jax.random.fold_in(key, shape[0]), shape) * shape[-2] ** -0.5
-
-    names = {"qkv": (WIDTH, 3 * HEADS * HEAD_DIM), "out": (HEADS * HEAD_DIM, WIDTH), "up": (WIDTH, 128), "down": (128, WIDTH)}
-    layers = {name: weights(num_layers, *shape) for name, shape in names.items()}
-    return {"embed": weights(vocab, WIDTH), "position": weights(512, WIDTH), "layers": layers}
+def init(key, vocab, width, num_layers):
+    shapes = {"embed": (vocab, width), "position": (512, width)}
+    for i in range(num_layers):
+        shapes |= {f"qkv{i}": (width, 3 * width), f"up{i}": (width, 4 * width), f"down{i}": (4 * width, width)}
+    keys = jax.random.split(key, len(shapes))
+    return {name: jax.random.normal(k, shapes[name]) * width**-0.5 for name, k in zip(shapes, keys, strict=True)}
 
 
 def forward(params, tokens, pool, metadata):
     x = params["embed"][tokens] + params["position"][metadata.positions]
     layers = []
     for i, pages in enumerate(pool.layers):
-        layer = jax.tree.map(lambda w, i=i: w[i], params["layers"])
-        q, k, v = jnp.split((jnp.tanh(x) @ layer["qkv"]).reshape(-1, 3 * HEADS, HEAD_DIM), 3, axis=1)
-        out, pages = paged_attention(q, k, v, pages, metadata)
+        qkv = (x @ params[f"qkv{i}"]).reshape(len(x), -1, pages.head_dim)
+        out, pages = paged_attention(*jnp.split(qkv, 3, axis=1), pages, metadata)
         layers.append(pages)
-        x = x + out.reshape(x.shape) @ layer["out"]
-        x = x + jnp.tanh(x @ layer["up"]) @ layer["down"]
+        x = x + out.reshape(x.shape)
+        x = x + jax.nn.gelu(x @ params[f"up{i}"]) @ params[f"down{i}"]
     return x[metadata.last_tokens] @ params["embed"].T, PagePool(tuple(layers))
