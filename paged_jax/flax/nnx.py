@@ -11,7 +11,7 @@ from paged_jax.pool import PagePool
 
 
 class PagedCache(nnx.Module):
-    """The paged cache of one layer: `attention_fn` of an `nnx.MultiHeadAttention`, or called by your own attention.
+    """The paged cache of one layer: `attention_fn` of an `nnx.MultiHeadAttention`, or called by attention of yours.
 
         self.attn = nnx.MultiHeadAttention(..., decode=False, attention_fn=PagedCache(), rngs=rngs)
         self.attn(x, mask=metadata)
