@@ -15,7 +15,7 @@ from paged_jax.pool import PagePool
 
 
 class PagedCache(nn.Module):
-    """The paged cache of one layer: `attention_fn` of a `MultiHeadDotProductAttention`, or called by attention of yours.
+    """The paged cache of one layer: `attention_fn` of a Flax attention layer, or called by attention of yours.
 
         attn = nn.MultiHeadDotProductAttention(num_heads, attention_fn=PagedCache())
         attn(x, mask=metadata)
