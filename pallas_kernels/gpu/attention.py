@@ -174,7 +174,7 @@ def decode(
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads, page_size = pages.num_kv_heads, pages.page_size
     group = num_heads // num_kv_heads
-    tile = decode_tile(group, head_dim, page_size, page_table.shape[1])
+    tile = decode_tile(group, head_dim, page_size, page_table.shape[1], pages.dtype)
     padding = padded_group(group) - group
 
     takes_part = position >= 0
@@ -189,7 +189,7 @@ def decode(
     heads = pad_axis(q.reshape(num_rows, num_kv_heads, group, head_dim), 2, padding)
     columns = -page_table.shape[1] % tile.ids
     out, lse = attend_segments(
-        heads, pages.data, pad_axis(page_table, 1, columns), rows, schedule,
+        heads, pages.data, pages.scales, pad_axis(page_table, 1, columns), rows, schedule,
         page_size=page_size, tile=tile, scale=options.scale, soft_cap=options.soft_cap,
     )  # fmt: skip
     sinks = options.sinks
@@ -206,15 +206,27 @@ def pad_axis(x: Array, axis: int, amount: int) -> Array:
     return jnp.pad(x, [(0, amount if i == axis else 0) for i in range(x.ndim)])
 
 
-def refusal(q: Array, pages: Pages, **arguments: Any) -> str | None:
+def refusal(q: Array, pages: Pages, max_query_len: int, **arguments: Any) -> str | None:
     """Why the kernels cannot run these arguments, or None."""
     del arguments
     if q.dtype != jnp.bfloat16:
         return f"the GPU kernels take bfloat16 queries, got {q.dtype.name}."
-    if pages.dtype != jnp.bfloat16:
-        return f"the GPU kernels take bfloat16 pages, got {pages.dtype.name}."
+    if pages.dtype not in (jnp.bfloat16, jnp.int8):
+        return f"the GPU kernels take bfloat16 or int8 pages, got {pages.dtype.name}."
     if pages.head_dim not in HEAD_DIMS:
         return f"the GPU kernels take head sizes {HEAD_DIMS}, got {pages.head_dim}."
     if pages.page_size % 64 and pages.page_size not in (8, 16, 32):
         return f"the GPU kernels take pages of 8, 16, 32 or a multiple of 64 tokens, got {pages.page_size}."
+    if pages.dtype == jnp.int8:
+        group = q.shape[1] // pages.num_kv_heads
+        if pages.head_dim == 64 or pages.page_size == 8:
+            return (
+                "the GPU kernels take int8 pages of head size 128 or 256 and at least 16 tokens, "
+                f"got {pages.head_dim} and {pages.page_size}."
+            )
+        if max_query_len > 1 or group > MOST_DECODE_GROUP:
+            return (
+                f"the GPU kernels take int8 pages for one query a sequence and up to {MOST_DECODE_GROUP} query heads "
+                f"a KV head, got max_query_len {max_query_len} and {group}."
+            )
     return None

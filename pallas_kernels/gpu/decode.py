@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpu.hardware import shared_memory_per_block
-from pallas_kernels.gpu.layout import ACC, swizzled
+from pallas_kernels.gpu.layout import ACC, LANES, swizzled
 from pallas_kernels.gpu.schedule import Schedule
 
 LOG2E = math.log2(math.e)
@@ -43,8 +43,8 @@ class DecodeTile(NamedTuple):
     blocks: int
 
 
-def decode_tile(group: int, head_dim: int, page_size: int, max_pages: int) -> DecodeTile:
-    """The sizes for G query heads a KV head, head size H, pages of S tokens and M columns of the page table.
+def decode_tile(group: int, head_dim: int, page_size: int, max_pages: int, dtype: Any) -> DecodeTile:
+    """The sizes for G query heads a KV head, head size H, pages of S tokens of a dtype and M columns of the table.
 
     A step of 16 KiB of keys hides a step's latencies; two blocks a multiprocessor hide each other's starts. As many
     stages as then fit.
@@ -55,8 +55,13 @@ def decode_tile(group: int, head_dim: int, page_size: int, max_pages: int) -> De
     columns = padded_group(group)
     fixed = columns * (2 * 2 * head_dim + 2 * tokens + 4 * head_dim)  # queries, weights, result
     fixed += 8192  # ids, sums across warps, barriers, alignment
-    stages = (shared_memory_per_block(blocks) - fixed) // (2 * 2 * tokens * head_dim)
-    return DecodeTile(tokens, min(stages, 4), min(256, -(-max_pages // 32) * 32), blocks)
+    itemsize = jnp.dtype(dtype).itemsize
+    stage = 2 * itemsize * tokens * head_dim
+    if itemsize == 1:
+        fixed += 2 * tokens * head_dim  # a tile widened for the tensor core
+        stage += 2 * 4 * 2 * tokens  # scales
+    stages = (shared_memory_per_block(blocks) - fixed) // stage
+    return DecodeTile(tokens, min(stages, 6), min(256, -(-max_pages // 32) * 32), blocks)
 
 
 def padded_group(group: int) -> int:
@@ -67,6 +72,7 @@ def padded_group(group: int) -> int:
 def attend_segments(
     q: Float[Array, "R K G H"],
     data: Array,
+    scales: Float[Array, "P K _"] | None,
     page_table: Int32[Array, "B M"],
     rows: Int32[Array, "R 4"],
     schedule: Schedule,
@@ -81,6 +87,7 @@ def attend_segments(
     Args:
         q: `[R, K, G, H]`, G padded to 8 or 16.
         data: the pages.
+        scales: theirs, or None.
         page_table: `[B, M]`, M a multiple of `tile.ids`.
         rows: `[R, 4]`: row of the page table, first visible position, end of the visible positions, 0.
         schedule: the segments.
@@ -102,10 +109,15 @@ def attend_segments(
     copy_tokens = min(page_size, tokens)  # tokens of one copy
     copies = tokens // copy_tokens  # of the keys of a tile
     all_mapped = (1 << copies) - 1
+    is_quantised = scales is not None
+    scale_copies = (copies if page_size <= tokens else 2) if is_quantised else 0
+    inputs = [q, data, page_table, rows, schedule.segments, schedule.share_starts]
+    inputs += [] if scales is None else [scales]
 
-    def kernel(q_ref, data_ref, table_ref, rows_ref, segments_ref, starts_ref, out_ref, lse_ref, *scratch):
-        (q_smem, k_smem, v_smem, p_smem, ids_smem, mapped_smem, field_smem, out_smem, lse_smem,
-         q_bar, k_bar, v_bar, ids_bar, q_free, k_free, v_free) = scratch  # fmt: skip
+    def kernel(q_ref, data_ref, table_ref, rows_ref, segments_ref, starts_ref, *refs):
+        scales_ref, refs = (None, refs) if scales is None else (refs[0], refs[1:])
+        (out_ref, lse_ref, q_smem, k_smem, v_smem, wide_smem, scale_smem, p_smem, ids_smem, mapped_smem,
+         field_smem, out_smem, lse_smem, q_bar, k_bar, v_bar, ids_bar, q_free, k_free, v_free) = refs  # fmt: skip
         head, share = lax.axis_index("head"), lax.axis_index("share")
         first_segment, end_segment = starts_ref[share], starts_ref[share + 1]
 
@@ -161,6 +173,8 @@ def attend_segments(
                             source = data_ref.at[page, head, pl.ds(first_slot, copy_tokens), lanes]
                         target = smem.at[slot, pl.ds(j * copy_tokens, copy_tokens)]
                         plgpu.copy_gmem_to_smem(source, target, bar.at[slot])
+                if scales_ref is not None:
+                    load_scales(scales_ref, scale_smem.at[slot], k_bar.at[slot], pages, head, first_slot)
 
             return step + num_tiles
 
@@ -175,13 +189,21 @@ def attend_segments(
                 position = (first_tile + i) * tokens
                 plgpu.barrier_wait(k_bar.at[slot])
                 mapped = mapped_smem[slot]
+                keys, values = k_smem.at[slot], v_smem.at[slot]
+                if is_quantised:
+                    k_scale, v_scale = (
+                        read_scales(scale_smem.at[slot], part, copy_tokens, tokens) for part in range(2)
+                    )
+                    keys = widen(keys, wide_smem)
 
                 def score(acc_ref):
-                    plgpu.wgmma(acc_ref, k_smem.at[slot], q_smem.at[buffer].transpose((1, 0)))
+                    plgpu.wgmma(acc_ref, keys, q_smem.at[buffer].transpose((1, 0)))
                     return acc_ref[...]
 
                 s = pl.run_scoped(score, ACC((tokens, group), jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot])
+                if is_quantised:
+                    s = s * lax.broadcast_in_dim(k_scale, s.shape, [0])
                 if soft_cap is None:
                     s = s * (scale * LOG2E)
                 else:
@@ -195,24 +217,22 @@ def attend_segments(
                 decay = jnp.exp2(top - new_top)
                 p = jnp.where(visible, jnp.exp2(s - lax.broadcast_in_dim(new_top, s.shape, [1])), 0.0)
                 total = total * lax.broadcast_in_dim(decay, s.shape, [1]) + p
+                if is_quantised:  # what no key has may scale by NaN
+                    p = jnp.where(visible, p * lax.broadcast_in_dim(v_scale, s.shape, [0]), 0.0)
                 p_smem.transpose((1, 0))[...] = p.astype(p_smem.dtype)
                 plgpu.commit_smem()
                 plgpu.barrier_wait(v_bar.at[slot])
 
-                is_whole = (begin <= position) & (position + tokens <= end) & (mapped == all_mapped)
-
-                @pl.when(jnp.logical_not(is_whole))
-                def _():  # a weight of 0 does not silence a NaN: clear the values that do not exist
-                    v_tile = v_smem.at[slot]
-                    token = plgpu.broadcasted_iota(jnp.int32, (tokens, head_dim), 0, layout=plgpu.Layout.WGMMA)
-                    exists = (token >= begin - position) & (token < end - position)
-                    exists &= (lax.shift_right_logical(mapped, token // copy_tokens) & 1) == 1
-                    v = plgpu.load(v_tile, layout=plgpu.Layout.WGMMA)
-                    v_tile[...] = jnp.where(exists, v, jnp.zeros_like(v))
-                    plgpu.commit_smem()
+                if is_quantised:
+                    values = widen(values, wide_smem)  # an int8 is never NaN
+                else:
+                    is_whole = (begin <= position) & (position + tokens <= end) & (mapped == all_mapped)
+                    pl.when(jnp.logical_not(is_whole))(
+                        lambda: clear(values, begin - position, end - position, mapped, copy_tokens)
+                    )
 
                 def weigh(acc_ref):
-                    plgpu.wgmma(acc_ref, v_smem.at[slot].transpose((1, 0)), p_smem.transpose((1, 0)))
+                    plgpu.wgmma(acc_ref, values.transpose((1, 0)), p_smem.transpose((1, 0)))
                     return acc_ref[...]
 
                 update = pl.run_scoped(weigh, ACC((head_dim, group), jnp.float32))
@@ -247,6 +267,8 @@ def attend_segments(
         swizzled((2, group, head_dim), q.dtype),
         swizzled((stages, tokens, head_dim), data.dtype),
         swizzled((stages, tokens, head_dim), data.dtype),
+        swizzled((tokens, head_dim) if is_quantised else (8, 64), q.dtype),
+        plgpu.SMEM((stages, 2, tokens + copy_tokens) if is_quantised else (1,), jnp.float32),
         swizzled((group, tokens), q.dtype),
         plgpu.SMEM((tile.ids,), jnp.int32),
         plgpu.SMEM((stages,), jnp.int32),
@@ -254,7 +276,7 @@ def attend_segments(
         plgpu.SMEM((head_dim, group), jnp.float32),
         plgpu.SMEM((LSE_LANES,), jnp.float32),
         plgpu.Barrier(num_barriers=2),
-        plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=copies + scale_copies, num_barriers=stages),
         plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         plgpu.Barrier(),
         plgpu.Barrier(num_barriers=2),
@@ -274,7 +296,54 @@ def attend_segments(
         scratch_types=scratch_types,
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_decode",
-    )(q, data, page_table, rows, schedule.segments, schedule.share_starts)
+    )(*inputs)
+
+
+def widen(source: Any, target: Any) -> Any:
+    """An 8-bit tile as bfloat16 in another place, which the tensor core then reads."""
+    for lane in range(0, target.shape[1], LANES):  # in parts, for the sake of registers
+        lanes = pl.ds(lane, LANES)
+        part = plgpu.load(source.at[:, lanes], layout=plgpu.Layout.WGMMA)
+        target.at[:, lanes][...] = part.astype(target.dtype)
+    plgpu.commit_smem()
+    return target
+
+
+def clear(values: Any, begin: Any, end: Any, mapped: Any, copy_tokens: int) -> None:
+    """Zeros the rows of a tile that hold no token: a weight of 0 would not silence a NaN."""
+    token = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA)
+    exists = (token >= begin) & (token < end)
+    exists &= (lax.shift_right_logical(mapped, token // copy_tokens) & 1) == 1
+    v = plgpu.load(values, layout=plgpu.Layout.WGMMA)
+    values[...] = jnp.where(exists, v, jnp.zeros_like(v))
+    plgpu.commit_smem()
+
+
+def load_scales(source: Any, target: Any, bar: Any, pages: list, head: Any, first_slot: Any) -> None:
+    """Copies the scales of a tile's pages to `target` `[2, tokens + S]`, from where `read_scales` takes them.
+
+    A page's scales, S of its keys and S of its values, come in one copy: S alone may be less than the 128 bytes that
+    a copy moves at least. Even pages go to one buffer and odd ones to another, S places apart: then the keys' scales
+    stand at their tokens, in one of the two, and the values' S places behind.
+    """
+    span = target.shape[1] - target.shape[1] // (len(pages) + 1)  # tokens of the tile
+    step = target.shape[1] - span
+    if source.shape[2] == 2 * step:
+        for j, page in enumerate(pages):
+            place = target.at[j % 2, pl.ds(j * step, 2 * step)]
+            plgpu.copy_gmem_to_smem(source.at[page, head], place, bar)
+    else:  # a page of several tiles
+        for part in range(2):
+            here = pl.ds(part * (source.shape[2] // 2) + first_slot, step)
+            plgpu.copy_gmem_to_smem(source.at[pages[0], head, here], target.at[0, pl.ds(part * step, step)], bar)
+
+
+def read_scales(source: Any, part: int, step: int, tokens: int) -> Any:
+    """The scales of a tile's keys (part 0) or values (part 1), `[tokens]`."""
+    rows = plgpu.Layout.WGMMA.reduce(1)
+    even, odd = (plgpu.load(source.at[i, pl.ds(part * step, tokens)], layout=rows, optimized=False) for i in range(2))
+    token = plgpu.broadcasted_iota(jnp.int32, (tokens,), 0, layout=rows)
+    return jnp.where((token // step) % 2 == 0, even, odd)
 
 
 def merge_segments(

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 ACC = plgpu.WGMMAAccumulatorRef
 
 
+LANES = 64  # of a tile: 128 bytes of bfloat16
+
+
 def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory for a tensor core operand: rows of 128 bytes in tiles of 8, swizzled against bank conflicts."""
-    lanes = 128 // jnp.dtype(dtype).itemsize
+    """Shared memory for tiles of 8 rows and 64 lanes, swizzled against bank conflicts."""
     transforms = (
-        plgpu.TilingTransform((8, lanes)),  # pyright: ignore[reportAbstractUsage]
-        plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+        plgpu.TilingTransform((8, LANES)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(LANES * jnp.dtype(dtype).itemsize),  # pyright: ignore[reportAbstractUsage]
     )
     return plgpu.SMEM(shape, dtype, transforms=transforms)

@@ -25,9 +25,9 @@ LOG2E = math.log2(math.e)
 WARPGROUPS = 2  # that compute
 WARPGROUP_ROWS = 64
 assert BLOCK_ROWS == WARPGROUPS * WARPGROUP_ROWS
-COMPUTE_REGISTERS, MOVE_REGISTERS = 232, 40  # of a thread; together what a multiprocessor has
+COMPUTE_REGISTERS, MOVE_REGISTERS = 224, 56  # of a thread; 2 x 224 + 56 is what three warpgroups start with
 CLEARED_LANES = 64  # of the values that are cleared at a time
-OUT_LANES = 64  # of the result that are staged at a time
+OUT_LANES = 32  # of the result that are staged at a time
 LSE_LANES = 8  # of the log-sum-exp in memory: the narrowest tile that a warpgroup can hold
 
 

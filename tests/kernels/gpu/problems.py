@@ -32,12 +32,14 @@ def make_problem(
     page_size=16,
     max_pages=None,
     write=False,
+    dtype="bfloat16",
     seed=0,
 ) -> Problem:
     """Sequences on shuffled pages of distinct data.
 
     NaN fills the null page, unowned pages and every slot behind a length; columns behind the mapped ones hold
-    invalid ids. Padding tokens follow the last sequence. With `write`, the new tokens' slots are NaN as well.
+    invalid ids. Padding tokens follow the last sequence. With `write`, the new tokens' slots are NaN as well. Of int8
+    pages it is the scales that are NaN.
     """
     rng = np.random.default_rng(seed)
     lengths = np.asarray(lengths, np.int32)
@@ -62,7 +64,12 @@ def make_problem(
 
     empty = init_pages(num_pages, num_kv_heads, page_size, head_dim)
     axis = 2 if empty.data.shape[2] == 2 * page_size else 3
-    data = jnp.asarray(np.concatenate([k, v], axis=axis), jnp.bfloat16)
+    kv, scales = np.concatenate([k, v], axis=axis), None
+    if dtype == "int8":
+        scales = np.abs(np.concatenate([k, v], axis=2)).max(axis=-1) / 127
+        kv = np.where(np.isnan(kv), 77, np.round(kv / scales[..., None]))
+        scales = jnp.asarray(scales, jnp.float32)
+    data = jnp.asarray(kv, dtype)
     starts = np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)
     num_tokens = int(starts[-1]) + padding
 
@@ -74,7 +81,7 @@ def make_problem(
         q,
         new_k if write else None,
         new_v if write else None,
-        Pages(data, None, page_size),
+        Pages(data, scales, page_size),
         jnp.asarray(table, jnp.int32),
         jnp.asarray(lengths),
         jnp.asarray(starts),

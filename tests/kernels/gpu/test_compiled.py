@@ -47,21 +47,23 @@ def attention_arguments(batch, tokens, heads, pages, max_pages=256):
 
 
 @pytest.mark.parametrize(
-    ("page_size", "head_dim", "heads", "blocks"),
+    ("page_size", "head_dim", "heads", "dtype", "blocks"),
     [
-        (16, 128, (32, 8), 2),
-        (64, 128, (32, 8), 2),
-        (128, 128, (32, 8), 2),
-        (8, 128, (16, 1), 2),
-        (16, 64, (64, 8), 2),
-        (64, 64, (12, 1), 2),
-        (32, 256, (16, 2), 1),
-        (64, 256, (16, 1), 1),
+        (16, 128, (32, 8), "bfloat16", 2),
+        (64, 128, (32, 8), "bfloat16", 2),
+        (128, 128, (32, 8), "bfloat16", 2),
+        (8, 128, (16, 1), "bfloat16", 2),
+        (16, 64, (64, 8), "bfloat16", 2),
+        (64, 64, (12, 1), "bfloat16", 2),
+        (64, 256, (16, 1), "bfloat16", 1),
+        (16, 128, (32, 8), "int8", 2),
+        (128, 128, (64, 8), "int8", 2),
+        (32, 256, (16, 2), "int8", 1),
     ],
 )
-def test_decode(compile_kernels, page_size, head_dim, heads, blocks):
+def test_decode(compile_kernels, page_size, head_dim, heads, dtype, blocks):
     num_heads, num_kv_heads = heads
-    pages = abstract_pages(num_kv_heads, page_size, head_dim)
+    pages = abstract_pages(num_kv_heads, page_size, head_dim, dtype)
     decode = jax.jit(partial(paged_attention, max_query_len=1, implementation="pallas_gpu"))
     _, reports = compile_kernels(decode, *attention_arguments(64, 64, num_heads, pages))
     # A kernel that an earlier test compiled is not compiled again: the merge may be missing, the rest differs.
@@ -71,9 +73,9 @@ def test_decode(compile_kernels, page_size, head_dim, heads, blocks):
     (loop,) = report.copy_loops()[-1:]
     tokens = 128 if head_dim == 64 and num_heads // num_kv_heads <= 8 else 64
     pages_per_tile = max(1, tokens // page_size)
-    ids = count(loop, r"bulk\.tensor\.2d\.shared")
-    assert ids == 1
-    assert count(loop, LOAD) - ids == 2 * pages_per_tile
+    scales = 0 if dtype == "bfloat16" else max(pages_per_tile, 1 + (page_size > tokens))
+    ids = 1
+    assert count(loop, LOAD) - ids - scales == 2 * pages_per_tile
     assert count(loop, r"\bld\.global") == 0
 
 
@@ -108,3 +110,40 @@ def test_a_step_writes_in_place_before_it_attends(compile_kernels):
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes == pages.num_bytes
     assert memory.temp_size_in_bytes < pages.num_bytes // 20
+
+
+@pytest.mark.parametrize(
+    ("page_size", "head_dim", "heads", "tokens", "options"),
+    [
+        (16, 128, (32, 8), 4096, {}),
+        (64, 128, (32, 8), 4096, {}),
+        (128, 128, (32, 8), 128, dict(max_query_len=16, has_sinks=True)),  # packed, in parts
+        (64, 128, (64, 1), 16, dict(max_query_len=1)),  # a large group
+        (64, 64, (64, 8), 2048, dict(window=128, has_sinks=True)),
+        (32, 256, (16, 8), 2048, dict(window=4096, soft_cap=50.0)),
+        (192, 128, (8, 8), 2048, {}),
+    ],
+)
+def test_rows(compile_kernels, page_size, head_dim, heads, tokens, options):
+    num_heads, num_kv_heads = heads
+    options = dict(options)
+    pages = abstract_pages(num_kv_heads, page_size, head_dim)
+    sinks = array(num_heads, dtype=jnp.float32) if options.pop("has_sinks", False) else None
+
+    def prefill(sinks, *arguments):
+        result = paged_attention(*arguments, sinks=sinks, implementation="pallas_gpu", **options)
+        return result.out
+
+    _, reports = compile_kernels(jax.jit(prefill), sinks, *attention_arguments(4, tokens, num_heads, pages))
+    report = reports["paged_rows"]
+    assert report.blocks_per_multiprocessor == 1
+    # Registers go from the warpgroup that moves to those that compute; a report of 168 is that of the start.
+    assert count(report.ptx, r"setmaxnreg\.inc.* 224;") == 1
+    assert count(report.ptx, r"setmaxnreg\.dec.* 56;") == 1
+    (loop,) = report.copy_loops()[-1:]
+    is_wide = head_dim <= 128 and (128 % page_size == 0 or page_size % 128 == 0)
+    pages_per_tile = max(1, (128 if is_wide else 64) // page_size)
+    ids = count(loop, r"bulk\.tensor\.2d\.shared")
+    assert ids == 1
+    assert count(loop, LOAD) - ids == 2 * pages_per_tile
+    assert count(loop, r"\bld\.global") == 0

@@ -27,3 +27,15 @@ def test_equals_the_reference(interpreter, head_dim, page_size, heads, window, s
     problem = make_problem(lengths, heads=heads, head_dim=head_dim, page_size=page_size)
     sinks = jnp.linspace(-1, 2, heads[0], dtype=jnp.float32) if has_sinks else None
     check(problem, max_query_len=1, window=window, soft_cap=soft_cap, sinks=sinks)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "page_size", "heads", "write"),
+    [(128, 16, (8, 2), True), (128, 128, (3, 1), False), (256, 32, (9, 1), False)],
+)
+def test_int8_pages(interpreter, head_dim, page_size, heads, write):
+    lengths = [0, 1, page_size + 1, 133]
+    shape = dict(heads=heads, head_dim=head_dim, page_size=page_size)
+    problem = make_problem(lengths, query_lens=[0, 1, 1, 1], dtype="int8", write=write, **shape)
+    sinks = jnp.linspace(-1, 2, heads[0], dtype=jnp.float32)
+    check(problem, max_query_len=1, window=100, sinks=sinks)
