@@ -66,7 +66,9 @@ class PagedCache(nn.Module):
             ValueError: at trace time, naming what does not fit.
         """
         refuse(dropout=dropout_rate > 0 and not deterministic, weights=module is not None)
-        pages = self.variable("cache", "pages", lambda: None) if self.is_mutable_collection("cache") else None
+        pages: Any = None
+        if self.is_mutable_collection("cache"):
+            pages = self.variable("cache", "pages", lambda: None)
         if self.is_initializing():
             return jnp.zeros_like(query)
         if pages is None or pages.value is None:
@@ -136,8 +138,8 @@ def paged_step(module: nn.Module, variables: Any, call: Call = _call) -> Step:
         pages = {path: LayerPages(pages) for path, pages in zip(paths, pool.layers, strict=True)}
         variables = {**params, "cache": unflatten_dict(pages)}
         logits, new = module.apply(variables, tokens, metadata, method=call, mutable=["cache"])
-        pages = flatten_dict(new["cache"])
-        return finish(logits, {_name(path): pages[path] for path in paths}, metadata)
+        written: dict[tuple[str, ...], Any] = flatten_dict(new["cache"])
+        return finish(logits, {_name(path): written[path] for path in paths}, metadata)
 
     return Step(forward, {name: collection for name, collection in variables.items() if name != "cache"})
 

@@ -37,7 +37,7 @@ class PagedCache(nnx.Module):
         self.window = window
         self.soft_cap = soft_cap
         self.implementation = implementation
-        self.pages = nnx.Cache(None)  # LayerPages during a step
+        self.pages: nnx.Cache[LayerPages | None] = nnx.Cache(None)  # there are some during a step alone
 
     def __call__(
         self,

@@ -106,7 +106,7 @@ def check_pool(pool: PagePool, layers: Sequence[str]) -> None:
         )
 
 
-def finish(logits: Array, layers: dict[str, LayerPages], metadata: AttentionMetadata) -> tuple[Array, PagePool]:
+def finish(logits: Array, layers: dict[str, Any], metadata: AttentionMetadata) -> tuple[Array, PagePool]:
     """What a step returns, once it is certain that every layer ran and that the logits are those of the sequences."""
     num_rows = len(metadata.lengths)
     if logits.ndim != 2 or len(logits) != num_rows:

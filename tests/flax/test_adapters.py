@@ -1,0 +1,229 @@
+"""Decoders in nnx, in linen and as plain pytrees: over the paged cache they compute what they compute without one."""
+
+import dataclasses
+import difflib
+import functools
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import linen_paged
+import linen_stock
+import nnx_paged
+import nnx_stock
+import numpy as np
+import pytest
+import pytree_paged
+from flax import linen as nn
+from flax import nnx
+
+import paged_jax.flax.linen as paged_linen
+import paged_jax.flax.nnx as paged_nnx
+from paged_jax import AttentionMetadata, CacheConfig, DecodeState, Generator, PagePool, PageTable, SamplingParams
+from paged_jax.decoding import decode_loop
+from paged_jax.flax import Step
+
+HERE = pathlib.Path(__file__).parent
+SIZES = VOCAB, WIDTH, LAYERS = 61, 32, 2
+LONGEST = 64
+PROMPTS = [[5, 3, 1], [7, 7, 30, 2, 19, 60, 41, 8, 11], [44], [9, 10, 11, 12, 13, 14, 15]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A paged decoder and the same decoder without a cache: logits [T, V] of one sequence [T]."""
+
+    step: Step
+    num_kv_heads: int
+    dense: Callable[[jax.Array], jax.Array]
+
+    def config(self, **sizes) -> CacheConfig:
+        defaults = dict(num_pages=64, max_sequences=4, max_pages_per_sequence=16, page_size=4, dtype="float32")
+        return CacheConfig(LAYERS, self.num_kv_heads, WIDTH // 4, **(defaults | sizes))
+
+    def greedy(self, prompt: list[int], num_tokens: int) -> tuple[int, ...]:
+        tokens, end = np.zeros(LONGEST, np.int32), len(prompt)
+        tokens[:end] = prompt
+        for _ in range(num_tokens):
+            tokens[end] = np.argmax(np.asarray(self.dense(tokens))[end - 1])
+            end += 1
+        return tuple(tokens[len(prompt) : end].tolist())
+
+
+def sharpen(weights):
+    """Weights under which greedy decoding does not repeat one token."""
+    return jax.tree.map(lambda w: 3 * w if w.ndim > 1 else w, weights)
+
+
+@functools.cache
+def way(name: str) -> Way:
+    if name == "nnx":
+        stock, paged = nnx_stock.Decoder(*SIZES, nnx.Rngs(0)), nnx_paged.Decoder(*SIZES, nnx.Rngs(1))
+        nnx.update(stock, sharpen(nnx.state(stock)))
+        nnx.update(paged, nnx.state(stock))
+        return Way(paged_nnx.paged_step(paged), 2, functools.partial(nnx.jit(nnx_stock.Decoder.__call__), stock))
+    if name == "linen":
+        stock, paged = linen_stock.Decoder(*SIZES), linen_paged.Decoder(*SIZES)
+        variables = sharpen(stock.init(jax.random.key(0), jnp.zeros(4, jnp.int32)))
+        return Way(paged_linen.paged_step(paged, variables), 4, functools.partial(jax.jit(stock.apply), variables))
+    params = sharpen(pytree_paged.init(jax.random.key(0), *SIZES))
+    return Way(Step(pytree_paged.forward, params), 4, functools.partial(jax.jit(dense_pytree), params))
+
+
+def dense_pytree(params, tokens):
+    x = params["embed"][tokens] + params["position"][: len(tokens)]
+    for i in range(LAYERS):
+        q, k, v = jnp.split((x @ params[f"qkv{i}"]).reshape(len(x), -1, WIDTH // 4), 3, axis=1)
+        x = x + jax.nn.dot_product_attention(q[None], k[None], v[None], is_causal=True).reshape(x.shape)
+        x = x + jax.nn.gelu(x @ params[f"up{i}"]) @ params[f"down{i}"]
+    return x @ params["embed"].T
+
+
+@pytest.mark.parametrize("name", ["nnx", "linen", "pytree"])
+def test_each_way_serves_the_tokens_of_the_decoder_without_a_cache(name):
+    one = way(name)
+    generator = Generator(one.step.forward, one.step.params, one.config(), prefill_tokens=16)
+    served = generator.run(PROMPTS, SamplingParams(max_new_tokens=12))
+    expected = [one.greedy(prompt, 12) for prompt in PROMPTS]
+    assert [samples[0].tokens for samples in served] == expected
+    assert len({token for tokens in expected for token in tokens}) > 12, "greedy tokens that say little"
+
+
+@pytest.mark.parametrize("example", sorted(HERE.glob("*_paged.py")), ids=lambda path: path.stem)
+def test_an_example_has_under_30_lines(example):
+    assert len(example.read_text().splitlines()) < 30
+
+
+@pytest.mark.parametrize("name", ["nnx", "linen"])
+def test_at_most_15_changed_lines_make_a_stock_decoder_paged(name):
+    stock, paged = ((HERE / f"{name}_{kind}.py").read_text().splitlines() for kind in ("stock", "paged"))
+    diff = [line for line in difflib.ndiff(stock, paged) if line[:2] in ("- ", "+ ")]
+    assert 0 < len(diff) <= 15, "\n".join(diff)
+
+
+# ---- one attention layer, to rounding --------------------------------------------------------------------------------
+
+
+class One(nnx.Module):
+    """An attention layer, called with the vectors that the tokens stand for; [1, T, D] where `batched`."""
+
+    def __init__(self, attention_fn, rngs, batched=False):
+        self.vectors = nnx.Param(jax.random.normal(rngs.params(), (VOCAB, WIDTH)))
+        self.attn = nnx.MultiHeadAttention(
+            4, WIDTH, num_kv_heads=2, decode=False, attention_fn=attention_fn, rngs=rngs
+        )
+        self.batched = batched
+
+    def __call__(self, tokens, metadata):
+        x = self.vectors[tokens]
+        x = self.attn(x[None], mask=metadata)[0] if self.batched else self.attn(x, mask=metadata)
+        return x if metadata is None else x[metadata.last_tokens]
+
+
+class OneLinen(nn.Module):
+    attention_fn: Callable
+
+    @nn.compact
+    def __call__(self, tokens, metadata):
+        x = nn.Embed(VOCAB, WIDTH, embedding_init=nn.initializers.normal(1.0))(tokens)
+        x = nn.MultiHeadDotProductAttention(num_heads=4, attention_fn=self.attention_fn)(x, mask=metadata)
+        return x[metadata.last_tokens] if isinstance(metadata, AttentionMetadata) else x
+
+
+def one_layer(name: str, **options):
+    """A step of one paged attention layer, and the same layer over a whole context."""
+    if name == "linen":
+        paged, dense = OneLinen(paged_linen.PagedCache(**options)), OneLinen(nn.dot_product_attention)
+        variables = paged_linen.init(paged, jax.random.key(0))
+        return paged_linen.paged_step(paged, variables), 4, lambda t: dense.apply(variables, t, nn.make_causal_mask(t))
+    causal = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+    dense = One(lambda q, k, v, **_: causal(q[None], k[None], v[None])[0], nnx.Rngs(0))
+    paged = One(paged_nnx.PagedCache(**options), nnx.Rngs(0), batched=name == "nnx, batched")
+    return paged_nnx.paged_step(paged), 2, lambda t: dense(t, None)
+
+
+@pytest.mark.parametrize("name", ["nnx", "nnx, batched", "linen"])
+def test_a_paged_layer_is_within_2e_6_of_dense_attention(name):
+    step, num_kv_heads, dense = one_layer(name)
+    config = CacheConfig(1, num_kv_heads, WIDTH // 4, 32, 4, 8, page_size=4, dtype="float32")
+    rng = np.random.default_rng(0)
+    contexts = rng.integers(0, VOCAB, (4, 24)).astype(np.int32)
+    expected = np.stack([dense(context) for context in contexts])
+    table, pool = PageTable.create(config), PagePool.create(config)
+    done, worst = np.zeros(4, np.int32), 0.0
+    for query_lens in ([5, 11, 0, 8], [3, 0, 9, 4], *[[1, 1, 1, 1]] * 8):
+        query_lens = np.array(query_lens, np.int32)
+        packed = np.concatenate([c[d : d + n] for c, d, n in zip(contexts, done, query_lens, strict=True)])
+        table, _ = table.reserve(query_lens)
+        metadata = AttentionMetadata.ragged(table, query_lens, num_tokens=24)
+        out, pool = step(np.pad(packed, (0, 24 - len(packed))), pool, metadata)
+        done += query_lens
+        last = expected[np.arange(4), done - 1]
+        worst = max(worst, float(np.max(np.abs(np.asarray(out) - last)[query_lens > 0])))
+    assert worst <= 2e-6
+    assert np.std(expected) > 0.1, "outputs so small that the bound says little"
+
+
+# ---- the step --------------------------------------------------------------------------------------------------------
+
+
+def counting(name: str):
+    """A step whose `call` counts its traces."""
+    traces = []
+
+    def call(model, tokens, metadata):
+        traces.append(tokens.shape)
+        return model(tokens, metadata)
+
+    if name == "nnx":
+        return paged_nnx.paged_step(nnx_paged.Decoder(*SIZES, nnx.Rngs(0)), call), traces
+    decoder = linen_paged.Decoder(*SIZES)
+    step = paged_linen.paged_step(decoder, paged_linen.init(decoder, jax.random.key(0)), call)
+    traces.clear()  # linen finds the layers by an abstract trace
+    return step, traces
+
+
+@pytest.mark.parametrize("name", ["nnx", "linen"])
+def test_a_step_compiles_once_for_growing_sequences_and_other_weights(name):
+    step, traces = counting(name)
+    config = way(name).config()
+    table, pool = PageTable.create(config), PagePool.create(config)
+    old = pool
+    seen = []
+    for active in ([True, True, False, True], [True, False, True, True], [False, True, True, True]):
+        active = np.array(active)
+        table, _ = table.reserve(active.astype(np.int32))
+        logits, pool = step(np.arange(4, dtype=np.int32), pool, AttentionMetadata.decode(table, active))
+        seen.append(np.asarray(logits)[3])
+    assert traces == [(4,)]
+    assert old.layers[0].data.is_deleted(), "the pool was copied, not donated"
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(step.params))
+    assert not np.allclose(seen[0], seen[1]), "the metadata of the first step was used again"
+    other = dataclasses.replace(step, params=jax.tree.map(jnp.zeros_like, step.params))
+    assert other.forward is step.forward  # what `Generator` and `decode_loop` compile by
+
+
+def test_new_weights_of_a_model_fit_its_step():
+    model = nnx_paged.Decoder(*SIZES, nnx.Rngs(0))
+    step = paged_nnx.paged_step(model)
+    model.head.kernel[...] = 2 * model.head.kernel[...]
+    new = paged_nnx.weights(model)
+    assert jax.tree.structure(new) == jax.tree.structure(step.params)
+    np.testing.assert_array_equal(new["head"]["kernel"], 2 * step.params["head"]["kernel"])
+
+
+@pytest.mark.parametrize("name", ["nnx", "linen", "pytree"])
+def test_the_pool_is_updated_in_place_by_a_step_and_by_the_decode_loop(name):
+    one = way(name)
+    config = one.config(num_pages=20_000, page_size=16)
+    state = jax.eval_shape(lambda: DecodeState.create(config, capacity=16))
+    metadata = jax.eval_shape(lambda s: AttentionMetadata.decode(s.table, s.active), state)
+    step = one.step
+    for function, arguments in (
+        (jax.jit(step.forward, donate_argnums=2), (step.params, state.feed, state.pool, metadata)),
+        (jax.jit(lambda p, s: decode_loop(step.forward, p, s), donate_argnums=1), (step.params, state)),
+    ):
+        memory = function.lower(*arguments).compile().memory_analysis()
+        assert memory.alias_size_in_bytes >= state.pool.num_bytes, "the pool is not updated in place"
+        assert memory.temp_size_in_bytes < 0.02 * state.pool.num_bytes, "the pool is copied"
