@@ -10,7 +10,6 @@ the refcounts a page (as in Levanter's page table), and a running count of the f
 
 import argparse
 import dataclasses
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -20,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from benchmarks.report import Report, add_json_option
+from benchmarks.timing import compare
 from paged_jax.config import CacheConfig
 from paged_jax.page_table import PageTable
 
@@ -82,44 +82,61 @@ def staggered(num_pages: int, num_rows: int, shortest: int, longest: int) -> Pag
     return table
 
 
-def microseconds(step: Step, table: PageTable, num_steps: int, num_repeats: int) -> float:
-    """The shortest of some runs of a donated loop, for one step."""
-    run = jax.jit(lambda table: lax.fori_loop(0, num_steps, lambda _, table: step(table), table), donate_argnums=0)
-    copy = partial(jax.tree.map, jnp.copy)
-    times = []
-    for _ in range(num_repeats + 1):  # the first one compiles
-        argument = jax.block_until_ready(copy(table))
-        start = time.perf_counter()
-        jax.block_until_ready(run(argument))
-        times.append(time.perf_counter() - start)
-    return min(times) / num_steps * 1e6
+class Loop:
+    """A step many times over in one donated loop, which goes on with the table where the last call left it."""
+
+    def __init__(self, step: Step, table: PageTable, num_steps: int):
+        self.num_steps = num_steps
+        self.table = jax.tree.map(jnp.copy, table)
+        self.run = jax.jit(
+            lambda table: lax.fori_loop(0, num_steps, lambda _, table: step(table), table), donate_argnums=0
+        )
+
+    def __call__(self) -> PageTable:
+        self.table = self.run(self.table)
+        return self.table
+
+
+def loops() -> dict[tuple[str, int, int], Loop]:
+    """What is measured, by its name, sequences and pages."""
+    all_loops = {}
+    for num_rows, num_pages, longest in ((256, 8192, 900), (1024, 131_072, 2040)):
+        table = staggered(num_pages, num_rows, 64, longest)
+        steps = {
+            "serving, prompts of 1": partial(serve, longest, 1),
+            "serving, prompts of 64": partial(serve, longest, 64),
+            "serving, prompts of 1, argmin a page": partial(serve_with, argmin_a_page, longest),
+            "serving, prompts of 1, count and search": partial(serve_with, count_and_search, longest),
+        }
+        for name, step in steps.items():
+            slow = name.endswith(("argmin a page", "count and search"))
+            all_loops[name, num_rows, num_pages] = Loop(step, table, num_steps=10 if slow else 500)
+    for num_rows in (256, 1024):
+        for num_pages in (8192, 32_768, 131_072):
+            table = staggered(num_pages, num_rows, 4, 4)
+            all_loops["nobody needs a page", num_rows, num_pages] = Loop(append_in_place, table, 500)
+    return all_loops
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=15)
     add_json_option(parser)
     options = parser.parse_args()
     report = Report("page_table", f"the page table in a decode step, pages of 16 tokens, rows of {MAX_PAGES} pages")
-
-    def measure(name: str, step: Step, table: PageTable, num_steps: int, num_repeats: int) -> None:
-        us = microseconds(step, table, num_steps, num_repeats)
-        report.add(step=name, sequences=table.num_rows, pages=table.num_pages, microseconds=us)
-
-    for num_rows, num_pages, longest in ((256, 8192, 900), (1024, 131_072, 2040)):
-        table = staggered(num_pages, num_rows, 64, longest)
-        for prompt in (1, 64):
-            step = partial(serve, longest, prompt)
-            measure(f"serving, prompts of {prompt}", step, table, 500, options.num_repeats)
-    for num_rows in (256, 1024):
-        for num_pages in (8192, 32_768, 131_072):
-            table = staggered(num_pages, num_rows, 4, 4)
-            measure("nobody needs a page", append_in_place, table, 500, options.num_repeats)
-    for num_rows, num_pages, longest in ((256, 8192, 900), (1024, 131_072, 2040)):
-        table = staggered(num_pages, num_rows, 64, longest)
-        for name, find in (("argmin a page", argmin_a_page), ("count and search", count_and_search)):
-            step = partial(serve_with, find, longest)
-            measure(f"serving, prompts of 1, {name}", step, table, 50, min(options.num_repeats, 5))
+    measured = loops()
+    timings = compare({str(key): loop for key, loop in measured.items()}, options.repeats)
+    for key, loop in measured.items():
+        timing, (name, num_rows, num_pages) = timings[str(key)], key
+        scale = 1e3 / loop.num_steps
+        report.add(
+            step=name,
+            sequences=num_rows,
+            pages=num_pages,
+            fastest_us=timing.fastest * scale,
+            median_us=timing.wall * scale,
+            cpu_us=timing.cpu * scale,
+        )
     report.finish(options)
 
 
