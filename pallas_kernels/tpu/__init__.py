@@ -9,10 +9,53 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.pages import Pages, is_mapped, is_stacked
+from pallas_kernels.reference import AttentionResult
+from pallas_kernels.tpu import attention
 from pallas_kernels.tpu.copy import copy_arrays
+from pallas_kernels.tpu.heads import SUBLANES
 from pallas_kernels.tpu.write import gather_new, rows_per_tile, tiles_of_step, write_tiles
 
-__all__ = ["copy_pages", "write_pages"]
+__all__ = ["copy_pages", "paged_attention", "refusal", "write_pages"]
+
+
+def refusal(op: str, **arguments: Any) -> str | None:
+    """Why the kernels cannot run `op`, in one sentence, or None if they can."""
+    pages: Pages = arguments["pages"]
+    if pages.scales is not None:
+        return "it does not take int8 pages."
+    tile_rows = SUBLANES * 4 // pages.dtype.itemsize
+    if op != "copy_pages" and pages.page_size % tile_rows:
+        return (
+            f"it does not take page size {pages.page_size}: copies move tiles of {tile_rows} tokens, so a page of "
+            f"{pages.dtype.name} holds a multiple of that."
+        )
+    if op == "paged_attention" and arguments["max_query_len"] > 1:
+        return "it does not take sequences of several new tokens (pass max_query_len=1 for decoding)."
+    return None
+
+
+def paged_attention(
+    q: Float[Array, "T N H"],
+    k: Float[Array, "T K H"] | None,
+    v: Float[Array, "T K H"] | None,
+    pages: Pages,
+    page_table: Int32[Array, "B M"],
+    lengths: Int32[Array, " B"],
+    query_starts: Int32[Array, " B+1"],
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: Float[Array, " N"] | None,
+    shared_prefix: Int32[Array, ""] | None,
+    max_query_len: int,
+    return_lse: bool,
+) -> AttentionResult:
+    del shared_prefix, max_query_len
+    return attention.decode(
+        q, k, v, pages, page_table, lengths, query_starts,
+        scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, return_lse=return_lse,
+    )  # fmt: skip
 
 
 def write_pages(
@@ -22,22 +65,18 @@ def write_pages(
     page_table: Int32[Array, "B M"],
     lengths: Int32[Array, " B"],
     query_starts: Int32[Array, " B+1"],
-    *,
-    interpret: Any = False,
 ) -> Pages:
     tile_rows = rows_per_tile(pages.page_size, pages.dtype.itemsize)
     ids = jnp.where(is_mapped(page_table, pages), page_table, 0)
     tiles = tiles_of_step(ids, lengths, query_starts, k.shape[0], pages.page_size, tile_rows)
     k, v = k.astype(pages.dtype), v.astype(pages.dtype)
     new = gather_new(tiles, k, v, is_stacked(pages), tile_rows)
-    data = write_tiles(tiles, new, pages.data, page_size=pages.page_size, interpret=interpret)
+    data = write_tiles(tiles, new, pages.data, page_size=pages.page_size)
     return dataclasses.replace(pages, data=data)
 
 
-def copy_pages(
-    pages: Pages, source: Int32[Array, " C"], target: Int32[Array, " C"], *, interpret: Any = False
-) -> Pages:
+def copy_pages(pages: Pages, source: Int32[Array, " C"], target: Int32[Array, " C"]) -> Pages:
     source = jnp.where(is_mapped(source, pages), source, 0)
     target = jnp.where(is_mapped(target, pages), target, 0)
-    (data,) = copy_arrays(source, target, [pages.data], interpret=interpret)
+    (data,) = copy_arrays(source, target, [pages.data])
     return dataclasses.replace(pages, data=data)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -17,11 +15,11 @@ from pallas_kernels.tpu.heads import LANES, pack_heads, pack_queries, pad_group,
 
 
 def page_chunks(ids: Array) -> tuple[Array, int]:
-    """A page table `[B, M]` as rows of 128 ids `[B * chunks, 128]`, and the chunks of a row."""
-    num_rows, max_pages = ids.shape
+    """A page table `[B, M]` as rows of whole chunks, flat, and the chunks of a row."""
+    max_pages = ids.shape[1]
     chunks = -(-max_pages // kernel.IDS)
     ids = jnp.pad(ids, ((0, 0), (0, chunks * kernel.IDS - max_pages)))
-    return ids.reshape(num_rows * chunks, kernel.IDS), chunks
+    return ids.reshape(-1), chunks
 
 
 def decode_rows(
@@ -77,13 +75,12 @@ def new_rows(k: Array, v: Array, pages: Pages) -> Array:
 def decode(
     q: Array, k: Array | None, v: Array | None, pages: Pages, page_table: Array, lengths: Array, query_starts: Array,
     *, scale: float, window: int | None, soft_cap: float | None, sinks: Array | None, return_lse: bool,
-    sizes: kernel.DecodeSizes | None = None, interpret: Any = False,
+    sizes: kernel.DecodeSizes | None = None,
 ) -> AttentionResult:  # fmt: skip
     """`paged_attention` for the sequences that have exactly one new token; 0 for all other tokens.
 
     Args:
         sizes: None (the heuristic of blocks.py) or explicit block sizes.
-        interpret: as `pallas_call` has it: False, or `pltpu.InterpretParams` on a CPU.
     """
     num_tokens, num_heads, head_dim = q.shape
     packing = pack_heads(num_heads, pages.num_kv_heads, head_dim, pages.data.shape[3])
@@ -98,13 +95,13 @@ def decode(
         sinks = jnp.broadcast_to(sinks, (packing.rows, LANES))
     options = kernel.DecodeOptions(scale, window, soft_cap, k is not None, sinks is not None, return_lse)
     out, lse, data = kernel.decode(
-        pack_queries(q, packing), None if k is None else new_rows(k, v, pages), sinks, rows, table, pages.data,
-        chunks=chunks, sizes=sizes, packing=packing, options=options, interpret=interpret,
+        pack_queries(q.astype(jnp.promote_types(q.dtype, pages.dtype)), packing), None if k is None else new_rows(k, v, pages), sinks, rows, table, pages.data,
+        chunks=chunks, sizes=sizes, packing=packing, options=options,
     )  # fmt: skip
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     takes_part = (query_starts[1:] - query_starts[:-1] == 1) & (lengths > 0)
     is_mine = jnp.any((query_starts[None, :-1] == token[:, None]) & takes_part[None, :], axis=1)[:, None]
-    out = jnp.where(is_mine[..., None], unpack_rows(out, packing)[..., -head_dim:], jnp.zeros((), q.dtype))
+    out = jnp.where(is_mine[..., None], unpack_rows(out, packing)[..., -head_dim:], 0).astype(q.dtype)
     if return_lse:
         lse = jnp.where(is_mine, unpack_rows(lse[..., 0], packing), -jnp.inf)
     return AttentionResult(out, dataclasses.replace(pages, data=data), lse if return_lse else None)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
+
+from pallas_kernels.tpu.memory import in_hbm
 
 IN_FLIGHT = 64  # copies started before the first is waited for
 
@@ -59,7 +60,7 @@ def _kernel(source, target, conflict, *refs, num_arrays: int):
         for_all_pairs(lambda n: copy(n, stage(n), to_page(n)))
 
 
-def copy_arrays(source: Array, target: Array, arrays: list[Array], *, interpret: Any = False) -> list[Array]:
+def copy_arrays(source: Array, target: Array, arrays: list[Array]) -> list[Array]:
     """Copies entries of arrays `[P, ...]`; all are read before any is written.
 
     Args:
@@ -71,8 +72,7 @@ def copy_arrays(source: Array, target: Array, arrays: list[Array], *, interpret:
     meets = (target[:, None] == source[None, :]) & real[:, None] & real[None, :]
     conflict = jnp.any(meets & ~jnp.eye(source.size, dtype=bool)).astype(jnp.int32)[None]
     scalars, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
-    if not interpret:
-        arrays = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays]
+    arrays = [in_hbm(x) for x in arrays]
     num = len(arrays)
     results = pl.pallas_call(
         functools.partial(_kernel, num_arrays=num),
@@ -83,7 +83,6 @@ def copy_arrays(source: Array, target: Array, arrays: list[Array], *, interpret:
         out_specs=[hbm] * (2 * num),
         input_output_aliases={3 + i: i for i in range(num)},
         scratch_shapes=[pltpu.SemaphoreType.DMA((IN_FLIGHT,))],
-        interpret=interpret,
         compiler_params=pltpu.CompilerParams(has_side_effects=True),
     )(source, target, conflict, *arrays)
     return list(results[:num])

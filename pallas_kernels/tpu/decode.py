@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.tpu.heads import LANES, SUBLANES, HeadPacking
+from pallas_kernels.tpu.memory import WORD_PART, in_hbm
 
 MASKED = -1e30  # score of a key that does not exist
 FLOOR = -1e20  # the running maximum before the first key: exp2(MASKED - FLOOR) is 0
@@ -37,7 +37,6 @@ ID_GROUPS = 16  # groups whose page ids can be under way; a power of two
 FIELDS = 8  # of a row in `rows`
 TABLE_ROW, LENGTH, TOKEN, FIRST_BLOCK, FIRST_PAGE, LAST_PAGE, LAST_SLOT, HOLES = range(FIELDS)
 RESIDENT_BYTES = 256 << 10  # a page table up to this size lies in scalar memory, a larger one streams
-WORD_PART = {1: -1, 2: 0xFFFF, 4: 0xFF}  # the first of so many values packed in a 32-bit word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +113,8 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, out_hbm, lse_hbm, 
     packed = 4 // pages.dtype.itemsize  # values in a 32-bit word
     tile_rows = SUBLANES * packed  # what a copy can address
     slots, scratch = scratch[:U], scratch[U:]
-    (cursor, row_of, left_of, low_of, bits_of, count_of, dirty_of, first_of, sequence_of, chunk_of,
-     column_of, pages_due, rows_due, outs_due, tiles_due,
+    (cursor, row_of, left_of, low_of, bits_of, count_of, dirty_of, first_of, sequence_of, ids_of,
+     pages_due, rows_due, outs_due, tiles_due,
      ids, q, new, out, lse, tile, m_ref, l_ref, acc_ref, s_ref, p_ref, alpha_ref, l_out, m_out,
      page_sem, row_sem, id_sem, out_sem, tile_sem) = scratch  # fmt: skip
     ids = ids if streams else table
@@ -147,12 +146,12 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, out_hbm, lse_hbm, 
         first_of[r] = jnp.where(real & first, 1, 0)
         # Items past the end leave their output where nobody looks.
         sequence_of[r] = jnp.where(real, nth & last_sequence, last_sequence + 1)
-        column_of[r] = first_page & (IDS - 1)
-        chunk_of[r] = r if streams else chunk
+        ids_of[r] = (r if streams else chunk) * IDS + (first_page & (IDS - 1))
         if options.window is not None:
             low_of[r] = jnp.where(real, length - options.window - block * T, T)
         if streams:
-            pltpu.make_async_copy(table.at[chunk], ids.at[pl.ds(r, 1)], id_sem.at[id_group(item)]).start()
+            here = pl.ds(pl.multiple_of(r * IDS, IDS), IDS)
+            pltpu.make_async_copy(table.at[chunk, 0], ids.at[here], id_sem.at[id_group(item)]).start()
         finished = left <= T
         following = jnp.minimum(nth + 1, num_active - 1)
         cursor[0] = jnp.where(finished & real, nth + 1, nth)
@@ -162,7 +161,7 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, out_hbm, lse_hbm, 
         return jnp.right_shift(item, W.bit_length() - 1) & (ID_GROUPS - 1)
 
     def page_id(r, j):
-        return ids[chunk_of[r], column_of[r] + j]
+        return ids[ids_of[r] + j]
 
     def is_last(r):
         return (left_of[r] > 0) & (left_of[r] <= T)
@@ -183,12 +182,12 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, out_hbm, lse_hbm, 
 
     def fetch(item, slot):
         r = item & last_record
-        left, chunk, column = left_of[r], chunk_of[r], column_of[r]
+        left, base = left_of[r], ids_of[r]
         for j in range(NP):
             wanted = left > j * S
             if options.window is not None:
                 wanted = wanted & (low_of[r] < (j + 1) * S)
-            copy = pltpu.make_async_copy(pages.at[ids[chunk, column + j]], slots[slot].at[j], page_sem.at[slot // W])
+            copy = pltpu.make_async_copy(pages.at[ids[base + j]], slots[slot].at[j], page_sem.at[slot // W])
             pl.when(wanted)(copy.start)  # one copy under a condition is a predicated descriptor, not a branch
 
         for source, target in row_copies(r):
@@ -213,7 +212,7 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, out_hbm, lse_hbm, 
             wait(new_hbm, rows_due[at], row_sem.at[at])
 
     def ids_arrive(item):
-        part = ids.at[pl.ds(0, W)]
+        part = ids.at[pl.ds(0, W * IDS)]
         pltpu.make_async_copy(part, part, id_sem.at[id_group(item)]).wait()
 
     def leave(at):
@@ -419,7 +418,7 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, out_hbm, lse_hbm, 
 
 
 def decode(q: Array, new: Array | None, sinks: Array | None, rows: Array, table: Array, pages: Array, *,
-           chunks: int, sizes: DecodeSizes, packing: HeadPacking, options: DecodeOptions, interpret: Any = False):  # fmt: skip
+           chunks: int, sizes: DecodeSizes, packing: HeadPacking, options: DecodeOptions) -> tuple[Array, Array, Array]:  # fmt: skip
     """Attends and appends.
 
     Args:
@@ -428,7 +427,7 @@ def decode(q: Array, new: Array | None, sinks: Array | None, rows: Array, table:
         sinks: float32 `[rows, 128]`, or None.
         rows: int32 `[FIELDS * B + 2]`: the fields of each row that takes part, in order and field by field, then
             the number of such rows and of their items.
-        table: int32 `[B * chunks, 128]`, the page ids, of each row in so many chunks; 0: no page.
+        table: int32 `[B * chunks * 128]`, the page ids, of each row in so many chunks; 0: no page.
         pages: `[P, K, planes * S, L]`.
 
     Returns:
@@ -453,9 +452,9 @@ def decode(q: Array, new: Array | None, sinks: Array | None, rows: Array, table:
     lse_shape = (num_tokens, N, LANES) if options.lse else (1, SUBLANES, LANES)
     kept = (ring, N, LANES) if options.lse else (1, SUBLANES, LANES)
     scratch = [vmem((sizes.pages_per_item, *pages.shape[1:]), pages.dtype)] * U
-    scratch += [smem((2,), i32)] + [smem((sizes.records,), i32)] * 10 + [smem((U // W,), i32)] * 4
+    scratch += [smem((2,), i32)] + [smem((sizes.records,), i32)] * 9 + [smem((U // W,), i32)] * 4
     scratch += [
-        smem((sizes.records if streams else 1, IDS), i32),
+        smem((sizes.records * IDS if streams else IDS,), i32),
         vmem((ring, *q.shape[1:]), q.dtype),
         vmem((ring, *new.shape[1:]), i32),
         vmem((ring, N, L), q.dtype),
@@ -470,10 +469,9 @@ def decode(q: Array, new: Array | None, sinks: Array | None, rows: Array, table:
         vmem((W, N, LANES), f32),
         vmem((W, N, LANES) if options.lse else (1, SUBLANES, LANES), f32),
     ] + [pltpu.SemaphoreType.DMA((n,)) for n in (U // W, U // W, ID_GROUPS, U // W, U // W)]
-    if not interpret:  # XLA would put small arrays into VMEM, where a copy is a loop that breaks basic blocks
-        q, new, pages = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (q, new, pages))
-        if streams:
-            table = pltpu.with_memory_space_constraint(table, pltpu.HBM)
+    q, new, pages = (in_hbm(x) for x in (q, new, pages))
+    if streams:
+        table = in_hbm(table)
     kernel = functools.partial(
         _kernel, num_rows=num_rows, chunks=chunks, streams=streams, sizes=sizes, packing=packing, options=options
     )
@@ -489,6 +487,5 @@ def decode(q: Array, new: Array | None, sinks: Array | None, rows: Array, table:
         out_specs=(hbm, hbm, hbm),
         input_output_aliases={5: 2},
         scratch_shapes=scratch,
-        interpret=interpret,
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=56 << 20, disable_bounds_checks=True),
     )(rows, q, new, sinks, table, pages)

@@ -8,7 +8,7 @@ and written back.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -16,10 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from pallas_kernels.tpu.heads import SUBLANES
+from pallas_kernels.tpu.memory import WORD_PART, in_hbm
+
 RING = 8  # tiles under way
 LEAD = 4  # tiles between a read and its merge
-SUBLANES = 8
-WORD_PART = {1: -1, 2: 0xFFFF, 4: 0xFF}  # the first of so many values packed in a 32-bit word
 
 
 class Tiles(NamedTuple):
@@ -142,7 +143,7 @@ def _kernel(scalars, new_hbm, pages_in, pages, *scratch, planes: int, page_size:
     lax.fori_loop(0, -(-(num_tiles + RING) // RING) + 1, lap, 0)
 
 
-def write_tiles(tiles: Tiles, new: Array, pages: Array, *, page_size: int, interpret: Any = False) -> Array:
+def write_tiles(tiles: Tiles, new: Array, pages: Array, *, page_size: int) -> Array:
     """Writes the new rows of each tile.
 
     Args:
@@ -151,8 +152,7 @@ def write_tiles(tiles: Tiles, new: Array, pages: Array, *, page_size: int, inter
     """
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     scalars = jnp.concatenate([tiles.page, tiles.row, tiles.first, tiles.end])
-    if not interpret:
-        new, pages = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (new, pages))
+    new, pages = in_hbm(new), in_hbm(pages)
     return pl.pallas_call(
         functools.partial(_kernel, planes=new.shape[2], page_size=page_size),
         name="paged_write",
@@ -160,9 +160,7 @@ def write_tiles(tiles: Tiles, new: Array, pages: Array, *, page_size: int, inter
         in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), hbm, hbm],
         out_specs=hbm,
         input_output_aliases={2: 0},
-        scratch_shapes=[pltpu.VMEM(new.shape[1:], pages.dtype)] * (2 * RING)
-        + [pltpu.SemaphoreType.DMA((RING,))] * 2,
-        interpret=interpret,
+        scratch_shapes=[pltpu.VMEM(new.shape[1:], pages.dtype)] * (2 * RING) + [pltpu.SemaphoreType.DMA((RING,))] * 2,
         compiler_params=pltpu.CompilerParams(has_side_effects=True),
     )(scalars, new, pages)
 
