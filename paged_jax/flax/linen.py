@@ -39,8 +39,8 @@ class PagedCache(nn.Module):
     def __call__(
         self,
         query: Float[Array, "*T N H"],
-        key: Float[Array, "*T K H"],
-        value: Float[Array, "*T K H"],
+        key: Float[Array, "... K H"],
+        value: Float[Array, "... K H"],
         mask: Any = None,
         dropout_rate: float = 0.0,
         deterministic: bool = True,

@@ -42,8 +42,8 @@ class PagedCache(nnx.Module):
     def __call__(
         self,
         query: Float[Array, "*T N H"],
-        key: Float[Array, "*T K H"],
-        value: Float[Array, "*T K H"],
+        key: Float[Array, "... K H"],
+        value: Float[Array, "... K H"],
         mask: Any = None,
         *,
         sinks: Float[Array, " N"] | None = None,

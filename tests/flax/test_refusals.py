@@ -1,0 +1,180 @@
+"""What the adapters refuse, at trace time, and what they say."""
+
+import jax
+import jax.numpy as jnp
+import linen_paged
+import nnx_paged
+import nnx_stock
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import paged_jax.flax.linen as paged_linen
+import paged_jax.flax.nnx as paged_nnx
+from paged_jax import AttentionMetadata, CacheConfig, PagePool, PageTable
+
+VOCAB, WIDTH, LAYERS = 61, 32, 2
+
+
+def trace(step, num_layers=LAYERS, num_kv_heads=2, head_dim=WIDTH // 4, num_tokens=3):
+    """A step of three rows, traced and never compiled."""
+    config = CacheConfig(num_layers, num_kv_heads, head_dim, 8, 3, 2, page_size=4, dtype="float32")
+
+    def run(params):
+        metadata = AttentionMetadata.decode(PageTable.create(config), jnp.ones(3, bool))
+        return step.forward(params, jnp.zeros(num_tokens, jnp.int32), PagePool.create(config), metadata)
+
+    return jax.eval_shape(run, step.params)
+
+
+def nnx_decoder(**_):
+    return nnx_paged.Decoder(VOCAB, WIDTH, LAYERS, nnx.Rngs(0))
+
+
+def linen_step(call=paged_linen._call, decoder=None):
+    decoder = decoder or linen_paged.Decoder(VOCAB, WIDTH, LAYERS)
+    return paged_linen.paged_step(decoder, paged_linen.init(decoder, jax.random.key(0), call), call)
+
+
+def nnx_step(call):
+    return paged_nnx.paged_step(nnx_decoder(), call)
+
+
+class Attention(nnx.Module):
+    """One layer, and the options that its caller has."""
+
+    def __init__(self, call=None, **options):
+        self.call = call or (lambda self, x, metadata: self.attn(x, mask=metadata))
+        self.attn = nnx.MultiHeadAttention(
+            4, WIDTH, num_kv_heads=2, attention_fn=paged_nnx.PagedCache(), rngs=nnx.Rngs(0), **options
+        )
+
+    def __call__(self, tokens, metadata):
+        return self.call(self, jnp.zeros((len(tokens), WIDTH)), metadata)
+
+
+class LinenAttention(nn.Module):
+    options: dict
+    arguments: dict
+
+    @nn.compact
+    def __call__(self, tokens, metadata):
+        attn = nn.MultiHeadDotProductAttention(4, attention_fn=paged_linen.PagedCache(), **self.options)
+        return attn(jnp.zeros((len(tokens), WIDTH)), **{"mask": metadata, **self.arguments})
+
+
+def one(call=None, **options):
+    return paged_nnx.paged_step(Attention(call, **({"decode": False} | options)))
+
+
+def one_linen(options=(), **arguments):
+    return linen_step(decoder=LinenAttention(dict(options), arguments))
+
+
+def test_without_a_mistake_nothing_is_refused():
+    logits, _ = trace(one(), num_layers=1)
+    assert logits.shape == (3, WIDTH)
+    logits, _ = trace(one_linen(), num_layers=1, num_kv_heads=4)
+    assert logits.shape == (3, WIDTH)
+
+
+def test_missing_metadata():
+    match = "mask is None, but a PagedCache needs the step's AttentionMetadata"
+    with pytest.raises(ValueError, match=match):
+        trace(one(lambda self, x, metadata: self.attn(x)), num_layers=1)
+    with pytest.raises(ValueError, match=match):
+        trace(one_linen(mask=None), num_layers=1, num_kv_heads=4)
+
+
+def test_a_mask_in_the_place_of_the_metadata():
+    with pytest.raises(ValueError, match=r"mask is an object of type \w+, but .* pass the metadata down"):
+        trace(one(lambda self, x, metadata: self.attn(x, mask=jnp.ones((1, 3, 3), bool))), num_layers=1)
+
+
+def test_decode_true():
+    with pytest.raises(ValueError, match="attn has decode=True, .* a PagedCache needs decode=False"):
+        one(decode=True)
+    with pytest.raises(ValueError, match="MultiHeadDotProductAttention_0 has decode=True, .* needs decode=False"):
+        one_linen({"decode": True})
+
+
+def test_a_model_without_a_cache():
+    with pytest.raises(ValueError, match="Decoder has no PagedCache: give every attention layer one"):
+        paged_nnx.paged_step(nnx_stock.Decoder(VOCAB, WIDTH, LAYERS, nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="Dense has no PagedCache: give every attention layer one"):
+        paged_linen.paged_step(nn.Dense(3), {}, lambda model, tokens, metadata: model(jnp.zeros((1, 3))))
+
+
+def test_a_layer_without_a_cache():
+    decoder = nnx_decoder()
+    decoder.blocks[0].attn = nnx.MultiHeadAttention(4, WIDTH, num_kv_heads=2, decode=False, rngs=nnx.Rngs(0))
+    match = (
+        r"pages for 2 layers, but 1 layers have a PagedCache \(blocks.1.attn.attention_fn\): give every .* num_layers=1"
+    )
+    with pytest.raises(ValueError, match=match):
+        trace(paged_nnx.paged_step(decoder))
+
+
+def test_a_pool_with_other_layers():
+    with pytest.raises(ValueError, match="pages for 3 layers, but 2 layers have a PagedCache .* with num_layers=2"):
+        trace(linen_step(), num_layers=3, num_kv_heads=4)
+
+
+@pytest.mark.parametrize("sizes", [dict(num_kv_heads=4), dict(head_dim=16)])
+def test_a_pool_with_other_heads(sizes):
+    with pytest.raises(ValueError, match="2 KV heads of size 8, the pool has pages for .* num_kv_heads=2, head_dim=8"):
+        trace(nnx_step(lambda model, *step: model(*step)), **sizes)
+
+
+def test_tokens_that_the_metadata_does_not_speak_of():
+    with pytest.raises(ValueError, match=r"query \(4, 4, 8\) and key \(4, 2, 8\) must both hold the 3 tokens"):
+        trace(one(), num_layers=1, num_tokens=4)
+
+
+def test_keys_of_another_sequence():
+    with pytest.raises(ValueError, match="self-attention over the packed new tokens"):
+        trace(one(lambda self, x, metadata: self.attn(x, x[:1], mask=metadata)), num_layers=1)
+
+
+def test_a_layer_that_runs_twice():
+    with pytest.raises(ValueError, match="a PagedCache was called twice in one step"):
+        trace(one(lambda self, x, metadata: self.attn(self.attn(x, mask=metadata), mask=metadata)), num_layers=1)
+
+
+def test_a_layer_that_does_not_run():
+    with pytest.raises(
+        ValueError, match="the PagedCache of attn.attention_fn was not called: run its layer, or remove it"
+    ):
+        trace(one(lambda self, x, metadata: x), num_layers=1)
+
+
+def test_logits_of_every_token():
+    with pytest.raises(ValueError, match=r"logits of shape \(1, 3, 61\), a step needs \[B, V\] with B = 3: index"):
+        trace(nnx_step(lambda model, tokens, metadata: model(tokens, metadata)[None]))
+
+
+def test_dropout():
+    with pytest.raises(ValueError, match="a PagedCache has no dropout: pass deterministic=True"):
+        trace(one(dropout_rate=0.1, deterministic=False), num_layers=1)
+    with pytest.raises(ValueError, match="a PagedCache has no dropout: pass deterministic=True"):
+        one_linen({"dropout_rate": 0.1, "deterministic": False})
+    trace(one(dropout_rate=0.1, deterministic=True), num_layers=1)
+
+
+def test_weights_that_are_never_formed():
+    with pytest.raises(ValueError, match="sow_weights=True, but a PagedCache never forms the weights"):
+        trace(one(lambda self, x, metadata: self.attn(x, mask=metadata, sow_weights=True)), num_layers=1)
+    with pytest.raises(ValueError, match="sow_weights=True, but a PagedCache never forms the weights"):
+        one_linen(sow_weights=True)
+
+
+def test_a_model_outside_of_a_step():
+    tokens, metadata = jnp.zeros(1, jnp.int32), None
+    with pytest.raises(ValueError, match=r"has pages during a step alone: run the model through paged_step\(model\)"):
+        Attention(decode=False)(tokens, metadata)
+    layer = LinenAttention({}, {})
+    variables = paged_linen.init(layer, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"run the model through paged_step\(module, variables\)"):
+        layer.apply(variables, tokens, metadata)
+    with pytest.raises(ValueError, match=r"run the model through paged_step\(module, variables\)"):
+        layer.apply(variables, tokens, metadata, mutable=["cache"])
