@@ -3,8 +3,8 @@
 from jaxtyping import Array, Float
 
 import pallas_kernels
-from pallas_kernels import Pages
 from paged_jax.metadata import AttentionMetadata
+from pallas_kernels import Pages
 
 
 def paged_attention(
@@ -17,7 +17,7 @@ def paged_attention(
     scale: float | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
-    sinks: Float[Array, "N"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "T N H"], Pages]:
     """Writes the new keys and values to their pages, then lets every query attend to its own sequence.

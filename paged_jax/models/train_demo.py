@@ -105,32 +105,13 @@ def learning_rate(progress: float) -> float:
     return PEAK_LEARNING_RATE * 0.5 * (1 + float(np.cos(np.pi * (progress - WARMUP) / (1 - WARMUP))))
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Trains the demo model.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "demo")
-    parser.add_argument("--minutes", type=float, default=45.0, help="the learning rate reaches 0 by then")
-    parser.add_argument("--steps", type=int, default=20_000, help="or after so many steps")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-
-    train_texts, held_out_texts = corpus()
-    tokenizer = train_tokenizer(train_texts, HF_CONFIG["vocab_size"])
-    train_tokens, held_out_tokens = encode(tokenizer, train_texts), encode(tokenizer, held_out_texts)
-    held_out_bytes = sum(len(text.encode()) for text in held_out_texts)
-    bytes_per_token = held_out_bytes / len(held_out_tokens)
-    print(
-        f"{len(train_texts)} files, {len(train_tokens)} tokens to train on; "
-        f"{len(held_out_texts)} files, {len(held_out_tokens)} tokens held out; {bytes_per_token:.2f} bytes a token"
-    )
-
-    config = checkpoint.decoder_config(HF_CONFIG)
-    graph, params = nnx.split(Decoder(config, rngs=nnx.Rngs(params=options.seed)))
+def make_functions(graph):
+    """The optimiser's start, one training step, and the loss, each over (parameters, tokens [B, T + 1])."""
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.scale_by_adam(b1=0.9, b2=0.95),
         optax.add_decayed_weights(0.1, mask=lambda tree: jax.tree.map(lambda x: x.ndim == 2, tree)),
     )
-    optimizer_state = optimizer.init(params)
 
     def loss_of(params, tokens):
         logits = nnx.merge(graph, params).dense(tokens[:, :-1])
@@ -142,38 +123,60 @@ def main():
         params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
         return params, optimizer_state, loss
 
-    train_step, evaluate = jax.jit(step_of, donate_argnums=(0, 1)), jax.jit(loss_of)
+    return optimizer.init, jax.jit(step_of, donate_argnums=(0, 1)), jax.jit(loss_of)
 
-    def windows(tokens, starts, length):
-        return jnp.asarray(np.stack([tokens[start : start + length + 1] for start in starts]))
 
-    def held_out_loss():
-        starts = np.linspace(0, len(held_out_tokens) - 514, 32).astype(int).reshape(8, 4)
-        return float(np.mean([evaluate(params, windows(held_out_tokens, four, 512)) for four in starts]))
+def windows(tokens: np.ndarray, starts: np.ndarray, length: int) -> jax.Array:
+    """Rows of `length` tokens and the one that follows."""
+    return jnp.asarray(np.stack([tokens[start : start + length + 1] for start in starts]))
 
+
+def main(arguments: list[str] | None = None):
+    """The command line; see --help."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(description="Trains the demo model on Python's standard library.")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "demo")
+    parser.add_argument("--minutes", type=float, default=45.0, help="the learning rate reaches 0 by then")
+    parser.add_argument("--steps", type=int, default=20_000, help="or after so many steps")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+
+    train_texts, held_out_texts = corpus()
+    tokenizer = train_tokenizer(train_texts, HF_CONFIG["vocab_size"])
+    train_tokens, held_out_tokens = encode(tokenizer, train_texts), encode(tokenizer, held_out_texts)
+    bytes_per_token = sum(len(text.encode()) for text in held_out_texts) / len(held_out_tokens)
+    print(
+        f"{len(train_texts)} files, {len(train_tokens)} tokens to train on; "
+        f"{len(held_out_texts)} files, {len(held_out_tokens)} tokens held out; {bytes_per_token:.2f} bytes a token"
+    )
+
+    config = checkpoint.decoder_config(HF_CONFIG)
+    graph, params = nnx.split(Decoder(config, rngs=nnx.Rngs(params=options.seed)))
+    init, train_step, evaluate = make_functions(graph)
+    optimizer_state = init(params)
+    held_out_starts = np.linspace(0, len(held_out_tokens) - 514, 32).astype(int).reshape(8, 4)
     rng = np.random.default_rng(options.seed)
     curve: list[dict] = []
     losses: list[jax.Array] = []
     tokens_seen = 0
     begun = time.monotonic()
 
-    def save(step):
-        """Writes the checkpoint and the account of its training as they stand now."""
-        elapsed = time.monotonic() - begun
-        curve.append(
-            {
-                "step": step,
-                "tokens": tokens_seen,
-                "seconds": round(elapsed, 1),
-                "training_loss": round(float(np.mean(jax.device_get(losses))), 4),
-                "held_out_loss": round(held_out_loss(), 4),
-            }
-        )
+    def save(step: int):
+        """Writes the checkpoint, and the account of its training as it stands now."""
+        held_out = [evaluate(params, windows(held_out_tokens, four, 512)) for four in held_out_starts]
+        point = {
+            "step": step,
+            "tokens": tokens_seen,
+            "seconds": round(time.monotonic() - begun, 1),
+            "training_loss": round(float(np.mean(jax.device_get(losses))), 4),
+            "held_out_loss": round(float(np.mean(jax.device_get(held_out))), 4),
+        }
+        curve.append(point)
         losses.clear()
         checkpoint.save(options.output, HF_CONFIG, params, dtype=jnp.bfloat16)
         tokenizer.save(str(options.output / "tokenizer.json"), pretty=False)
         record = {
-            "command": f"python -m paged_jax.models.train_demo {' '.join(sys.argv[1:])}".strip(),
+            "command": " ".join(["python -m paged_jax.models.train_demo", *arguments]),
             "date": datetime.date.today().isoformat(),
             "corpus": {
                 "what": "the *.py files of CPython's standard library, without " + ", ".join(sorted(EXCLUDED)),
@@ -186,27 +189,24 @@ def main():
                 "bytes_per_token": round(bytes_per_token, 3),
             },
             "parameters": sum(x.size for x in jax.tree.leaves(params)),
-            "steps": step,
-            "tokens": tokens_seen,
-            "seconds": round(elapsed, 1),
+            **{name: point[name] for name in ("step", "tokens", "seconds")},
             "batches": BATCHES,
             "peak_learning_rate": PEAK_LEARNING_RATE,
             "seed": options.seed,
             "device": jax.devices()[0].device_kind,
-            "versions": {m.__name__: m.__version__ for m in (jax, flax, optax, tokenizers)},
-            "held_out_bits_per_byte": round(curve[-1]["held_out_loss"] / np.log(2) / bytes_per_token, 4),
+            "versions": {module.__name__: module.__version__ for module in (jax, flax, optax, tokenizers)},
+            "held_out_bits_per_byte": round(point["held_out_loss"] / np.log(2) / bytes_per_token, 4),
             "curve": curve,
         }
         (options.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-        print(json.dumps(curve[-1]), flush=True)
+        print(json.dumps(point), flush=True)
 
     with Progress() as bar:
         task, step, progress = bar.add_task("training", total=1.0), 0, 0.0
         while progress < 1.0:
             sequences, length = BATCHES[step % len(BATCHES)]
             starts = rng.integers(0, len(train_tokens) - length - 1, sequences)
-            batch = windows(train_tokens, starts, length)
-            rate = jnp.float32(learning_rate(progress))
+            batch, rate = windows(train_tokens, starts, length), jnp.float32(learning_rate(progress))
             params, optimizer_state, loss = train_step(params, optimizer_state, batch, rate)
             losses.append(loss.block_until_ready())
             step, tokens_seen = step + 1, tokens_seen + sequences * length

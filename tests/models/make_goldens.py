@@ -18,7 +18,7 @@ COMMON = dict(
     vocab_size=256,
     hidden_size=48,
     intermediate_size=80,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=16,
@@ -27,7 +27,7 @@ COMMON = dict(
     eos_token_id=None,
     pad_token_id=None,
 )
-MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+MIXED = ["sliding_attention", "full_attention"]
 LLAMA3_ROPE = dict(
     rope_type="llama3",
     rope_theta=10000.0,
