@@ -12,12 +12,15 @@ from pallas_kernels.gpu.decode import attend_segments, decode_tile, merge_segmen
 from pallas_kernels.gpu.moves import write_pages
 from pallas_kernels.gpu.rows import attend_rows, row_tile
 from pallas_kernels.gpu.schedule import Queries, cut_queries, cut_rows, max_row_items
+from pallas_kernels.merge import merge_states
 from pallas_kernels.pages import Pages, token_places
 from pallas_kernels.reference import AttentionResult
 
 HEAD_DIMS = (64, 128, 256)
 MOST_PACKED_QUERIES = 32  # of a sequence: up to so many, the rows of a block are the query heads of a KV head as well
 MOST_DECODE_GROUP = 16  # query heads of a KV head that the decode kernel takes
+PREFIX_PAYS = 2.0**26  # bytes of a shared prefix that reading it once must save: 16 us of an H200's bandwidth
+SEES_ALL = 2**30  # the position of a query that sees every key
 MOST_PARTS = 16  # of a sequence's keys, where there are too few queries to keep every multiprocessor busy
 
 
@@ -48,14 +51,17 @@ def paged_attention(
     return_lse: bool,
 ) -> AttentionResult:
     """As `pallas_kernels.paged_attention`; the arguments are already checked, here and by `refusal`."""
-    del shared_prefix
     if k is not None and v is not None:
         pages = write_pages(pages, k, v, page_table, lengths, query_starts)
     options = Options(scale, window, soft_cap, sinks)
     places = token_places(lengths, query_starts, q.shape[0])
     group = q.shape[1] // pages.num_kv_heads
     if max_query_len == 1 and group <= MOST_DECODE_GROUP:
-        out, lse = decode(q, pages, page_table, places.sequence, places.position, options)
+        rows = (q, pages, page_table, places.sequence, places.position)
+        if shared_prefix is None or window is not None or pages.dtype != jnp.bfloat16:
+            out, lse = decode(*rows, jnp.zeros_like(places.position), options)
+        else:
+            out, lse = decode_behind_prefix(*rows, shared_prefix, options)
     else:
         out, lse = prefill(q, pages, page_table, lengths, query_starts, max_query_len, options)
         lse = jnp.where(places.position[:, None] >= 0, lse, -jnp.inf)
@@ -93,7 +99,7 @@ def prefill(
         position = jnp.where(is_decoding, lengths - 1, -1)
         rows = q[jnp.where(is_decoding, starts, 0)]
         sequence = jnp.arange(num_sequences, dtype=jnp.int32)
-        row_out, row_lse = decode(rows, pages, page_table, sequence, position, options)
+        row_out, row_lse = decode(rows, pages, page_table, sequence, position, 0 * position, options)
         target = jnp.where(is_decoding, starts, num_tokens + sequence)  # past the end: dropped
         out = out.at[target].set(row_out, mode="drop", unique_indices=True)
         lse = lse.at[target].set(row_lse, mode="drop", unique_indices=True)
@@ -162,15 +168,55 @@ def merge_parts(
     return out.astype(dtype), (top + jnp.log(total))[0]
 
 
+def decode_behind_prefix(
+    q: Float[Array, "R N H"],
+    pages: Pages,
+    page_table: Int32[Array, "B M"],
+    sequence: Int32[Array, " R"],
+    position: Int32[Array, " R"],
+    shared_prefix: Int32[Array, ""],
+    options: Options,
+) -> tuple[Float[Array, "R N H"], Float[Array, "R N"]]:
+    """`decode` where all sequences begin with the same pages: those are read once for all of them.
+
+    All queries are rows of one attention over the prefix, each decodes the keys behind it, and the two are merged.
+    Where little would be saved the prefix counts as empty and its blocks have nothing to do: unlike a branch, that
+    needs no word with the host. From Hydragen (Juravsky et al. 2024, arXiv 2402.05099).
+    """
+    num_rows, _, head_dim = q.shape
+    takes_part = position >= 0
+    shortest = jnp.min(jnp.where(takes_part, position + 1, jnp.iinfo(jnp.int32).max))
+    prefix = jnp.minimum(shared_prefix, jnp.minimum(shortest, page_table.shape[1] * pages.page_size))
+    prefix -= prefix % pages.page_size  # a row that ends inside it may hold a last page of its own
+    token_bytes = 2 * pages.num_kv_heads * head_dim * jnp.dtype(pages.dtype).itemsize
+    others = jnp.sum(takes_part) - 1
+    saved = others.astype(jnp.float32) * prefix.astype(jnp.float32) * token_bytes
+    prefix = jnp.where(saved > PREFIX_PAYS, jnp.maximum(prefix, 0), 0)
+
+    def one(x):
+        return jnp.asarray(x, jnp.int32).reshape(1)
+
+    everybody = Queries(one(sequence[jnp.argmax(takes_part)]), one(0), one(num_rows), one(SEES_ALL), one(prefix))
+    prefix_out, prefix_lse = attend_queries(q, pages, page_table, everybody, options._replace(sinks=None), True)
+    prefix_lse = jnp.where(takes_part[:, None], prefix_lse, -jnp.inf)
+    begin = jnp.broadcast_to(prefix, position.shape)
+    out, lse = decode(q, pages, page_table, sequence, position, begin, options)
+    return merge_states(out, lse, prefix_out, prefix_lse)
+
+
 def decode(
     q: Float[Array, "R N H"],
     pages: Pages,
     page_table: Int32[Array, "B M"],
     sequence: Int32[Array, " R"],
     position: Int32[Array, " R"],
+    begin: Int32[Array, " R"],
     options: Options,
 ) -> tuple[Float[Array, "R N H"], Float[Array, "R N"]]:
-    """Attention of rows that each hold one query of one sequence; a row with a negative position is inert."""
+    """Attention of rows that each hold one query of one sequence to the keys from `begin` up to its position.
+
+    A row with a negative position is inert.
+    """
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads, page_size = pages.num_kv_heads, pages.page_size
     group = num_heads // num_kv_heads
@@ -179,7 +225,8 @@ def decode(
 
     takes_part = position >= 0
     end = jnp.minimum(position + 1, page_table.shape[1] * page_size)
-    begin = jnp.zeros_like(end) if options.window is None else jnp.maximum(position + 1 - options.window, 0)
+    if options.window is not None:
+        begin = jnp.maximum(begin, position + 1 - options.window)
     first_tile = begin // tile.tokens
     num_tiles = jnp.where(takes_part & (end > begin), -(-end // tile.tokens) - first_tile, 0)
     num_shares = max(1, hardware.num_multiprocessors() * tile.blocks // num_kv_heads)

@@ -182,9 +182,9 @@ def cut_queries(
 
 
 def max_row_items(num_runs: int, num_tokens: int, rows_per_query: int) -> int:
-    """A bound on the blocks that so many runs of queries take: each run ends and starts a block of its own."""
+    """A bound on the blocks that so many runs of queries take, of which each begins at a multiple of 8 rows."""
     rows = num_tokens * rows_per_query
-    return min(rows // BLOCK_ROWS + 2 * num_runs, num_tokens * (rows_per_query // BLOCK_ROWS + 2))
+    return min((rows + 7 * num_runs) // BLOCK_ROWS + num_runs, num_tokens * (rows_per_query // BLOCK_ROWS + 2))
 
 
 def running_sum(x: Int32[Array, " n"]) -> Int32[Array, " n"]:

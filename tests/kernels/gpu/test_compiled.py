@@ -147,3 +147,16 @@ def test_rows(compile_kernels, page_size, head_dim, heads, tokens, options):
     assert ids == 1
     assert count(loop, LOAD) - ids == 2 * pages_per_tile
     assert count(loop, r"\bld\.global") == 0
+
+
+def test_shared_prefix(compile_kernels):
+    pages = abstract_pages(8, 64, 128)
+
+    def decode(shared_prefix, *arguments):
+        return paged_attention(
+            *arguments, shared_prefix=shared_prefix, max_query_len=1, implementation="pallas_gpu"
+        ).out
+
+    arguments = attention_arguments(64, 64, 56, pages)
+    _, reports = compile_kernels(jax.jit(decode), array(), *arguments)
+    assert {"paged_decode", "paged_rows"} <= set(reports)

@@ -5,22 +5,22 @@ import pytest
 from oracle import check
 from problems import make_problem
 
-# Lengths and the new tokens among them: a whole prompt, a chunk of a longer one, a decode, none, a row of the next
-# step that ends on a page, an inert one (length 0 with a query).
-RAGGED = dict(lengths=[133, 200, 77, 31, 64, 0], query_lens=[133, 37, 1, 0, 2, 1])
+# A whole prompt, a chunk of a longer one, a decode, a row without new tokens, an inert one (a token, length 0).
+LENGTHS, QUERY_LENS = [133, 180, 77, 31, 0], [133, 37, 1, 0, 1]
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "page_size", "heads", "window", "soft_cap", "has_sinks"),
+    ("head_dim", "page_size", "heads", "window", "soft_cap", "has_sinks", "write"),
     [
-        (128, 16, (2, 1), None, None, False),
-        (128, 64, (2, 2), 50, None, True),
-        (64, 32, (2, 1), None, 3.0, True),
-        (256, 64, (1, 1), 130, None, False),
+        (128, 16, (2, 1), None, None, False, True),
+        (128, 64, (1, 1), 50, None, True, False),
+        (64, 32, (1, 1), None, 3.0, True, False),
+        (256, 64, (1, 1), 130, None, False, False),
     ],
 )
-def test_mixed_batch(interpreter, head_dim, page_size, heads, window, soft_cap, has_sinks):
-    problem = make_problem(**RAGGED, padding=3, heads=heads, head_dim=head_dim, page_size=page_size, write=True)
+def test_mixed_batch(interpreter, head_dim, page_size, heads, window, soft_cap, has_sinks, write):
+    shape = dict(heads=heads, head_dim=head_dim, page_size=page_size)
+    problem = make_problem(LENGTHS, query_lens=QUERY_LENS, padding=3, write=write, **shape)
     sinks = jnp.linspace(-1, 2, heads[0], dtype=jnp.float32) if has_sinks else None
     check(problem, window=window, soft_cap=soft_cap, sinks=sinks)
 
