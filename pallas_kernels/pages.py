@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 NULL_PAGE = 0  # never owned by a sequence; like every id outside 1..P-1, it stands for "no page"
 PAGE_DTYPES = ("float32", "bfloat16", "int8")
+TOKENS_AT_ONCE = 256  # of a write
 LANES = 128  # of a TPU register; heads that do not fill it share it between key and value
 
 
@@ -177,9 +178,29 @@ def put_tokens(
 ) -> Pages:
     """Writes each token's key and value to its page and slot; tokens of the null page are dropped.
 
+    XLA copies what it scatters, so many tokens go in pieces.
+    """
+    num_tokens = page.size
+    if num_tokens <= TOKENS_AT_ONCE:
+        return put_piece(pages, k, v, page, slot)
+
+    def put(i, pages):
+        # The last piece starts early where the pieces do not fit evenly, and writes some tokens again.
+        first = jnp.minimum(i * TOKENS_AT_ONCE, num_tokens - TOKENS_AT_ONCE)
+        piece = (jax.lax.dynamic_slice_in_dim(x, first, TOKENS_AT_ONCE) for x in (k, v, page, slot))
+        return put_piece(pages, *piece)
+
+    return jax.lax.fori_loop(0, -(-num_tokens // TOKENS_AT_ONCE), put, pages)
+
+
+def put_piece(
+    pages: Pages, k: Float[Array, "T K H"], v: Float[Array, "T K H"], page: Int32[Array, " T"], slot: Array
+) -> Pages:
+    """`put_tokens` in one scatter.
+
     The scatter goes through the flat view of rows, which XLA updates in place on CPU and TPU alike, where
-    `data.at[page, :, slot]` copies the pool on TPU. Dropped tokens aim past the last row, each at its own,
-    so that no two tokens aim at one row.
+    `data.at[page, :, slot]` copies the pool on TPU. Dropped tokens aim past the last row, each at its own, so that no
+    two tokens aim at one row.
     """
     num_pages, num_heads, page_size = pages.num_pages, pages.num_kv_heads, pages.page_size
     token = jnp.arange(page.size, dtype=jnp.int32)[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
@@ -15,6 +16,8 @@ __all__ = ["copy_pages", "paged_attention", "refusal", "write_pages"]
 
 # With fewer new tokens than this a sequence's tokens are cheaper one by one than as a mostly empty block.
 FEWEST_BLOCK_QUERIES = 9
+# Each of them holds a float32 softmax state while its batch runs: more take a loop over batches.
+TOKENS_AT_ONCE = 128
 
 
 def paged_attention(
@@ -43,22 +46,34 @@ def paged_attention(
     places = token_places(lengths, query_starts, num_tokens)
     inert = (places.position < 0)[:, None]
 
-    if max_query_len < FEWEST_BLOCK_QUERIES:
+    if max_query_len < FEWEST_BLOCK_QUERIES and num_tokens <= TOKENS_AT_ONCE:
         out, lse = decode_attention(q, pages, table, places, sinks, options)
         out = jnp.where(inert[..., None], 0, out).astype(q.dtype)
         lse = jnp.where(inert, -jnp.inf, lse)
-    else:
-        out, lse = jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf)
-        is_short = jnp.diff(query_starts)[places.sequence] < FEWEST_BLOCK_QUERIES
-        # The few tokens of short sequences, gathered: their softmax states take memory. Past the end: nothing.
-        most = min(num_tokens, lengths.size * (FEWEST_BLOCK_QUERIES - 1))
-        token = jnp.flatnonzero(is_short & ~inert[:, 0], size=most, fill_value=num_tokens)
+        return AttentionResult(out, pages, lse if return_lse else None)
+
+    out, lse = jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf)
+    is_short = jnp.diff(query_starts)[places.sequence] < FEWEST_BLOCK_QUERIES
+    most = min(num_tokens, lengths.size * (FEWEST_BLOCK_QUERIES - 1))
+    at_once = min(most, TOKENS_AT_ONCE)
+    most += -most % at_once
+    short = jnp.flatnonzero(is_short & ~inert[:, 0], size=most, fill_value=num_tokens).astype(jnp.int32)
+
+    def decode_some(i, carry):
+        out, lse = carry
+        token = jax.lax.dynamic_slice_in_dim(short, i * at_once, at_once)
         index = jnp.minimum(token, num_tokens - 1)
         position = jnp.where(token < num_tokens, places.position[index], -1)
-        few = TokenPlaces(places.sequence[index], position)
-        few_out, few_lse = decode_attention(q[index], pages, table, few, sinks, options)
-        out = out.at[token].set(few_out.astype(q.dtype), mode="drop")
-        lse = lse.at[token].set(few_lse, mode="drop")
+        some = TokenPlaces(places.sequence[index], position)
+        some_out, some_lse = decode_attention(q[index], pages, table, some, sinks, options)
+        return (
+            out.at[token].set(some_out.astype(q.dtype), mode="drop"),
+            lse.at[token].set(some_lse, mode="drop"),
+        )
+
+    num_short = jnp.sum(short < num_tokens, dtype=jnp.int32)
+    out, lse = jax.lax.fori_loop(0, -(-num_short // at_once), decode_some, (out, lse))
+    if max_query_len >= FEWEST_BLOCK_QUERIES:
         out, lse = prefill_attention(
             q, out, lse, pages, table, lengths, query_starts, FEWEST_BLOCK_QUERIES, sinks, options
         )

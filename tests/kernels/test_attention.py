@@ -1,20 +1,31 @@
 """Attention of every implementation against the float64 oracle, on hostile inputs."""
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernels.cases import CASES, IMPLEMENTATIONS, attend, expected, make_inputs
+from kernels.cases import CASES, DECODE, IMPLEMENTATIONS, MIXED, RAGGED, Case, attend, expected, make_inputs
+
+from pallas_kernels import paged_attention
+
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
 def run(case, inputs, implementation, **options):
+    options = {**case.options, **options}
     try:
-        return attend(
-            *inputs.arguments, sinks=inputs.sinks, implementation=implementation, **{**case.options, **options}
-        )
+        return attend(*inputs.arguments, sinks=inputs.sinks, implementation=implementation, **options)
     except NotImplementedError as refusal:
         pytest.skip(str(refusal))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def case_named(name):
+    return next(case for case in CASES if case.name == name)
+
+
+@each_implementation
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_the_oracle_whatever_unowned_slots_and_ids_hold(case, implementation):
     inputs = make_inputs(case)
@@ -23,3 +34,90 @@ def test_equals_the_oracle_whatever_unowned_slots_and_ids_hold(case, implementat
     assert result.out.dtype == inputs.q.dtype
     np.testing.assert_allclose(np.asarray(result.out, np.float64), out, atol=case.tolerance, rtol=0)
     np.testing.assert_allclose(result.lse, lse, atol=case.tolerance, rtol=1e-6)
+
+
+@each_implementation
+def test_a_context_above_32767_tokens(implementation):
+    case = Case("long context", (33_000, 3), (1, 1), (1, 1), 64, 64, sinks=True)
+    inputs = make_inputs(case)
+    out, _ = expected(case, inputs)
+    np.testing.assert_allclose(run(case, inputs, implementation).out, out, atol=case.tolerance, rtol=0)
+
+
+@each_implementation
+@pytest.mark.parametrize("name", ["decode", "mixed", "mixed: int8"])
+@pytest.mark.parametrize("what", ["other numbers", "NaN"])
+def test_neighbours_cannot_change_my_output(name, what, implementation):
+    case = case_named(name)
+    inputs = make_inputs(case)
+    mine = len(case.lengths) - 1  # the row whose output must not change
+    starts, table = np.asarray(inputs.query_starts), np.asarray(inputs.page_table)
+    own_pages = table[mine, : -(-case.lengths[mine] // case.page_size)]
+    own_tokens = slice(starts[mine], starts[mine + 1])
+
+    def perturbed(x, own):
+        x = np.array(x)
+        others = np.ones(len(x), bool)
+        others[own] = False
+        if np.issubdtype(x.dtype, np.signedinteger):
+            x[others] = -3 - x[others]
+        else:
+            x[others] = np.nan if what == "NaN" else 7 * x[others] + 1
+        return jnp.asarray(x)
+
+    pages = jax.tree.map(lambda x: perturbed(x, own_pages), inputs.pages)
+    tokens = {name: perturbed(getattr(inputs, name), own_tokens) for name in ("q", "k", "v")}
+    changed = run(case, dataclasses.replace(inputs, pages=pages, **tokens), implementation)
+    before = run(case, inputs, implementation)
+    np.testing.assert_array_equal(changed.out[own_tokens], before.out[own_tokens])
+    assert np.isfinite(np.asarray(before.out[own_tokens])).all()
+
+
+@each_implementation
+def test_a_shared_prefix_changes_nothing(implementation):
+    case = Case("decode", (40, 0, 60, 33), (1, 0, 1, 1))
+    inputs = make_inputs(case)
+    table = np.array(inputs.page_table)
+    table[:, :2] = table[0, :2]
+    inputs = dataclasses.replace(inputs, page_table=jnp.asarray(table))
+    promised = run(case, inputs, implementation, shared_prefix=jnp.int32(32))
+    np.testing.assert_allclose(promised.out, run(case, inputs, implementation).out, atol=case.tolerance, rtol=0)
+
+
+@each_implementation
+def test_lse_is_none_unless_asked_for(implementation):
+    case = case_named("decode")
+    assert run(case, make_inputs(case), implementation).lse is None
+
+
+@each_implementation
+@pytest.mark.parametrize("query_lens", [DECODE, MIXED])
+def test_changing_lengths_and_tables_do_not_compile_again(query_lens, implementation):
+    case = Case("decode", RAGGED, query_lens)
+    inputs = make_inputs(case)
+    traces = 0
+
+    def step(*arguments):
+        nonlocal traces
+        traces += 1
+        return paged_attention(
+            *arguments, max_query_len=case.options["max_query_len"], implementation=implementation
+        ).out
+
+    compiled = jax.jit(step)
+    q, k, v, pages, table, lengths, starts = inputs.arguments
+    try:
+        compiled(q, k, v, pages, table, lengths, starts)
+    except NotImplementedError as refusal:
+        pytest.skip(str(refusal))
+    compiled(q, k, v, pages, table[::-1], lengths[::-1], starts)
+    compiled(q, k, v, pages, table * 0, lengths * 0, starts * 0)
+    assert traces == 1
+
+
+@each_implementation
+def test_nothing_to_do(implementation):
+    case = Case("decode", (0, 0, 0), (1, 1, 1), sinks=True)
+    result = run(case, make_inputs(case), implementation, return_lse=True)
+    np.testing.assert_array_equal(result.out, 0)
+    np.testing.assert_array_equal(result.lse, -np.inf)
