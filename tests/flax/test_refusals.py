@@ -33,7 +33,8 @@ def nnx_decoder(**_):
 
 def linen_step(call=paged_linen._call, decoder=None):
     decoder = decoder or linen_paged.Decoder(VOCAB, WIDTH, LAYERS)
-    return paged_linen.paged_step(decoder, paged_linen.init(decoder, jax.random.key(0), call), call)
+    variables = jax.eval_shape(lambda: paged_linen.init(decoder, jax.random.key(0), call))
+    return paged_linen.paged_step(decoder, variables, call)
 
 
 def nnx_step(call):
@@ -173,7 +174,7 @@ def test_a_model_outside_of_a_step():
     with pytest.raises(ValueError, match=r"has pages during a step alone: run the model through paged_step\(model\)"):
         Attention(decode=False)(tokens, metadata)
     layer = LinenAttention({}, {})
-    variables = paged_linen.init(layer, jax.random.key(0))
+    variables = jax.jit(lambda: paged_linen.init(layer, jax.random.key(0)))()
     with pytest.raises(ValueError, match=r"run the model through paged_step\(module, variables\)"):
         layer.apply(variables, tokens, metadata)
     with pytest.raises(ValueError, match=r"run the model through paged_step\(module, variables\)"):
