@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from table_model import CONFIG, TRANSITIONS, B, Driver, M, P, S
 
-from paged_jax.config import CacheConfig
 from paged_jax.invariants import check
-from paged_jax.page_table import Fault, PageTable, Reservation
+from paged_jax.page_table import Fault, PageTable
 from paged_jax.pool import PagePool
 from pallas_kernels import read_pages
 
@@ -434,27 +433,3 @@ class TestHandles:
         table = jax.jit(PageTable.clear_fault, donate_argnums=0)(table)
         table, ok = TRANSITIONS.attach(table, np.int32(1), handle)
         assert ok and table.lengths.tolist() == [5, 5, 0, 0, 0, 0]
-
-
-class TestCompilation:
-    def test_no_host_callbacks(self):
-        table = PageTable.create(CONFIG)
-        counts = jnp.ones(B, jnp.int32)
-        for name, arguments in {"reserve": (counts, counts), "permute": (counts,), "release": (counts > 0,)}.items():
-            text = jax.jit(getattr(PageTable, name)).lower(table, *arguments).as_text()
-            assert "callback" not in text and "custom_call" not in text.replace("stablehlo.custom_call @Sharding", "")
-
-    def test_a_table_is_vmapped_over_replicas(self):
-        """Data-parallel replicas: cond becomes select, the results stay."""
-        tables = jax.tree.map(lambda x: jnp.stack([x, x]), PageTable.create(CONFIG))
-        new = jnp.array([only(row0=5, row1=1), only(row2=2 * S)], jnp.int32)
-        tables, reservation = jax.jit(jax.vmap(PageTable.reserve))(tables, new)
-        for i in range(2):
-            expected, _ = TRANSITIONS.reserve(PageTable.create(CONFIG), new[i])
-            assert jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x[i], y), tables, expected))  # noqa: B023
-        assert isinstance(reservation, Reservation)
-
-    def test_a_table_is_traced_for_its_shapes_alone(self):
-        shapes = jax.eval_shape(lambda: PageTable.create(CacheConfig(1, 1, 128, 131072, 1024, 128)))
-        shapes, _ = jax.eval_shape(PageTable.reserve, shapes, jax.ShapeDtypeStruct((1024,), jnp.int32))
-        assert (shapes.num_pages, shapes.num_rows, shapes.max_length) == (131072, 1024, 2048)

@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 from jax.experimental import topologies
+from table_model import CONFIG, TRANSITIONS, S
 
 from paged_jax.config import CacheConfig
-from paged_jax.page_table import PageTable
+from paged_jax.page_table import PageTable, Reservation
 
 
 def publish_attach_drop(table: PageTable) -> PageTable:
@@ -53,6 +55,29 @@ def test_no_copy_of_the_table_in_a_loop(name):
     copies = re.findall(r"s32\[(?:8192|64,32)\]\S* copy\(", compiled.as_text())
     assert not copies
     assert compiled.memory_analysis().temp_size_in_bytes < 40_000  # the table takes 74,000 bytes
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_no_host_callbacks(name):
+    text = jax.jit(STEPS[name]).lower(shapes(64, 8, 4)).as_text()
+    assert "stablehlo" in text and "callback" not in text and "custom_call" not in text
+
+
+def test_a_table_is_vmapped_over_replicas():
+    """Data-parallel replicas: cond becomes select, the results stay."""
+    tables = jax.tree.map(lambda x: jnp.stack([x, x]), PageTable.create(CONFIG))
+    new = jnp.array([[5, 1, 0, 0, 0, 0], [0, 0, 2 * S, 0, 0, 0]], jnp.int32)
+    tables, reservation = jax.jit(jax.vmap(PageTable.reserve))(tables, new)
+    for i in range(2):
+        expected, _ = TRANSITIONS.reserve(PageTable.create(CONFIG), new[i])
+        assert jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x[i], y), tables, expected))  # noqa: B023
+    assert isinstance(reservation, Reservation)
+
+
+def test_a_table_is_traced_for_its_shapes_alone():
+    shapes = jax.eval_shape(lambda: PageTable.create(CacheConfig(1, 1, 128, 131072, 1024, 128)))
+    shapes, _ = jax.eval_shape(PageTable.reserve, shapes, jax.ShapeDtypeStruct((1024,), jnp.int32))
+    assert (shapes.num_pages, shapes.num_rows, shapes.max_length) == (131072, 1024, 2048)
 
 
 @pytest.mark.tpu_compile
