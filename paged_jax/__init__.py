@@ -9,6 +9,7 @@ from paged_jax.attention import paged_attention
 from paged_jax.config import CacheConfig
 from paged_jax.decoding import DecodeState, decode_loop, decode_step, prefill
 from paged_jax.generator import Completion, Generator, generate
+from paged_jax.handle_book import HandleBook
 from paged_jax.handles import PageHandle
 from paged_jax.memory import MemoryReport
 from paged_jax.metadata import AttentionMetadata
@@ -25,6 +26,7 @@ __all__ = [
     "Completion",
     "DecodeState",
     "Generator",
+    "HandleBook",
     "MemoryReport",
     "PageHandle",
     "PagePool",
