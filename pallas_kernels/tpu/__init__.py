@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.pages import Pages, is_mapped, is_stacked
+from pallas_kernels.pages import Pages, is_mapped, is_stacked, token_places
 from pallas_kernels.reference import AttentionResult
 from pallas_kernels.tpu import attention
 from pallas_kernels.tpu.copy import copy_arrays
@@ -29,8 +29,6 @@ def refusal(op: str, **arguments: Any) -> str | None:
             f"it does not take page size {pages.page_size}: copies move tiles of {tile_rows} tokens, so a page of "
             f"{pages.dtype.name} holds a multiple of that."
         )
-    if op == "paged_attention" and arguments["max_query_len"] > 1:
-        return "it does not take sequences of several new tokens (pass max_query_len=1 for decoding)."
     return None
 
 
@@ -51,11 +49,24 @@ def paged_attention(
     max_query_len: int,
     return_lse: bool,
 ) -> AttentionResult:
-    del shared_prefix, max_query_len
-    return attention.decode(
-        q, k, v, pages, page_table, lengths, query_starts,
-        scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, return_lse=return_lse,
-    )  # fmt: skip
+    del shared_prefix
+    options = dict(scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, return_lse=return_lse)
+    query_lens = query_starts[1:] - query_starts[:-1]
+    if max_query_len > 1 and k is not None and v is not None:
+        # Decoding sequences append in their own pass.
+        pages = write_pages(pages, k, v, page_table, jnp.where(query_lens > 1, lengths, 0), query_starts)
+    out, pages, lse = attention.decode(q, k, v, pages, page_table, lengths, query_starts, **options)
+    if max_query_len == 1:
+        return AttentionResult(out, pages, lse)
+    several, several_lse = attention.prefill(
+        q, pages, page_table, lengths, query_starts, max_query_len=max_query_len, **options
+    )
+    places = token_places(lengths, query_starts, q.shape[0])
+    is_several = ((query_lens > 1)[places.sequence] & (places.position >= 0))[:, None]
+    out = jnp.where(is_several[..., None], several, out)
+    if lse is not None:
+        lse = jnp.where(is_several, several_lse, lse)
+    return AttentionResult(out, pages, lse)
 
 
 def write_pages(

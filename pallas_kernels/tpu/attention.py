@@ -10,8 +10,9 @@ from jaxtyping import Array
 from pallas_kernels.pages import Pages, is_mapped, is_stacked
 from pallas_kernels.reference import AttentionResult
 from pallas_kernels.tpu import decode as kernel
-from pallas_kernels.tpu.blocks import decode_sizes
-from pallas_kernels.tpu.heads import LANES, pack_heads, pack_queries, pad_group, unpack_rows
+from pallas_kernels.tpu import prefill as prefill_kernel
+from pallas_kernels.tpu.blocks import decode_sizes, prefill_sizes
+from pallas_kernels.tpu.heads import LANES, SUBLANES, pack_heads, pack_queries, pad_group, unpack_rows
 
 
 def page_chunks(ids: Array) -> tuple[Array, int]:
@@ -50,13 +51,75 @@ def decode_rows(
     }
     rows = jnp.stack([fields[i] for i in range(kernel.FIELDS)])
     active = length > 0
-    # The rows that take part move to the front: cheaper than a sort, and once a step for all layers.
+    num_items = jnp.sum(jnp.where(active, last_block + 1 - first_block, 0), dtype=jnp.int32)
+    return jnp.concatenate([active_first(rows, active), num_items[None]])
+
+
+def active_first(rows: Array, active: Array) -> Array:
+    """Fields `[F, B]`, those of the rows that take part in front, flat, and then their number.
+
+    It is cheaper than a sort, and done once a step for all layers.
+    """
+    row = jnp.arange(active.size, dtype=jnp.int32)
     rank = jnp.sum((row[None, :] < row[:, None]) & active[None, :], axis=1, dtype=jnp.int32)
     is_nth = (rank[None, :] == row[:, None]) & active[None, :]
-    rows = jnp.sum(jnp.where(is_nth[None], rows[:, None, :], 0), axis=2)  # [FIELDS, B]
-    num_active = jnp.sum(active, dtype=jnp.int32)
-    num_items = jnp.sum(jnp.where(active, last_block + 1 - first_block, 0), dtype=jnp.int32)
-    return jnp.concatenate([rows.reshape(-1), num_active[None], num_items[None]])
+    rows = jnp.sum(jnp.where(is_nth[None], rows[:, None, :], 0), axis=2)
+    return jnp.concatenate([rows.reshape(-1), jnp.sum(active, dtype=jnp.int32)[None]])
+
+
+def prefill_rows(lengths: Array, query_starts: Array, ids: Array, sizes: prefill_kernel.PrefillSizes) -> Array:
+    """The scalars of each row that the prefill kernel needs; rows with fewer than two new tokens sit out."""
+    num_tokens = query_starts[1:] - query_starts[:-1]
+    active = (num_tokens > 1) & (lengths > 0)
+    column = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :]
+    needed = column * sizes.page_size < lengths[:, None]
+    fields = {
+        prefill_kernel.TABLE_ROW: jnp.arange(lengths.size, dtype=jnp.int32),
+        prefill_kernel.LENGTH: lengths,
+        prefill_kernel.TOKEN: query_starts[:-1],
+        prefill_kernel.NUM_TASKS: -(-num_tokens // sizes.query_tokens),
+        prefill_kernel.HOLES: jnp.any(needed & (ids == 0), axis=1).astype(jnp.int32),
+        prefill_kernel.FIRST_POSITION: lengths - num_tokens,
+    }
+    return active_first(jnp.stack([fields[i] for i in range(prefill_kernel.FIELDS)]), active)
+
+
+def prefill(
+    q: Array, pages: Pages, page_table: Array, lengths: Array, query_starts: Array, *, scale: float,
+    window: int | None, soft_cap: float | None, sinks: Array | None, return_lse: bool, max_query_len: int,
+    sizes: prefill_kernel.PrefillSizes | None = None,
+) -> tuple[Array, Array | None]:  # fmt: skip
+    """Attention for the tokens of sequences with several new tokens, which their pages hold already.
+
+    Args:
+        sizes: None (the heuristic of blocks.py) or explicit block sizes.
+
+    Returns:
+        out `[T, N, H]` and lse; other tokens hold anything.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    lanes = pages.data.shape[3]
+    if sizes is None:
+        sizes = prefill_sizes(pages, num_heads, max_query_len)
+    lengths = jnp.minimum(lengths, page_table.shape[1] * pages.page_size)
+    ids = jnp.where(is_mapped(page_table, pages), page_table, 0)
+    rows = prefill_rows(lengths, query_starts, ids, sizes)
+    table, chunks = page_chunks(ids)
+    padded_heads = -(-num_heads // SUBLANES) * SUBLANES
+    padding = ((0, sizes.query_tokens), (0, padded_heads - num_heads), (0, lanes - head_dim))
+    q_rows = jnp.pad(q.astype(jnp.float32), padding).reshape(-1, lanes)
+    if sinks is not None:
+        by_row = jnp.repeat(sinks.astype(jnp.float32), sizes.query_tokens).reshape(-1, sizes.rows_per_unit, 1)
+        sinks = jnp.broadcast_to(by_row, (*by_row.shape[:2], LANES))
+    options = prefill_kernel.PrefillOptions(scale, window, soft_cap, sinks is not None, return_lse, True)
+    out, lse = prefill_kernel.prefill(
+        q_rows, sinks, rows, table, pages.data, chunks=chunks, num_heads=num_heads,
+        dtype=jnp.promote_types(q.dtype, pages.dtype), sizes=sizes, options=options,
+    )  # fmt: skip
+    out = out.reshape(-1, padded_heads, lanes)[:num_tokens, :num_heads, lanes - head_dim :].astype(q.dtype)
+    if not return_lse:
+        return out, None
+    return out, lse.reshape(-1, padded_heads, LANES)[:num_tokens, :num_heads, 0]
 
 
 def new_rows(k: Array, v: Array, pages: Pages) -> Array:

@@ -1,0 +1,414 @@
+"""Prefill: sequences with several new tokens each attend to their pages, which already hold those tokens.
+
+A *task* is a block of Q tokens of one sequence; it keeps its queries, softmax state and output in VMEM while the
+keys pass by, T tokens (a *block*) at a time, each block read once a task and fetched ahead across tasks. A block
+is worked off in *units*: R query rows of one KV head against T keys. As in decode, a step of the loop holds three
+stages of three different units, so that the matrix unit and the vector units work side by side:
+
+    values(u - 2)  |  scores(u)  |  softmax(u - 1)
+
+A block begins and ends with two units that are not there; what they compute goes where nobody looks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from pallas_kernels.tpu.heads import LANES, SUBLANES
+from pallas_kernels.tpu.memory import in_hbm
+
+MASKED = -1e30  # score of a key that is not visible
+FLOOR = -1e20  # the running maximum before the first key: exp2(MASKED - FLOOR) is 0
+LOG2E = 1.4426950408889634
+IDS = 128  # page ids in a chunk of the page table: one row of lanes
+FIELDS = 6  # of a row in `rows`
+TABLE_ROW, LENGTH, TOKEN, NUM_TASKS, HOLES, FIRST_POSITION = range(FIELDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillSizes:
+    """Static sizes of one kernel.
+
+    Args:
+        page_size: S.
+        pages_per_block: pages in a block of T keys; a power of two, at most 32.
+        query_tokens: Q, tokens of a task; a power of two.
+        heads_per_unit: query heads of a unit, a divisor of the group; R is Q times this.
+        blocks_in_ring: blocks in VMEM.
+    """
+
+    page_size: int
+    pages_per_block: int
+    query_tokens: int
+    heads_per_unit: int
+    blocks_in_ring: int = 3
+
+    @property
+    def tokens(self) -> int:
+        return self.page_size * self.pages_per_block
+
+    @property
+    def rows_per_unit(self) -> int:
+        return self.query_tokens * self.heads_per_unit
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillOptions:
+    """What a call asks for, apart from sizes."""
+
+    scale: float
+    window: int | None
+    soft_cap: float | None
+    sinks: bool
+    lse: bool
+    causal: bool
+
+
+def _dot(a: Array, b: Array, contract_b: int) -> Array:
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((1,), (contract_b,)), ((), ()))
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _kernel(rows, sinks, table, q_hbm, pages, out_hbm, lse_hbm, kv, task, ids, q_in, q, out, lse,
+            m_ref, l_ref, acc_ref, s_a, s_b, p_a, p_b, alpha_a, alpha_b,
+            page_sem, id_sem, q_sem, out_sem, *, num_rows: int, chunks: int, num_heads: int,
+            sizes: PrefillSizes, options: PrefillOptions):  # fmt: skip
+    S, NP, T, Q, R = (sizes.page_size, sizes.pages_per_block, sizes.tokens, sizes.query_tokens, sizes.rows_per_unit)
+    ring = sizes.blocks_in_ring
+    K = pages.shape[1]
+    units = q.shape[0]
+    units_per_head = units // K
+    L = pages.shape[3]
+    planes = pages.shape[2] // S  # 2: value rows below key rows; 1: side by side in the lanes
+    value_row = (planes - 1) * S
+    padded_heads = q_in.shape[1] // Q  # rows of a token in q and out
+    num_active = rows[FIELDS * num_rows]
+
+    def field(index, row):
+        return rows[index * num_rows + jnp.minimum(row, num_active - 1)]
+
+    # ---- the walk over tasks and blocks ------------------------------------------------------------------
+    def first_position(row, nth):
+        """Position of the task's first token."""
+        return field(FIRST_POSITION, row) + nth * Q
+
+    def end_of_keys(row, nth):
+        """How many keys the task's last token sees."""
+        return jnp.minimum(field(LENGTH, row), first_position(row, nth) + Q) if options.causal else field(LENGTH, row)
+
+    def first_block(row, nth):
+        if options.window is None:
+            return jnp.int32(0)
+        return lax.div(jnp.maximum(first_position(row, nth) - options.window + 1, 0), T)
+
+    def num_blocks(row, nth):
+        """At least one, so that a task without keys still writes zeros."""
+        end = lax.div(jnp.maximum(end_of_keys(row, nth), 0) + (T - 1), T)
+        return jnp.maximum(end - first_block(row, nth), 1)
+
+    # The front of the walk runs ahead of the work: its task (row, nth), and the block in it.
+    def advance():
+        row, nth, block = task[0], task[1], task[2]
+        more_blocks = block + 1 < num_blocks(row, nth)
+        more_tasks = nth + 1 < field(NUM_TASKS, row)
+        task[2] = jnp.where(more_blocks, block + 1, 0)
+        task[1] = jnp.where(more_blocks, nth, jnp.where(more_tasks, nth + 1, 0))
+        task[0] = jnp.where(more_blocks | more_tasks, row, row + 1)
+
+    def chunk_copy(row, block, slot):
+        chunk = field(TABLE_ROW, row) * chunks + lax.div(block * NP, IDS)
+        here = pl.ds(pl.multiple_of(slot * IDS, IDS), IDS)
+        return pltpu.make_async_copy(table.at[chunk, 0], ids.at[here], id_sem.at[slot])
+
+    def page_copies(slot, left, column, low, act):
+        """For each page of the block that the task needs."""
+
+        def body(j, count):
+            page = ids[slot * IDS + column + j]
+            wanted = (j * S < left) & ((j + 1) * S > low) & (page > 0)
+            pl.when(wanted)(lambda: act(pltpu.make_async_copy(pages.at[page], kv.at[slot, j], page_sem.at[slot])))
+            return count
+
+        lax.fori_loop(0, NP, body, 0)
+
+    def geometry(row, nth, block):
+        """Of the block: keys from its start to the last one visible, those before the first, its ids' column."""
+        start = (first_block(row, nth) + block) * T
+        left = end_of_keys(row, nth) - start
+        low = first_position(row, nth) - options.window + 1 - start if options.window is not None else jnp.int32(0)
+        return left, low, ((first_block(row, nth) + block) * NP) & (IDS - 1)
+
+    def fetch(slot):
+        """Starts the copies of the block at the front of the walk and moves the front on."""
+        row, nth, block = task[0], task[1], task[2]
+
+        @pl.when(row < num_active)
+        def _():
+            copy = chunk_copy(row, first_block(row, nth) + block, slot)
+            copy.start()
+            copy.wait()
+            left, low, column = geometry(row, nth, block)
+            page_copies(slot, left, column, low, lambda copy: copy.start())
+            advance()
+
+    def rows_of_task(row, nth):
+        """Its rows in q_hbm and out_hbm. A task writes whole blocks: what is behind its tokens is written later."""
+        start = (field(TOKEN, row) + nth * Q) * padded_heads
+        return pl.ds(pl.multiple_of(start, SUBLANES), Q * padded_heads)
+
+    def q_copy(row, nth, slot):
+        return pltpu.make_async_copy(q_hbm.at[rows_of_task(row, nth)], q_in.at[slot], q_sem.at[slot])
+
+    def out_copies(row, nth):
+        copies = [pltpu.make_async_copy(out, out_hbm.at[rows_of_task(row, nth)], out_sem)]
+        if options.lse:
+            copies.append(pltpu.make_async_copy(lse, lse_hbm.at[rows_of_task(row, nth)], out_sem))
+        return copies
+
+    # ---- a block ---------------------------------------------------------------------------------------------
+    def clean(slot, left, column, low):
+        """Zeroes the values of keys that do not exist: 0 * NaN is NaN."""
+
+        def page(j, _):
+            exists = (ids[slot * IDS + column + j] > 0) & ((j + 1) * S > low)
+            live = jnp.where(exists, left - j * S, 0)
+
+            @pl.when(live < S)
+            def _():
+                row = lax.broadcasted_iota(jnp.int32, (S, L), 0)
+                for h in range(K):
+                    here = kv[slot, j, h, value_row : value_row + S, :].astype(jnp.float32)
+                    here = jnp.where(row < live, here, 0.0)
+                    kv[slot, j, h, value_row : value_row + S, :] = here.astype(pages.dtype)
+
+            return 0
+
+        lax.fori_loop(0, NP, page, 0)
+
+    def page_bits(slot, column):
+        def body(j, bits):
+            return bits | jnp.where(ids[slot * IDS + column + j] > 0, jnp.left_shift(1, j), 0)
+
+        return lax.fori_loop(0, NP, body, jnp.int32(0))
+
+    # ---- the three stages of a unit ----------------------------------------------------------------------------
+    def scores(unit, slot):
+        head = lax.div(unit, units_per_head)
+        keys = kv[slot, :, head, :S, :].reshape(T, L).astype(q.dtype)
+        return _dot(q[unit], keys, 1)  # [R, T]
+
+    key = lax.broadcasted_iota(jnp.int32, (R, T), 1)
+    key_minus_token = key - (lax.broadcasted_iota(jnp.int32, (R, T), 0) & (Q - 1))
+    page_of_key = lax.convert_element_type(
+        (lax.broadcasted_iota(jnp.int32, (1, T), 1).astype(jnp.float32) + 0.5) / S, jnp.int32
+    )
+
+    def softmax(unit, s, is_first, mask, position, left, bits):
+        """Args:
+        mask: whether some of the block's keys may be hidden from some rows.
+        position: of the task's first token, from the block's start.
+        """
+        s = s * options.scale
+        if options.soft_cap is not None:
+            s = options.soft_cap * jnp.tanh(s * (1 / options.soft_cap))
+        s = s * LOG2E
+        if mask:
+            visible = (key < left) & ((jnp.right_shift(bits, page_of_key) & 1) > 0)
+            if options.causal:
+                visible = visible & (key_minus_token <= position)
+            if options.window is not None:
+                visible = visible & (key_minus_token > position - options.window)
+            s = jnp.where(visible, s, MASKED)
+        m_before = jnp.where(is_first, sinks[unit] * LOG2E if options.sinks else FLOOR, m_ref[unit])
+        l_before = jnp.where(is_first, 1.0 if options.sinks else 0.0, l_ref[unit])
+        m = jnp.maximum(m_before, jnp.max(s, axis=1, keepdims=True))
+        p = jnp.exp2(s - m[:, :1])
+        alpha = jnp.exp2(m_before - m)
+        m_ref[unit] = m
+        l_ref[unit] = l_before * alpha + jnp.sum(p, axis=1, keepdims=True)
+        return p.astype(q.dtype), alpha
+
+    def values(unit, slot, p, alpha, is_first):
+        head = jnp.minimum(lax.div(unit, units_per_head), K - 1)
+        v = kv[slot, :, head, value_row : value_row + S, :].reshape(T, L).astype(q.dtype)
+        before = acc_ref[unit] * wide(alpha)
+        acc_ref[unit] = jnp.where(is_first, 0.0, before) + _dot(p, v, 0)
+
+    def wide(x):
+        """A value held in all 128 lanes, in L lanes."""
+        return x if L == LANES else jnp.broadcast_to(x[:, :1], (R, L))
+
+    # ---- a task ----------------------------------------------------------------------------------------------
+    def head_rows(n):
+        """The rows of a query head, one a token, in q and out."""
+        return pl.ds(n, Q, stride=padded_heads)
+
+    def load_queries(slot):
+        for n in range(num_heads):
+            head, rest = divmod(n, num_heads // K)
+            part, place = divmod(rest, sizes.heads_per_unit)
+            q[head * units_per_head + part, place * Q : (place + 1) * Q, :] = q_in[slot, head_rows(n), :].astype(
+                q.dtype
+            )
+
+    def store_outputs():
+        for n in range(num_heads):
+            head, rest = divmod(n, num_heads // K)
+            part, place = divmod(rest, sizes.heads_per_unit)
+            unit, here = head * units_per_head + part, slice(place * Q, (place + 1) * Q)
+            total = l_ref[unit, here]
+            safe = jnp.where(total > 0, total, 1.0)
+            o = acc_ref[unit, here]
+            out[head_rows(n), :] = o / (safe if L == LANES else jnp.broadcast_to(safe[:, :1], (Q, L)))
+            if options.lse:
+                log = (m_ref[unit, here] + jnp.log2(safe)) * (1 / LOG2E)
+                lse[head_rows(n), :] = jnp.where(total > 0, log, -jnp.inf)
+
+    def run_task(row, nth, number, slot):
+        """Args:
+        number: of the task. slot: of its first block in the ring.
+        """
+        blocks = num_blocks(row, nth)
+        q_copy(row, nth, number & 1).wait()
+        load_queries(number & 1)
+        next_row = jnp.where(nth + 1 < field(NUM_TASKS, row), row, row + 1)
+        next_nth = jnp.where(nth + 1 < field(NUM_TASKS, row), nth + 1, 0)
+        pl.when(next_row < num_active)(lambda: q_copy(next_row, next_nth, 1 - (number & 1)).start())
+
+        def ring_slot(block):
+            return lax.rem(slot + block, ring)
+
+        def run_block(block, _):
+            here = ring_slot(block)
+            left, low, column = geometry(row, nth, block)
+            page_copies(here, left, column, low, lambda copy: copy.wait())
+            is_edge = (left < T) | (low > 0) | (field(HOLES, row) > 0)
+            pl.when(is_edge)(lambda: clean(here, left, column, low))
+            position = first_position(row, nth) - (first_block(row, nth) + block) * T
+            is_masked = is_edge
+            if options.causal:
+                is_masked = is_masked | (position < T - 1)
+            if options.window is not None:
+                is_masked = is_masked | (position + Q - 1 >= options.window)
+            bits = jnp.where(field(HOLES, row) > 0, page_bits(here, column), -1)
+
+            def or_nowhere(unit):
+                return jnp.where((unit >= 0) & (unit < units), unit, units)
+
+            def pair(i, mask):
+                for parity, (s_new, s_old, p_new, p_old, a_new, a_old) in enumerate(
+                    ((s_a, s_b, p_b, p_a, alpha_b, alpha_a), (s_b, s_a, p_a, p_b, alpha_a, alpha_b))
+                ):
+                    unit = 2 * i + parity
+                    old, older = or_nowhere(unit - 1), or_nowhere(unit - 2)
+                    values(older, here, p_old[...], a_old[...], block == 0)
+                    s = scores(jnp.minimum(unit, units - 1), here)
+                    p, alpha = softmax(old, s_old[...], block == 0, mask, position, left, bits)
+                    p_new[...], a_new[...] = p, alpha
+                    s_new[...] = s
+                return 0
+
+            def pairs(mask):
+                lax.fori_loop(0, (units + 2 + 1) // 2, lambda i, _: pair(i, mask), 0)
+
+            pl.when(is_masked)(lambda: pairs(True))
+            pl.when(~is_masked)(lambda: pairs(False))
+            fetch(here)
+            return 0
+
+        lax.fori_loop(0, blocks, run_block, 0)
+
+        def wait_for_last():
+            for copy in out_copies(task[4], task[5]):
+                copy.wait()
+
+        pl.when(number > 0)(wait_for_last)
+        store_outputs()
+        for copy in out_copies(row, nth):
+            copy.start()
+        task[4], task[5] = row, nth
+        return next_row, next_nth, number + 1, ring_slot(blocks)
+
+    def run():
+        for i in range(6):
+            task[i] = jnp.int32(0)
+        q_copy(jnp.int32(0), jnp.int32(0), 0).start()
+        for slot in range(ring):
+            fetch(slot)
+        zero = jnp.int32(0)
+        lax.while_loop(lambda state: state[0] < num_active, lambda state: run_task(*state), (zero, zero, zero, zero))
+        for copy in out_copies(task[4], task[5]):
+            copy.wait()
+
+    pl.when(num_active > 0)(run)
+
+
+def prefill(q: Array, sinks: Array | None, rows: Array, table: Array, pages: Array, *, chunks: int, num_heads: int,
+            dtype, sizes: PrefillSizes, options: PrefillOptions) -> tuple[Array, Array]:  # fmt: skip
+    """Attends; the pages hold the new tokens already.
+
+    Args:
+        q: float32 `[(T + Q) * padded_heads, L]`, for each token a row a query head, padded to whole registers.
+        sinks: float32 `[units, R, 128]`, or None.
+        rows: int32 `[FIELDS * B + 1]`: the fields of each row that takes part, in the order of their tokens and
+            field by field, then the number of such rows.
+        table: int32 `[B * chunks * 128]`, the page ids, of each row in so many chunks; 0: no page.
+        pages: `[P, K, planes * S, L]`.
+        dtype: of the products.
+
+    Returns:
+        out float32 as q, lse float32 `[(T + Q) * padded_heads, 128]`. Tokens of rows that take no part hold
+        anything.
+    """
+    L = pages.shape[3]
+    Q, R, T = sizes.query_tokens, sizes.rows_per_unit, sizes.tokens
+    units = num_heads * Q // R
+    padded_heads = -(-num_heads // SUBLANES) * SUBLANES
+    num_rows = rows.shape[0] // FIELDS
+    f32, vmem, smem = jnp.float32, pltpu.VMEM, pltpu.SMEM
+    hbm, scalars = pl.BlockSpec(memory_space=pltpu.HBM), pl.BlockSpec(memory_space=smem)
+    if sinks is None:
+        sinks = jnp.zeros((1, SUBLANES, LANES), f32)
+    else:
+        sinks = jnp.concatenate([sinks, jnp.zeros((1, R, LANES), f32)])
+    q, table, pages = in_hbm(q), in_hbm(table.reshape(-1, 1, IDS)), in_hbm(pages)
+    task_rows = Q * padded_heads
+    lse_shape = (q.shape[0], LANES) if options.lse else (SUBLANES, LANES)
+    return pl.pallas_call(
+        functools.partial(_kernel, num_rows=num_rows, chunks=chunks, num_heads=num_heads, sizes=sizes, options=options),
+        name="paged_prefill",
+        out_shape=(pltpu.HBM(q.shape, f32), pltpu.HBM(lse_shape, f32)),
+        in_specs=[scalars, pl.BlockSpec(memory_space=vmem), hbm, hbm, hbm],
+        out_specs=(hbm, hbm),
+        scratch_shapes=[
+            vmem((sizes.blocks_in_ring, sizes.pages_per_block, *pages.shape[1:]), pages.dtype),
+            smem((6,), jnp.int32),
+            smem((sizes.blocks_in_ring * IDS,), jnp.int32),
+            vmem((2, task_rows, L), f32),
+            vmem((units, R, L), dtype),
+            vmem((task_rows, L), f32),
+            vmem((task_rows if options.lse else SUBLANES, LANES), f32),
+            vmem((units + 1, R, LANES), f32),
+            vmem((units + 1, R, LANES), f32),
+            vmem((units + 1, R, L), f32),
+            vmem((R, T), f32),
+            vmem((R, T), f32),
+            vmem((R, T), dtype),
+            vmem((R, T), dtype),
+            vmem((R, LANES), f32),
+            vmem((R, LANES), f32),
+            pltpu.SemaphoreType.DMA((sizes.blocks_in_ring,)),
+            pltpu.SemaphoreType.DMA((sizes.blocks_in_ring,)),
+            pltpu.SemaphoreType.DMA((2,)),
+            pltpu.SemaphoreType.DMA,
+        ],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=56 << 20, disable_bounds_checks=True),
+    )(rows, sinks, table, q, pages)
