@@ -114,7 +114,7 @@ def load(folder: str | Path, dtype: str | None = None) -> Model:
     folder = Path(folder)
     fields = Fields(read_json(folder / "config.json"), str(folder / "config.json"))
     family = find_family(fields)
-    config = family.config(fields)
+    config = family.read(fields)
     stored = list_checkpoint(folder)
     graph, abstract = _abstract_decoder(config, _choose_dtype(fields, dtype))
     plan = _plan(family, abstract, stored, folder, config)
@@ -158,7 +158,7 @@ def save(folder: Path, hf_config: dict[str, Any], params: Any, *, dtype=None, nu
 def decoder_config(hf_config: dict[str, Any]) -> DecoderConfig:
     """The decoder that a config.json describes."""
     fields = Fields(hf_config)
-    return find_family(fields).config(fields)
+    return find_family(fields).read(fields)
 
 
 def _choose_dtype(fields: Fields, dtype: str | None) -> jnp.dtype:

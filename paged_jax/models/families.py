@@ -173,7 +173,7 @@ def mistral(fields: Fields) -> DecoderConfig:
 def _qwen_windows(fields: Fields) -> tuple[int | None, ...]:
     if not fields.get("use_sliding_window", False):
         return ()
-    first = fields.get("max_window_layers", 0)
+    first = fields.get("max_window_layers")
     return read_windows(fields, lambda layer: layer >= first)
 
 
@@ -187,7 +187,6 @@ def qwen3(fields: Fields) -> DecoderConfig:
     bias = bool(fields.get("attention_bias", False))
     return base_config(
         fields,
-        head_dim=fields.get("head_dim", 128),
         qkv_bias=bias,
         output_bias=bias,
         qk_norm=True,
@@ -201,17 +200,14 @@ def _gemma(fields: Fields, is_local: Callable[[int], bool], **changes) -> Decode
     bias = bool(fields.get("attention_bias", False))
     return base_config(
         fields,
-        activation=ACTIVATIONS[fields.get("hidden_activation", "gelu_pytorch_tanh")],
-        head_dim=fields.get("head_dim", 256),
         qkv_bias=bias,
         output_bias=bias,
         unit_offset_norm=True,
         post_norms=True,
-        attention_scale=float(fields.get("query_pre_attn_scalar", 256)) ** -0.5,
+        attention_scale=float(fields.get("query_pre_attn_scalar")) ** -0.5,
         attention_soft_cap=fields.get("attn_logit_softcapping", None),
         logit_soft_cap=fields.get("final_logit_softcapping", None),
         embedding_scale=fields.get("hidden_size") ** 0.5,
-        tie_embeddings=bool(fields.get("tie_word_embeddings", True)),
         windows=read_windows(fields, is_local),
         **changes,
     )
@@ -224,7 +220,7 @@ def gemma2(fields: Fields) -> DecoderConfig:
 
 def gemma3(fields: Fields) -> DecoderConfig:
     """Gemma 3 (text): five local layers to one global, QK norm, a rotary embedding for each kind."""
-    pattern = fields.get("sliding_window_pattern", 6)
+    pattern = fields.get("sliding_window_pattern")
     return _gemma(fields, lambda layer: (layer + 1) % pattern != 0, qk_norm=True)
 
 
@@ -237,9 +233,8 @@ def gpt_oss(fields: Fields) -> DecoderConfig:
     """gpt-oss: experts, sinks, every other layer local."""
     return base_config(
         fields,
-        head_dim=fields.get("head_dim", 64),
-        qkv_bias=bool(fields.get("attention_bias", True)),
-        output_bias=bool(fields.get("attention_bias", True)),
+        qkv_bias=bool(fields.get("attention_bias")),
+        output_bias=bool(fields.get("attention_bias")),
         sinks=True,
         num_experts=fields.get("num_local_experts"),
         experts_per_token=fields.get("num_experts_per_tok"),
@@ -261,13 +256,19 @@ class Family:
 
     Args:
         config: reads config.json.
+        defaults: what transformers assumes for keys that the file leaves out, where it differs from Llama.
         layer_names: our names of a layer's tensors -> the checkpoint's, where they differ from Llama's.
         fused: tensors of the checkpoint that hold several of ours, one below the other.
     """
 
     config: Callable[[Fields], DecoderConfig]
+    defaults: dict[str, Any] = field(default_factory=dict)
     layer_names: dict[str, str] = field(default_factory=dict)
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def read(self, fields: Fields) -> DecoderConfig:
+        """The decoder that a config.json describes."""
+        return self.config(Fields(self.defaults | fields.values, fields.source))
 
     def place(self, paths_and_rows: dict[str, int]) -> dict[str, Place]:
         """Where a checkpoint keeps each of our tensors.
@@ -316,15 +317,37 @@ GPT_OSS_NAMES = {
     "mlp.down": "mlp.experts.down_proj",
     "mlp.down_bias": "mlp.experts.down_proj_bias",
 }
+GEMMA_DEFAULTS = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
+GEMMA2_DEFAULTS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+GEMMA3_DEFAULTS = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6}
+GPT_OSS_DEFAULTS = {
+    "head_dim": 64,
+    "attention_bias": True,
+    "sliding_window": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000.0,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+}
 FAMILIES = {
     "llama": Family(llama),
-    "mistral": Family(mistral),
-    "qwen2": Family(qwen2),
-    "qwen3": Family(qwen3),
-    "gemma2": Family(gemma2, GEMMA_NAMES),
-    "gemma3_text": Family(gemma3, GEMMA_NAMES),
-    "phi3": Family(phi3, fused=PHI3_FUSED),
-    "gpt_oss": Family(gpt_oss, GPT_OSS_NAMES),
+    "mistral": Family(mistral, {"sliding_window": 4096}),
+    "qwen2": Family(qwen2, {"sliding_window": 4096, "max_window_layers": 28}),
+    "qwen3": Family(qwen3, {"sliding_window": 4096, "max_window_layers": 28, "head_dim": 128}),
+    "gemma2": Family(gemma2, GEMMA_DEFAULTS | GEMMA2_DEFAULTS, GEMMA_NAMES),
+    "gemma3_text": Family(gemma3, GEMMA_DEFAULTS | GEMMA3_DEFAULTS, GEMMA_NAMES),
+    "phi3": Family(phi3, {"rms_norm_eps": 1e-5}, fused=PHI3_FUSED),
+    "gpt_oss": Family(gpt_oss, GPT_OSS_DEFAULTS, GPT_OSS_NAMES),
 }
 
 

@@ -168,6 +168,14 @@ def compute(case: str, seed: int) -> dict[str, np.ndarray]:
     }
 
 
+def default_configs() -> dict[str, dict]:
+    """Every model_type's config as transformers fills it where a file says nothing."""
+    from transformers import AutoConfig  # pyright: ignore[reportMissingImports]
+
+    types = sorted({model_type for model_type, _ in CASES.values()})
+    return {name: json.loads(AutoConfig.for_model(name).to_json_string(use_diff=True)) for name in types}
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--seed", type=int, default=0)
@@ -175,6 +183,7 @@ def main():
     parser.add_argument("cases", nargs="*", default=list(CASES))
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "defaults.json").write_text(json.dumps(default_configs(), indent=1) + "\n")
     for case in options.cases:
         golden = compute(case, options.seed)
         np.savez_compressed(options.output / f"{case}.npz", allow_pickle=False, **golden)

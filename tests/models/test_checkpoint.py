@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from paged_jax import models
 from paged_jax.models.checkpoint import decoder_config
+from paged_jax.models.families import FAMILIES
 from paged_jax.models.safetensors_file import list_checkpoint
 
 TINY = dict(
@@ -247,6 +248,17 @@ def test_configs_of_transformers_4_and_5_mean_the_same(case):
         del old["layer_types"]  # follows from max_window_layers
     assert "rope_parameters" in new and "rope_parameters" not in old
     assert decoder_config(old) == decoder_config(new)
+
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SIZES += ("num_key_value_heads", "max_position_embeddings", "num_local_experts", "num_experts_per_tok")
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_keys_that_a_config_leaves_out_mean_what_transformers_assumes(model_type):
+    full = json.loads((Path(__file__).parent / "goldens" / "defaults.json").read_text())[model_type]
+    bare = {name: full[name] for name in SIZES if name in full} | {"model_type": model_type}
+    assert decoder_config(bare) == decoder_config(full)
 
 
 def test_layers_alternate_where_the_config_does_not_say_how():
