@@ -270,7 +270,7 @@ def check_attention(q, k, v, pages, page_table, lengths, query_starts, window, s
         raise ValueError(f"max_query_len must be at least 1 or None, got {max_query_len}")
 
 
-def check_page_table(page_table: Array, lengths: Array, pages: Pages) -> None:
+def check_page_table(page_table: Array | np.ndarray, lengths: Array | np.ndarray, pages: Pages) -> None:
     """Checks a page table on the host, for debugging: the ops themselves mask what is wrong.
 
     A row's pages must be distinct ids in `1 .. P-1` that cover its length, apart from leading columns that

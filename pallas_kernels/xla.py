@@ -40,7 +40,25 @@ def paged_attention(
     del shared_prefix  # reading the prefix once for all would pay, but is not needed for the result
     if k is not None and v is not None:  # before any read, or XLA copies the pages
         pages = write_pages(pages, k, v, page_table, lengths, query_starts)
-    options = Options(scale, window, soft_cap)
+    out, lse = attend_pages(
+        q, pages, page_table, lengths, query_starts, sinks, max_query_len, Options(scale, window, soft_cap)
+    )
+    # Whoever writes to these pages next now depends on the reads above; where it does not, XLA copies the pages.
+    out, lse, pages = jax.lax.optimization_barrier((out, lse, pages))
+    return AttentionResult(out, pages, lse if return_lse else None)
+
+
+def attend_pages(
+    q: Float[Array, "T N H"],
+    pages: Pages,
+    page_table: Int32[Array, "B M"],
+    lengths: Int32[Array, " B"],
+    query_starts: Int32[Array, " B+1"],
+    sinks: Float[Array, " N"] | None,
+    max_query_len: int,
+    options: Options,
+) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
+    """Output and log-sum-exp of all tokens: those of short sequences one by one, the others in blocks."""
     table = tiled_table(page_table, pages)
     num_tokens = q.shape[0]
     places = token_places(lengths, query_starts, num_tokens)
@@ -48,9 +66,7 @@ def paged_attention(
 
     if max_query_len < FEWEST_BLOCK_QUERIES and num_tokens <= TOKENS_AT_ONCE:
         out, lse = decode_attention(q, pages, table, places, sinks, options)
-        out = jnp.where(inert[..., None], 0, out).astype(q.dtype)
-        lse = jnp.where(inert, -jnp.inf, lse)
-        return AttentionResult(out, pages, lse if return_lse else None)
+        return jnp.where(inert[..., None], 0, out).astype(q.dtype), jnp.where(inert, -jnp.inf, lse)
 
     out, lse = jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf)
     is_short = jnp.diff(query_starts)[places.sequence] < FEWEST_BLOCK_QUERIES
@@ -77,4 +93,4 @@ def paged_attention(
         out, lse = prefill_attention(
             q, out, lse, pages, table, lengths, query_starts, FEWEST_BLOCK_QUERIES, sinks, options
         )
-    return AttentionResult(out, pages, lse if return_lse else None)
+    return out, lse
