@@ -10,13 +10,14 @@ import sys
 import types
 import warnings
 
+import by_hand
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from paged_jax import CacheConfig, Generator, SamplingParams
+from paged_jax import CacheConfig
 from paged_jax.flax.nnx import PagedCache, paged_step
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # theirs
@@ -103,8 +104,6 @@ def test_a_model_from_tunix_gives_the_tokens_of_its_own_cache(lenient, name, cls
     for layer in model.layers:
         layer.attn = PagedAttention(layer.attn, module.apply_rope)
     step = paged_step(model, call)
-    config = CacheConfig(LAYERS, KV_HEADS, HEAD_DIM, 32, 4, 8, page_size=4, dtype="float32")
-    generator = Generator(step.forward, step.params, config, prefill_tokens=16)
-    served = generator.run(PROMPTS, SamplingParams(max_new_tokens=10))
-    assert [samples[0].tokens for samples in served] == expected
+    config = CacheConfig(LAYERS, KV_HEADS, HEAD_DIM, 32, len(PROMPTS), 8, page_size=4, dtype="float32")
+    assert by_hand.serve(step, config, PROMPTS, 10) == expected
     assert len({token for tokens in expected for token in tokens}) > 8, "greedy tokens that say little"
