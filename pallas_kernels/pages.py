@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int32
 NULL_PAGE = 0  # never owned by a sequence; like every id outside 1..P-1, it stands for "no page"
 PAGE_DTYPES = ("float32", "bfloat16", "int8")
 TOKENS_AT_ONCE = 256  # of a write
-LANES = 128  # of a TPU register; heads that do not fill it share it between key and value
+SUBLANES, LANES = 8, 128  # of a TPU register; key and value share the lanes where a head does not fill them
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -106,15 +106,17 @@ def gather_pages(pages: Pages, page_ids: Int32[Array, "*n"]) -> tuple[Array, Arr
     data = pages.data.at[page_ids].get(mode="promise_in_bounds")
     if pages.scales is None:
         return data, None
+    if pages.num_kv_heads % SUBLANES == 0:
+        return data, pages.scales.at[page_ids].get(mode="promise_in_bounds")
     scales = scale_rows(pages.scales).at[page_ids].get(mode="promise_in_bounds")
     return data, scales.reshape(*page_ids.shape, *pages.scales.shape[1:])
 
 
 def scale_rows(scales: Float[Array, "P K R"]) -> Float[Array, "P KR"]:
-    """The scales with one row a page: the view that XLA reads and writes in place on CPU and TPU alike.
+    """The scales with one row a page: the view that XLA scatters to in place on CPU and TPU alike.
 
-    On a TPU it keeps the page as the minor axis of scales; a gather of `[K, 2S]` slices, or a scatter through the
-    flat view, makes it copy all of them into another layout first where K is 2 or 4.
+    A TPU copies all scales into another layout first for a scatter through the flat view; for a gather, of rows where
+    KV heads fill the sublanes of a register, of `[K, 2S]` slices where they do not.
     """
     return scales.reshape(scales.shape[0], -1)
 
