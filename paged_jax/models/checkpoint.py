@@ -98,12 +98,14 @@ class Model:
         return Tokenizer.load(self.folder)
 
 
-def load(folder: str | Path, dtype: str | None = None) -> Model:
+def load(folder: str | Path, dtype: str | None = None, *, max_length: int | None = None) -> Model:
     """Loads a checkpoint folder, tensor by tensor, straight into its dtype.
 
     Args:
         folder: holds config.json, and model.safetensors or its shards with model.safetensors.index.json.
         dtype: "float32" or "bfloat16" for weights and activations; None: what config.json says.
+        max_length: the longest context in tokens that will be run, by which LongRoPE models (Phi 3.5) choose between
+            their factors for short and for long contexts; None: what config.json says.
 
     Returns:
         The model.
@@ -112,7 +114,7 @@ def load(folder: str | Path, dtype: str | None = None) -> Model:
         ValueError: a file is missing, cut short or not understood, or the tensors are not those of the config.
     """
     folder = Path(folder)
-    fields = Fields(read_json(folder / "config.json"), str(folder / "config.json"))
+    fields = Fields(read_json(folder / "config.json"), str(folder / "config.json"), max_length)
     family = find_family(fields)
     config = family.read(fields)
     stored = list_checkpoint(folder)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, NoReturn
 
 from paged_jax.models.config import DecoderConfig
@@ -39,10 +39,17 @@ REQUIRED = object()
 
 @dataclass(frozen=True)
 class Fields:
-    """A config.json, read with errors that name it."""
+    """A config.json, read with errors that name it.
+
+    Args:
+        values: what it holds.
+        source: its path.
+        run_length: the longest context in tokens that will be run; None: `max_position_embeddings`.
+    """
 
     values: dict[str, Any]
     source: str = "config.json"
+    run_length: int | None = None
 
     def get(self, name: str, default: Any = REQUIRED) -> Any:
         """The field, or the default where it is missing or null."""
@@ -76,6 +83,15 @@ def read_rope(fields: Fields, parameters: dict[str, Any], theta: float) -> Rope:
         parameters.get("original_max_position_embeddings") or fields.get("original_max_position_embeddings", length)
     )
     factor = float(parameters.get("factor") or length / original)
+    magnitude, lane_factors = 1.0, ()
+    if kind == "yarn":
+        magnitude = _yarn_magnitude(parameters, factor)
+    if kind == "longrope":
+        # All tokens of a context must turn alike, so the set is chosen once, by the longest context.
+        name = "long_factor" if (fields.run_length or length) > original else "short_factor"
+        lane_factors = tuple(map(float, parameters.get(name) or ()))
+        magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        magnitude = float(parameters.get("attention_factor") or magnitude)
     return Rope(
         theta,
         kind,
@@ -86,7 +102,8 @@ def read_rope(fields: Fields, parameters: dict[str, Any], theta: float) -> Rope:
         beta_fast=float(parameters.get("beta_fast") or 32.0),
         beta_slow=float(parameters.get("beta_slow") or 1.0),
         truncate=bool(parameters.get("truncate", True)),
-        magnitude=_yarn_magnitude(parameters, factor) if kind == "yarn" else 1.0,
+        lane_factors=lane_factors,
+        magnitude=magnitude,
         rotary_share=share,
     )
 
@@ -149,7 +166,7 @@ def base_config(fields: Fields, **changes) -> DecoderConfig:
         num_heads=heads,
         num_kv_heads=fields.get("num_key_value_heads", heads),
         head_dim=fields.get("head_dim", hidden // heads),
-        max_length=fields.get("max_position_embeddings", 2048),
+        max_length=fields.run_length or fields.get("max_position_embeddings", 2048),
         norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
         activation=ACTIVATIONS[activation],
         rope=rope,
@@ -268,7 +285,7 @@ class Family:
 
     def read(self, fields: Fields) -> DecoderConfig:
         """The decoder that a config.json describes."""
-        return self.config(Fields(self.defaults | fields.values, fields.source))
+        return self.config(replace(fields, values=self.defaults | fields.values))
 
     def place(self, paths_and_rows: dict[str, int]) -> dict[str, Place]:
         """Where a checkpoint keeps each of our tensors.

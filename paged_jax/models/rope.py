@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-KINDS = ("default", "linear", "llama3", "yarn")
+KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Rope:
         theta: base of the wavelengths.
         kind: how long contexts are reached: "default" (not at all), "linear" (every wavelength times `factor`),
             "llama3" (the long wavelengths times `factor`, the short ones as they are, a smooth change between),
-            or "yarn" (a ramp between the two, Peng et al.,
-            https://arxiv.org/abs/2309.00071).
+            "yarn" (a ramp between the two, Peng et al.,
+            https://arxiv.org/abs/2309.00071) or "longrope" (a factor for each, https://arxiv.org/abs/2402.13753).
         factor: how much longer than `original_length` the context became.
         original_length: context in tokens before it was lengthened.
         low_frequency_factor: llama3: wavelengths above original_length / this are scaled in full.
@@ -27,6 +27,7 @@ class Rope:
         beta_fast: yarn: lanes that turn more often than this in original_length are not scaled.
         beta_slow: yarn: lanes that turn less often than this are scaled in full.
         truncate: yarn: the two bounds are rounded outwards to whole lanes.
+        lane_factors: longrope: factor on the wavelength of each lane pair.
         magnitude: factor on cosine and sine, and so on queries and keys alike.
         rotary_share: the leading share of a head's lanes that turns; the rest carries no position.
     """
@@ -40,6 +41,7 @@ class Rope:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    lane_factors: tuple[float, ...] = ()
     magnitude: float = 1.0
     rotary_share: float = 1.0
 
@@ -59,6 +61,8 @@ class Rope:
         elif self.kind == "yarn":
             kept = 1 - np.clip(self._yarn_ramp(size), 0.0, 1.0)
             scaled = plain * (kept + (1 - kept) / self.factor)
+        elif self.kind == "longrope":
+            scaled = plain / np.asarray(self.lane_factors)
         else:
             raise ValueError(f"rope kind {self.kind!r} is not one of {', '.join(KINDS)}: use one of these.")
         return scaled.astype(np.float32)

@@ -14,6 +14,7 @@ import numpy as np
 
 PROMPT_LENGTHS = (1, 2, 15, 16, 17, 45, 130, 300)
 NEW_TOKENS = 64
+SHORT = 128  # the first six prompts stay below it with their continuation, the others begin above it
 COMMON = dict(
     vocab_size=256,
     hidden_size=48,
@@ -81,6 +82,20 @@ CASES = {
             hidden_size=64,
             sliding_window=40,
             rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5),
+        ),
+    ),
+    "phi3_longrope": (
+        "phi3",
+        dict(
+            hidden_size=64,
+            original_max_position_embeddings=SHORT,
+            rope_parameters=dict(
+                rope_type="longrope",
+                rope_theta=10000.0,
+                short_factor=[1.0 + 0.05 * i for i in range(8)],
+                long_factor=[1.0 + 0.5 * i for i in range(8)],
+                original_max_position_embeddings=SHORT,
+            ),
         ),
     ),
     "gpt_oss": (
