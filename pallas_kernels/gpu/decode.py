@@ -116,8 +116,9 @@ def attend_segments(
 
     def kernel(q_ref, data_ref, table_ref, rows_ref, segments_ref, starts_ref, *refs):
         scales_ref, refs = (None, refs) if scales is None else (refs[0], refs[1:])
-        (out_ref, lse_ref, q_smem, k_smem, v_smem, wide_smem, scale_smem, p_smem, ids_smem, mapped_smem,
-         field_smem, out_smem, lse_smem, q_bar, k_bar, v_bar, ids_bar, q_free, k_free, v_free) = refs  # fmt: skip
+        (out_ref, lse_ref, q_smem, k_smem, v_smem, p_smem, ids_smem, mapped_smem, field_smem, out_smem, lse_smem,
+         q_bar, k_bar, v_bar, ids_bar, q_free, k_free, v_free, *refs) = refs  # fmt: skip
+        wide_smem, scale_smem = refs if refs else (None, None)
         head, share = lax.axis_index("head"), lax.axis_index("share")
         first_segment, end_segment = starts_ref[share], starts_ref[share + 1]
 
@@ -173,7 +174,7 @@ def attend_segments(
                             source = data_ref.at[page, head, pl.ds(first_slot, copy_tokens), lanes]
                         target = smem.at[slot, pl.ds(j * copy_tokens, copy_tokens)]
                         plgpu.copy_gmem_to_smem(source, target, bar.at[slot])
-                if scales_ref is not None:
+                if scales_ref is not None and scale_smem is not None:
                     load_scales(scales_ref, scale_smem.at[slot], k_bar.at[slot], pages, head, first_slot)
 
             return step + num_tiles
@@ -190,7 +191,8 @@ def attend_segments(
                 plgpu.barrier_wait(k_bar.at[slot])
                 mapped = mapped_smem[slot]
                 keys, values = k_smem.at[slot], v_smem.at[slot]
-                if is_quantised:
+                k_scale = v_scale = None
+                if scale_smem is not None and wide_smem is not None:
                     k_scale, v_scale = (
                         read_scales(scale_smem.at[slot], part, copy_tokens, tokens) for part in range(2)
                     )
@@ -202,7 +204,7 @@ def attend_segments(
 
                 s = pl.run_scoped(score, ACC((tokens, group), jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot])
-                if is_quantised:
+                if k_scale is not None:
                     s = s * lax.broadcast_in_dim(k_scale, s.shape, [0])
                 if soft_cap is None:
                     s = s * (scale * LOG2E)
@@ -217,13 +219,13 @@ def attend_segments(
                 decay = jnp.exp2(top - new_top)
                 p = jnp.where(visible, jnp.exp2(s - lax.broadcast_in_dim(new_top, s.shape, [1])), 0.0)
                 total = total * lax.broadcast_in_dim(decay, s.shape, [1]) + p
-                if is_quantised:  # what no key has may scale by NaN
+                if v_scale is not None:  # that of a slot without a token may be NaN
                     p = jnp.where(visible, p * lax.broadcast_in_dim(v_scale, s.shape, [0]), 0.0)
                 p_smem.transpose((1, 0))[...] = p.astype(p_smem.dtype)
                 plgpu.commit_smem()
                 plgpu.barrier_wait(v_bar.at[slot])
 
-                if is_quantised:
+                if wide_smem is not None:
                     values = widen(values, wide_smem)  # an int8 is never NaN
                 else:
                     is_whole = (begin <= position) & (position + tokens <= end) & (mapped == all_mapped)
@@ -267,8 +269,6 @@ def attend_segments(
         swizzled((2, group, head_dim), q.dtype),
         swizzled((stages, tokens, head_dim), data.dtype),
         swizzled((stages, tokens, head_dim), data.dtype),
-        swizzled((tokens, head_dim) if is_quantised else (8, 64), q.dtype),
-        plgpu.SMEM((stages, 2, tokens + copy_tokens) if is_quantised else (1,), jnp.float32),
         swizzled((group, tokens), q.dtype),
         plgpu.SMEM((tile.ids,), jnp.int32),
         plgpu.SMEM((stages,), jnp.int32),
@@ -283,6 +283,9 @@ def attend_segments(
         plgpu.Barrier(num_barriers=stages),
         plgpu.Barrier(num_barriers=stages),
     ]
+    if is_quantised:
+        scratch_types.append(swizzled((tokens, head_dim), q.dtype))
+        scratch_types.append(plgpu.SMEM((stages, 2, tokens + copy_tokens), jnp.float32))
     return plgpu.kernel(
         kernel,
         out_type=(
