@@ -307,13 +307,14 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, out_hbm, lse_hbm, 
     page_of_column = lax.convert_element_type((lax.convert_element_type(column, jnp.float32) + 0.5) / S, jnp.int32)
 
     def softmax(r, s, m, l):
-        s = s * options.scale
-        if options.soft_cap is not None:
-            s = options.soft_cap * jnp.tanh(s * (1 / options.soft_cap))
+        if options.soft_cap is None:
+            s = s * (options.scale * LOG2E)
+        else:
+            s = jnp.tanh(s * (options.scale / options.soft_cap)) * (options.soft_cap * LOG2E)
         exists = (column < left_of[r]) & ((jnp.right_shift(bits_of[r], page_of_column) & 1) > 0)
         if options.window is not None:
             exists = exists & (column >= low_of[r])
-        s = jnp.where(exists, s * LOG2E, MASKED)
+        s = jnp.where(exists, s, MASKED)
         is_first = first_of[r] > 0
         m_before = jnp.where(is_first, sink_vmem[...] * LOG2E if options.sinks else FLOOR, m)
         l_before = jnp.where(is_first, 1.0 if options.sinks else 0.0, l)

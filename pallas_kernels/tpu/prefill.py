@@ -7,7 +7,8 @@ stages of three different units, so that the matrix unit and the vector units wo
 
     values(u - 2)  |  scores(u)  |  softmax(u - 1)
 
-A block begins and ends with two units that are not there; what they compute goes where nobody looks.
+The pipeline runs on from block to block and drains at the end of a task. Where a stage has no unit to work on,
+what it computes goes where nobody looks.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ class PrefillSizes:
         pages_per_block: pages in a block of T keys; a power of two, at most 32.
         query_tokens: Q, tokens of a task; a power of two.
         heads_per_unit: query heads of a unit, a divisor of the group; R is Q times this.
-        blocks_in_ring: blocks in VMEM.
+        blocks_in_ring: blocks in VMEM, a power of two: two at work, the others on their way.
     """
 
     page_size: int
     pages_per_block: int
     query_tokens: int
     heads_per_unit: int
-    blocks_in_ring: int = 3
+    blocks_in_ring: int = 4
 
     @property
     def tokens(self) -> int:
@@ -77,7 +78,7 @@ def _dot(a: Array, b: Array, contract_b: int) -> Array:
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _kernel(rows, sinks, table, q_hbm, pages, out_hbm, lse_hbm, kv, task, ids, q_in, q, out, lse,
+def _kernel(rows, sinks, table, q_hbm, pages, out_hbm, lse_hbm, kv, task, due, ids, q_in, q, out, lse,
             m_ref, l_ref, acc_ref, s_a, s_b, p_a, p_b, alpha_a, alpha_b,
             page_sem, id_sem, q_sem, out_sem, *, num_rows: int, chunks: int, num_heads: int,
             sizes: PrefillSizes, options: PrefillOptions):  # fmt: skip
@@ -86,6 +87,7 @@ def _kernel(rows, sinks, table, q_hbm, pages, out_hbm, lse_hbm, kv, task, ids, q
     K = pages.shape[1]
     units = q.shape[0]
     units_per_head = units // K
+    steps = units + units % 2  # of a block
     L = pages.shape[3]
     planes = pages.shape[2] // S  # 2: value rows below key rows; 1: side by side in the lanes
     value_row = (planes - 1) * S
@@ -128,16 +130,21 @@ def _kernel(rows, sinks, table, q_hbm, pages, out_hbm, lse_hbm, kv, task, ids, q
         here = pl.ds(pl.multiple_of(slot * IDS, IDS), IDS)
         return pltpu.make_async_copy(table.at[chunk, 0], ids.at[here], id_sem.at[slot])
 
-    def page_copies(slot, left, column, low, act):
-        """For each page of the block that the task needs."""
+    def start_pages(slot, left, column, low):
+        """Starts the copy of each page of the block that the task needs, and notes how many these are."""
 
         def body(j, count):
             page = ids[slot * IDS + column + j]
             wanted = (j * S < left) & ((j + 1) * S > low) & (page > 0)
-            pl.when(wanted)(lambda: act(pltpu.make_async_copy(pages.at[page], kv.at[slot, j], page_sem.at[slot])))
-            return count
+            copy = pltpu.make_async_copy(pages.at[page], kv.at[slot, j], page_sem.at[slot])
+            pl.when(wanted)(copy.start)
+            return count + jnp.where(wanted, 1, 0)
 
-        lax.fori_loop(0, NP, body, 0)
+        due[slot] = lax.fori_loop(0, NP, body, jnp.int32(0))
+
+    def wait_for_pages(slot):
+        part = pages.at[pl.ds(0, due[slot])]
+        pl.when(due[slot] > 0)(pltpu.make_async_copy(part, part, page_sem.at[slot]).wait)
 
     def geometry(row, nth, block):
         """Of the block: keys from its start to the last one visible, those before the first, its ids' column."""
@@ -156,7 +163,7 @@ def _kernel(rows, sinks, table, q_hbm, pages, out_hbm, lse_hbm, kv, task, ids, q
             copy.start()
             copy.wait()
             left, low, column = geometry(row, nth, block)
-            page_copies(slot, left, column, low, lambda copy: copy.start())
+            start_pages(slot, left, column, low)
             advance()
 
     def rows_of_task(row, nth):
@@ -216,10 +223,10 @@ def _kernel(rows, sinks, table, q_hbm, pages, out_hbm, lse_hbm, kv, task, ids, q
         mask: whether some of the block's keys may be hidden from some rows.
         position: of the task's first token, from the block's start.
         """
-        s = s * options.scale
-        if options.soft_cap is not None:
-            s = options.soft_cap * jnp.tanh(s * (1 / options.soft_cap))
-        s = s * LOG2E
+        if options.soft_cap is None:
+            s = s * (options.scale * LOG2E)
+        else:
+            s = jnp.tanh(s * (options.scale / options.soft_cap)) * (options.soft_cap * LOG2E)
         if mask:
             visible = (key < left) & ((jnp.right_shift(bits, page_of_key) & 1) > 0)
             if options.causal:
@@ -284,47 +291,69 @@ def _kernel(rows, sinks, table, q_hbm, pages, out_hbm, lse_hbm, kv, task, ids, q
         pl.when(next_row < num_active)(lambda: q_copy(next_row, next_nth, 1 - (number & 1)).start())
 
         def ring_slot(block):
-            return lax.rem(slot + block, ring)
+            return (slot + block) & (ring - 1)
 
-        def run_block(block, _):
+        def geometry_and_masks(block):
+            """The scalars of a block, read by the stages of its units."""
             here = ring_slot(block)
             left, low, column = geometry(row, nth, block)
-            page_copies(here, left, column, low, lambda copy: copy.wait())
-            is_edge = (left < T) | (low > 0) | (field(HOLES, row) > 0)
-            pl.when(is_edge)(lambda: clean(here, left, column, low))
             position = first_position(row, nth) - (first_block(row, nth) + block) * T
+            has_holes = field(HOLES, row) > 0
+            is_edge = (left < T) | (low > 0) | has_holes
             is_masked = is_edge
             if options.causal:
                 is_masked = is_masked | (position < T - 1)
             if options.window is not None:
                 is_masked = is_masked | (position + Q - 1 >= options.window)
-            bits = jnp.where(field(HOLES, row) > 0, page_bits(here, column), -1)
+            wait_for_pages(here)
+            pl.when(is_edge)(lambda: clean(here, left, column, low))
+            bits = jnp.int32(-1)
+            if NP <= 32:
+                bits = jnp.where(has_holes, page_bits(here, column), -1)
+            return here, left, position, bits, is_masked.astype(jnp.int32)
 
-            def or_nowhere(unit):
-                return jnp.where((unit >= 0) & (unit < units), unit, units)
+        def run_block(block, last):
+            """Args:
+            last: the scalars of the block before, whose last units end here.
+            """
+            this = geometry_and_masks(block)
+            is_first, was_first = block == 0, block == 1
+
+            def unit_before(unit, by):
+                """The unit `by` steps ago; `units` stands for nothing."""
+                before = jnp.where(unit >= by, unit - by, jnp.where(is_first, units, unit - by + steps))
+                return jnp.minimum(before, units)
+
+            def step(unit, mask, s_new, s_old, p_new, p_old, alpha_new, alpha_old):
+                of_old = [jnp.where(unit == 0, x, y) for x, y in zip(last, this, strict=True)]
+                first_old = jnp.where(unit == 0, was_first, is_first)
+                first_older = jnp.where(unit < 2, was_first, is_first)
+                slot_older = jnp.where(unit < 2, last[0], this[0])
+                s_new[...] = scores(jnp.minimum(unit, units - 1), this[0])
+                values(unit_before(unit, 2), slot_older, p_old[...], alpha_old[...], first_older)
+                _, left, position, bits, _ = of_old
+                p, alpha = softmax(unit_before(unit, 1), s_old[...], first_old, mask, position, left, bits)
+                p_new[...], alpha_new[...] = p, alpha
 
             def pair(i, mask):
-                for parity, (s_new, s_old, p_new, p_old, a_new, a_old) in enumerate(
-                    ((s_a, s_b, p_b, p_a, alpha_b, alpha_a), (s_b, s_a, p_a, p_b, alpha_a, alpha_b))
-                ):
-                    unit = 2 * i + parity
-                    old, older = or_nowhere(unit - 1), or_nowhere(unit - 2)
-                    values(older, here, p_old[...], a_old[...], block == 0)
-                    s = scores(jnp.minimum(unit, units - 1), here)
-                    p, alpha = softmax(old, s_old[...], block == 0, mask, position, left, bits)
-                    p_new[...], a_new[...] = p, alpha
-                    s_new[...] = s
+                """Two steps, each a basic block of its own: in one they would wait for each other."""
+                even, odd = 2 * i, 2 * i + 1
+                step(even, mask, s_a, s_b, p_b, p_a, alpha_b, alpha_a)
+                pl.when(odd >= 0)(lambda: step(odd, mask, s_b, s_a, p_a, p_b, alpha_a, alpha_b))
                 return 0
 
-            def pairs(mask):
-                lax.fori_loop(0, (units + 2 + 1) // 2, lambda i, _: pair(i, mask), 0)
+            num_pairs = steps // 2 + jnp.where(block + 1 < blocks, 0, 1)
 
+            def pairs(mask):
+                lax.fori_loop(0, num_pairs, lambda i, _: pair(i, mask), 0)
+
+            is_masked = this[4] + last[4] > 0
             pl.when(is_masked)(lambda: pairs(True))
             pl.when(~is_masked)(lambda: pairs(False))
-            fetch(here)
-            return 0
+            fetch((this[0] + ring - 1) & (ring - 1))  # the slot of the block before, which has ended now
+            return this
 
-        lax.fori_loop(0, blocks, run_block, 0)
+        lax.fori_loop(0, blocks, run_block, (slot,) + (jnp.int32(0),) * 4)
 
         def wait_for_last():
             for copy in out_copies(task[4], task[5]):
@@ -341,8 +370,8 @@ def _kernel(rows, sinks, table, q_hbm, pages, out_hbm, lse_hbm, kv, task, ids, q
         for i in range(6):
             task[i] = jnp.int32(0)
         q_copy(jnp.int32(0), jnp.int32(0), 0).start()
-        for slot in range(ring):
-            fetch(slot)
+        for slot in range(ring - 1):
+            fetch(jnp.int32(slot))
         zero = jnp.int32(0)
         lax.while_loop(lambda state: state[0] < num_active, lambda state: run_task(*state), (zero, zero, zero, zero))
         for copy in out_copies(task[4], task[5]):
@@ -391,6 +420,7 @@ def prefill(q: Array, sinks: Array | None, rows: Array, table: Array, pages: Arr
         scratch_shapes=[
             vmem((sizes.blocks_in_ring, sizes.pages_per_block, *pages.shape[1:]), pages.dtype),
             smem((6,), jnp.int32),
+            smem((sizes.blocks_in_ring,), jnp.int32),
             smem((sizes.blocks_in_ring * IDS,), jnp.int32),
             vmem((2, task_rows, L), f32),
             vmem((units, R, L), dtype),
