@@ -1,5 +1,7 @@
 """What the adapters refuse, at trace time, and what they say."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import linen_paged
@@ -44,10 +46,10 @@ def nnx_step(call):
 class Attention(nnx.Module):
     """One layer, and the options that its caller has."""
 
-    def __init__(self, call=None, **options):
+    def __init__(self, call=None, cache=(), **options):
         self.call = call or (lambda self, x, metadata: self.attn(x, mask=metadata))
         self.attn = nnx.MultiHeadAttention(
-            4, WIDTH, num_kv_heads=2, attention_fn=paged_nnx.PagedCache(), rngs=nnx.Rngs(0), **options
+            4, WIDTH, num_kv_heads=2, attention_fn=paged_nnx.PagedCache(**dict(cache)), rngs=nnx.Rngs(0), **options
         )
 
     def __call__(self, tokens, metadata):
@@ -57,10 +59,11 @@ class Attention(nnx.Module):
 class LinenAttention(nn.Module):
     options: dict
     arguments: dict
+    cache: dict = dataclasses.field(default_factory=dict)
 
     @nn.compact
     def __call__(self, tokens, metadata):
-        attn = nn.MultiHeadDotProductAttention(4, attention_fn=paged_linen.PagedCache(), **self.options)
+        attn = nn.MultiHeadDotProductAttention(4, attention_fn=paged_linen.PagedCache(**self.cache), **self.options)
         return attn(jnp.zeros((len(tokens), WIDTH)), **{"mask": metadata, **self.arguments})
 
 
@@ -179,3 +182,18 @@ def test_a_model_outside_of_a_step():
         layer.apply(variables, tokens, metadata)
     with pytest.raises(ValueError, match=r"run the model through paged_step\(module, variables\)"):
         layer.apply(variables, tokens, metadata, mutable=["cache"])
+
+
+@pytest.mark.parametrize(
+    ("option", "match"),
+    [
+        ({"window": 0}, "window must be at least 1"),
+        ({"soft_cap": -1.0}, "soft_cap must be above 0"),
+        ({"implementation": "fastest"}, "implementation must be None or one of .*, got 'fastest'"),
+    ],
+)
+def test_options_that_make_no_sense(option, match):
+    with pytest.raises(ValueError, match=match):
+        trace(one(cache=option), num_layers=1)
+    with pytest.raises(ValueError, match=match):
+        trace(linen_step(decoder=LinenAttention({}, {}, option)), num_layers=1, num_kv_heads=4)
