@@ -60,7 +60,7 @@ class DecodeState:
 
     @classmethod
     def create(cls, config: CacheConfig, capacity: int, max_stop_tokens: int = 4) -> "DecodeState":
-        """An empty batch of `config.max_sequences` rows that can draw `capacity` tokens each before the host must read."""
+        """An empty batch of `config.max_sequences` rows; each can draw `capacity` tokens before the host must read."""
         num_rows = config.max_sequences
         zeros = lambda *shape: jnp.zeros(shape, jnp.int32)  # noqa: E731  distinct buffers: each is donated
         return cls(

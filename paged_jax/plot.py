@@ -32,8 +32,8 @@ def page_map(table: PageTable, width: int = 64) -> Text:
 def draw_pages(table: PageTable, title: str = "", width: int = 32):
     """Pool and rows for a notebook (needs matplotlib); returns the figure.
 
-    Above, the pool: a square a page, darker the more rows share it. Below, the rows: the pages of each sequence in order, by
-    number, in the same colours.
+    Above, the pool: a square a page, darker the more rows share it. Below, the rows: the pages of each sequence in
+    order, by number, in the same colours.
     """
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch, Rectangle

@@ -18,7 +18,7 @@ def rows(*values):
 
 @pytest.fixture(scope="module")
 def shared():
-    """Rows of 10 and 6 tokens in pages of 4; two forks of the first, one of which drew 3 tokens; a handle on 8 tokens."""
+    """Rows of 10 and 6 tokens in pages of 4; two forks of the first, one of which drew 3 tokens."""
     table, _ = PageTable.create(toy.config(num_pages=17)).reserve(rows(10, 6, 0, 0))
     table, _ = table.fork(rows(0, 0), rows(2, 3))
     table, _ = table.reserve(rows(0, 0, 3, 0))
