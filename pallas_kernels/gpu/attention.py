@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpu import hardware
@@ -16,7 +17,6 @@ from pallas_kernels.merge import merge_states
 from pallas_kernels.pages import Pages, token_places
 from pallas_kernels.reference import AttentionResult
 
-HEAD_DIMS = (64, 128, 256)
 MOST_PACKED_QUERIES = 32  # of a sequence: up to so many, the rows of a block are the query heads of a KV head as well
 MOST_DECODE_GROUP = 16  # query heads of a KV head that the decode kernel takes
 PREFIX_PAYS = 2.0**26  # bytes of a shared prefix that reading it once must save: 16 us of an H200's bandwidth
@@ -65,6 +65,8 @@ def paged_attention(
     else:
         out, lse = prefill(q, pages, page_table, lengths, query_starts, max_query_len, options)
         lse = jnp.where(places.position[:, None] >= 0, lse, -jnp.inf)
+    # A write or copy of the pages that follows then waits for these reads, and needs no copy of the pool.
+    out, lse, pages = lax.optimization_barrier((out, lse, pages))
     return AttentionResult(out, pages, lse if return_lse else None)
 
 
@@ -260,8 +262,6 @@ def refusal(q: Array, pages: Pages, max_query_len: int, **arguments: Any) -> str
         return f"the GPU kernels take bfloat16 queries, got {q.dtype.name}."
     if pages.dtype not in (jnp.bfloat16, jnp.int8):
         return f"the GPU kernels take bfloat16 or int8 pages, got {pages.dtype.name}."
-    if pages.head_dim not in HEAD_DIMS:
-        return f"the GPU kernels take head sizes {HEAD_DIMS}, got {pages.head_dim}."
     if pages.page_size % 64 and pages.page_size not in (8, 16, 32):
         return f"the GPU kernels take pages of 8, 16, 32 or a multiple of 64 tokens, got {pages.page_size}."
     if pages.dtype == jnp.int8:

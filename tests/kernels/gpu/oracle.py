@@ -12,9 +12,10 @@ def check(problem, **options):
     """Runs a problem both ways in one compilation each; returns what the kernels gave."""
 
     def run(implementation):
-        return jax.jit(
+        function = jax.jit(
             lambda *arrays: paged_attention(*arrays, return_lse=True, implementation=implementation, **options)
-        )(*problem)
+        )
+        return jax.block_until_ready(function(*problem))
 
     result, expected = run("pallas_gpu"), run("reference")
     out, expected_out = (np.asarray(x.out, np.float32) for x in (result, expected))

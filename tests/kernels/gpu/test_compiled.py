@@ -96,17 +96,21 @@ def test_pages_move_in_place(compile_kernels, dtype):
     assert memory.temp_size_in_bytes < pages.num_bytes // 500  # the four pages
 
 
-def test_a_step_writes_in_place_before_it_attends(compile_kernels):
+def test_steps_that_write_attend_and_copy_need_no_second_pool(compile_kernels):
     pages = abstract_pages(8, 16, 128)
     new = array(64, 8, 128, dtype=jnp.bfloat16)
     q, _, _, _, *rest = attention_arguments(64, 64, 24, pages)
 
-    def step(pages, *arguments):
-        q, k, v, *rest = arguments
-        result = paged_attention(q, k, v, pages, *rest, max_query_len=1, implementation="pallas_gpu")
-        return result.pages, result.out
+    def steps(pages, q, k, v, *rest):
+        def step(_, carry):
+            q, pages = carry
+            result = paged_attention(q, k, v, pages, *rest, max_query_len=1, implementation="pallas_gpu")
+            ids = rest[1][:4]
+            return result.out, copy_pages(result.pages, ids, ids + 1, implementation="pallas_gpu")
 
-    compiled, _ = compile_kernels(jax.jit(step, donate_argnums=0), pages, q, new, new, *rest)
+        return jax.lax.fori_loop(0, 3, step, (q, pages))[1]
+
+    compiled, _ = compile_kernels(jax.jit(steps, donate_argnums=0), pages, q, new, new, *rest)
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes == pages.num_bytes
     assert memory.temp_size_in_bytes < pages.num_bytes // 20

@@ -1,0 +1,1 @@
+"""The GPU kernels: right, and how fast beside others: `python -m benchmarks.gpu`."""
