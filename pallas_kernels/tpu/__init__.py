@@ -21,7 +21,7 @@ __all__ = ["copy_pages", "paged_attention", "refusal", "write_pages"]
 def refusal(op: str, **arguments: Any) -> str | None:
     """Why the kernels cannot run `op`, in one sentence, or None if they can."""
     pages: Pages = arguments["pages"]
-    if pages.scales is not None:
+    if pages.scales is not None and op != "copy_pages":
         return "it does not take int8 pages."
     tile_rows = SUBLANES * 4 // pages.dtype.itemsize
     if op != "copy_pages" and pages.page_size % tile_rows:
@@ -89,5 +89,6 @@ def write_pages(
 def copy_pages(pages: Pages, source: Int32[Array, " C"], target: Int32[Array, " C"]) -> Pages:
     source = jnp.where(is_mapped(source, pages), source, 0)
     target = jnp.where(is_mapped(target, pages), target, 0)
-    (data,) = copy_arrays(source, target, [pages.data])
-    return dataclasses.replace(pages, data=data)
+    arrays = [pages.data] if pages.scales is None else [pages.data, pages.scales]
+    copies = copy_arrays(source, target, arrays)
+    return Pages(copies[0], None if pages.scales is None else copies[1], pages.page_size)

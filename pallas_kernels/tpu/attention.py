@@ -13,6 +13,7 @@ from pallas_kernels.tpu import decode as kernel
 from pallas_kernels.tpu import prefill as prefill_kernel
 from pallas_kernels.tpu.blocks import decode_sizes, prefill_sizes
 from pallas_kernels.tpu.heads import LANES, SUBLANES, pack_heads, pack_queries, pad_group, unpack_rows
+from pallas_kernels.tpu.write import rows_per_tile, tiles_of_step
 
 
 def page_chunks(ids: Array) -> tuple[Array, int]:
@@ -120,6 +121,13 @@ def prefill(
     if not return_lse:
         return out, None
     return out, lse.reshape(-1, padded_heads, LANES)[:num_tokens, :num_heads, 0]
+
+
+def write_scalars(pages: Pages, ids: Array, lengths: Array, query_starts: Array, num_tokens: int) -> Array:
+    """The scalars of the write kernel."""
+    tile_rows = rows_per_tile(pages.page_size, pages.dtype.itemsize)
+    tiles = tiles_of_step(ids, lengths, query_starts, num_tokens, pages.page_size, tile_rows)
+    return tiles.scalars
 
 
 def new_rows(k: Array, v: Array, pages: Pages) -> Array:

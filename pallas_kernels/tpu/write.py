@@ -39,6 +39,11 @@ class Tiles(NamedTuple):
     end: Array
     token: Array
 
+    @property
+    def scalars(self) -> Array:
+        """What the kernel reads."""
+        return jnp.concatenate([self.page, self.row, self.first, self.end])
+
 
 def rows_per_tile(page_size: int, itemsize: int) -> int:
     """Slots of a page that a copy moves at least."""
@@ -151,7 +156,6 @@ def write_tiles(tiles: Tiles, new: Array, pages: Array, *, page_size: int) -> Ar
         pages: `[P, K, planes * S, L]`.
     """
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    scalars = jnp.concatenate([tiles.page, tiles.row, tiles.first, tiles.end])
     new, pages = in_hbm(new), in_hbm(pages)
     return pl.pallas_call(
         functools.partial(_kernel, planes=new.shape[2], page_size=page_size),
@@ -162,7 +166,7 @@ def write_tiles(tiles: Tiles, new: Array, pages: Array, *, page_size: int) -> Ar
         input_output_aliases={2: 0},
         scratch_shapes=[pltpu.VMEM(new.shape[1:], pages.dtype)] * (2 * RING) + [pltpu.SemaphoreType.DMA((RING,))] * 2,
         compiler_params=pltpu.CompilerParams(has_side_effects=True),
-    )(scalars, new, pages)
+    )(tiles.scalars, new, pages)
 
 
 def gather_new(tiles: Tiles, k: Array, v: Array, is_stacked: bool, tile_rows: int) -> Array:

@@ -1,0 +1,141 @@
+"""What the TPU kernels cost on paper.
+
+    python -m benchmarks.tpu_static [--chip v6e] [--case TEXT] [--write | --check]
+
+For each case and chip: compiles `paged_attention` ahead of time with libtpu, executes the scalar half of the
+scheduled program with real lengths and page tables, and reports for each kernel
+
+    cycles       bundles issued, one a cycle; memory stalls are not in it
+    us           cycles at the chip's clock; `floor_us`: its bytes at the chip's HBM bandwidth
+    ceiling      floor_us / max(floor_us, us): 1.00 means that the schedule keeps up with HBM
+    model_us     time under a simple model of the copies (bandwidth, 700 ns latency)
+    matrix       share of the cycles in which the matrix unit is busy
+    temp_bytes   of the whole compiled function: a copy of the pages would show
+
+`--write` keeps the numbers in benchmarks/results/tpu_static.json; `--check` compares with them and fails where
+cycles grew by more than 2 % or bytes at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.tpu_static.cases import StaticCase, all_cases, operands
+from benchmarks.tpu_static.program import parse
+from benchmarks.tpu_static.simulate import CHIPS, Chip, Result, run
+
+RESULTS = Path(__file__).parents[1] / "results" / "tpu_static.json"
+MORE_CYCLES = 1.02
+
+
+def matrix_share(dump: Path, kernel: str, result: Result) -> float:
+    """Share of the issued cycles in which the matrix unit is busy, from the compiler's own count a bundle."""
+    (path,) = dump.glob(f"*{kernel}*pre-delay_hlo-static-per-bundle-utilization.txt")
+    lines = path.read_text().splitlines()
+    column = [name.strip() for name in lines[1].split(",")].index("MXU")
+    capacity = int(lines[2].split()[column])
+    busy = [int(line.split()[column]) for line in lines[4:] if line.strip()]
+    total = sum(n * count for n, count in zip(result.executions, busy, strict=True))
+    return total / capacity / result.cycles
+
+
+def measure(case: StaticCase, chip_name: str) -> dict:
+    chip: Chip = CHIPS[chip_name]
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        child = subprocess.run(
+            [sys.executable, "-m", "benchmarks.tpu_static.compile", case.name, chip_name],
+            env=dict(os.environ, LIBTPU_INIT_ARGS=flags),
+            capture_output=True,
+            text=True,
+        )
+        if child.returncode:
+            return {"error": child.stderr.strip().splitlines()[-1][:500]}
+        row: dict = json.loads(child.stdout.splitlines()[-1])
+        dump = Path(folder)
+        for kernel, words in operands(case).items():
+            paths = [
+                path for path in dump.glob(f"*{kernel}*-packed-bundles-post-ra.txt") if "schedule" not in path.name
+            ]
+            (path,) = paths
+            result = run(parse(path.read_text()), chip, words)
+            us = result.cycles / chip.clock_ghz / 1e3
+            moved = result.read_bytes + result.write_bytes
+            floor = moved / chip.hbm_gbs / 1e3
+            row[kernel] = {
+                "cycles": result.cycles,
+                "us": round(us, 2),
+                "floor_us": round(floor, 2),
+                "ceiling": round(floor / max(floor, us), 3),
+                "model_us": round(result.model_cycles / chip.clock_ghz / 1e3, 2),
+                "read_bytes": result.read_bytes,
+                "write_bytes": result.write_bytes,
+                "descriptors": result.descriptors,
+                "empty": round(result.empty_cycles / result.cycles, 2),
+                "matrix": round(matrix_share(dump, kernel, result), 3),
+            }
+    return row
+
+
+def show(case: str, chip: str, row: dict) -> None:
+    if "error" in row:
+        print(f"{case:44s} {chip:4s} ERROR {row['error']}", flush=True)
+    for kernel, x in row.items():
+        if isinstance(x, dict):
+            print(
+                f"{case:44s} {chip:4s} {kernel:14s} cycles {x['cycles']:>8} us {x['us']:>7} floor {x['floor_us']:>7} "
+                f"ceiling {x['ceiling']:.2f} model {x['model_us']:>7} MB {x['read_bytes'] / 1e6:7.1f} + "
+                f"{x['write_bytes'] / 1e6:.1f} matrix {x['matrix']:.2f} temp {row['temp_bytes'] / 1e6:.1f} MB",
+                flush=True,
+            )
+
+
+def compare(kept: dict, row: dict) -> list[str]:
+    """What got worse."""
+    worse = [] if "error" not in row else [row["error"]]
+    for kernel, old in kept.items():
+        if not isinstance(old, dict) or "error" in row:
+            continue
+        new = row[kernel]
+        if new["cycles"] > old["cycles"] * MORE_CYCLES:
+            worse.append(f"{kernel}: {new['cycles']} cycles, were {old['cycles']}")
+        for name in ("read_bytes", "write_bytes"):
+            if new[name] > old[name]:
+                worse.append(f"{kernel}: {new[name]} {name}, were {old[name]}")
+    return worse
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chip", action="append", choices=CHIPS)
+    parser.add_argument("--case", default="", help="only cases with this text in their name")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    worse = []
+    for chip in options.chip or ["v5e", "v6e", "v7x"]:
+        for name, case in all_cases().items():
+            key = f"{name} | {chip}"
+            if options.case not in name or (options.check and key not in kept):
+                continue
+            row = measure(case, chip)
+            show(name, chip, row)
+            if options.write and "error" not in row:
+                kept[key] = row
+                RESULTS.parent.mkdir(exist_ok=True)
+                RESULTS.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+            if options.check:
+                worse += [f"{key}: {line}" for line in compare(kept[key], row)]
+    if worse:
+        sys.exit("\n".join(worse))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The table of shapes: what is compiled and simulated."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import init_pages, paged_attention
+from pallas_kernels.tpu import attention
+from pallas_kernels.tpu.blocks import decode_sizes, prefill_sizes
+from pallas_kernels.tpu.heads import pack_heads
+
+POOL_BYTES = 400 << 20  # more than VMEM, or XLA would move the pages there
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticCase:
+    name: str
+    lengths: tuple[int, ...]
+    query_lens: tuple[int, ...] = ()  # () : one each
+    heads: tuple[int, int] = (32, 8)  # N, K
+    head_dim: int = 128
+    page_size: int = 16
+    dtype: str = "bfloat16"
+    in_grid: bool = False  # one of the 27 cells of chips x pages x contexts
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.new_tokens)
+
+    @property
+    def new_tokens(self) -> tuple[int, ...]:
+        return self.query_lens or (1,) * len(self.lengths)
+
+    @property
+    def max_pages(self) -> int:
+        return -(-max(self.lengths) // self.page_size)
+
+
+def grid() -> list[StaticCase]:
+    return [
+        StaticCase(f"decode, page {page}, context {context}", (context,) * 32, page_size=page, in_grid=True)
+        for page in (16, 64, 128)
+        for context in (256, 1024, 4096)
+    ]
+
+
+def shapes() -> list[StaticCase]:
+    ragged = tuple(int(x) for x in np.random.default_rng(1).integers(1, 4097, 32))
+    return [
+        StaticCase("decode, 8 heads of 1", (4096,) * 32, heads=(8, 1), page_size=64),
+        StaticCase("decode, 16 heads of 2", (4096,) * 32, heads=(16, 2), page_size=64),
+        StaticCase("decode, 32 heads of 32", (1024,) * 32, heads=(32, 32)),
+        StaticCase("decode, batch 1, context 4096", (4096,)),
+        StaticCase("decode, batch 1, context 32768", (32768,)),
+        StaticCase("decode, head size 64", (1024,) * 32, head_dim=64),
+        StaticCase("decode, head size 256", (1024,) * 32, head_dim=256),
+        StaticCase("decode, lengths 1 to 4096", ragged),
+        StaticCase("prefill, 512 on 4096", (4096,), (512,)),
+        StaticCase("mixed, 31 decodes on 2048 and 512 on 4096", (2048,) * 31 + (4096,), (1,) * 31 + (512,)),
+    ]
+
+
+def all_cases() -> dict[str, StaticCase]:
+    return {case.name: case for case in grid() + shapes()}
+
+
+def abstract_pages(case: StaticCase):
+    page_bytes = case.heads[1] * 2 * case.page_size * case.head_dim * jnp.dtype(case.dtype).itemsize
+    num_pages = max(len(case.lengths) * case.max_pages + 1, POOL_BYTES // page_bytes)
+    make = partial(init_pages, num_pages, case.heads[1], case.page_size, case.head_dim, case.dtype)
+    return jax.eval_shape(make)
+
+
+def step(q, k, v, pages, page_table, lengths, query_starts, *, max_query_len: int):
+    result = paged_attention(
+        q, k, v, pages, page_table, lengths, query_starts,
+        max_query_len=max_query_len, implementation="pallas_tpu",
+    )  # fmt: skip
+    return result.out, result.pages
+
+
+def arguments(case: StaticCase) -> tuple:
+    """The shapes of `step`'s arguments."""
+    batch, tokens = len(case.lengths), case.num_tokens
+    array = jax.ShapeDtypeStruct
+    q = array((tokens, case.heads[0], case.head_dim), jnp.bfloat16)
+    k = array((tokens, case.heads[1], case.head_dim), jnp.bfloat16)
+    table = array((batch, case.max_pages), jnp.int32)
+    return (
+        q, k, k, abstract_pages(case), table,
+        array((batch,), jnp.int32), array((batch + 1,), jnp.int32),
+    )  # fmt: skip
+
+
+def operands(case: StaticCase) -> dict[str, dict[int, Any]]:
+    """For each kernel what its scalar half reads: operand index to words."""
+    pages = abstract_pages(case)
+    batch = len(case.lengths)
+    ids = np.random.default_rng(0).permutation(pages.num_pages - 1)[: batch * case.max_pages] + 1
+    table = jnp.asarray(ids.reshape(batch, -1), jnp.int32)
+    lengths = jnp.asarray(case.lengths, jnp.int32)
+    starts = jnp.asarray(np.concatenate([[0], np.cumsum(case.new_tokens)]), jnp.int32)
+    packing = pack_heads(*case.heads, case.head_dim, pages.data.shape[3])
+    chunks, _ = attention.page_chunks(table)
+    rows = attention.decode_rows(lengths, starts, table, decode_sizes(pages, case.max_pages, packing), None)
+    result = {"paged_decode": {0: rows, 4: chunks}}
+    longest = max(case.new_tokens)
+    if longest > 1:
+        sizes = prefill_sizes(pages, case.heads[0], longest)
+        result["paged_prefill"] = {0: attention.prefill_rows(lengths, starts, table, sizes), 2: chunks}
+        several = jnp.where(starts[1:] - starts[:-1] > 1, lengths, 0)
+        result["paged_write"] = {0: attention.write_scalars(pages, table, several, starts, case.num_tokens)}
+    return {
+        kernel: {index: [int(x) for x in words] for index, words in by_index.items()}
+        for kernel, by_index in result.items()
+    }

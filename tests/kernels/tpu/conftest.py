@@ -1,0 +1,51 @@
+"""Runs the TPU kernels on a CPU, in the TPU interpreter: races, uninitialised memory and bad reads show."""
+
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.tpu import attention
+from pallas_kernels.tpu.decode import DecodeSizes
+from pallas_kernels.tpu.prefill import PrefillSizes
+
+
+def pytest_collection_modifyitems(config, items):
+    if "long" not in config.option.markexpr:
+        for item in items:
+            if "kernels/tpu" in item.nodeid and item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="long form: run with -m long"))
+
+
+@pytest.fixture
+def interpreter():
+    params = pltpu.InterpretParams(
+        detect_races=True,
+        uninitialized_memory="nan",
+        out_of_bounds_reads="raise",
+        dma_execution_mode="on_wait",
+    )
+    with pltpu.force_tpu_interpret_mode(params):
+        yield
+    races = interpret_pallas_call.races
+    assert races is None or not races.races_found
+
+
+def pages_per_block(page_size: int) -> int:
+    """The fewest pages that fill 128 lanes."""
+    return next(n for n in (1, 2, 4, 8, 16) if n * page_size % 128 == 0)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks so small that short sequences take many of them; the interpreter's time goes with the ring."""
+
+    def decode_sizes(pages, max_pages, packing):
+        return DecodeSizes(pages.page_size, pages_per_block(pages.page_size), items_per_group=1, items_in_ring=4)
+
+    def prefill_sizes(pages, num_heads, max_query_len):
+        group = num_heads // pages.num_kv_heads
+        heads_per_unit = 2 if group % 2 == 0 else 1
+        return PrefillSizes(pages.page_size, pages_per_block(pages.page_size), 16, heads_per_unit)
+
+    monkeypatch.setattr(attention, "decode_sizes", decode_sizes)
+    monkeypatch.setattr(attention, "prefill_sizes", prefill_sizes)

@@ -1,0 +1,133 @@
+"""The TPU kernels in the interpreter against the float64 oracle and the reference."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from kernels.cases import CASES, Case, expected, make_inputs
+
+from pallas_kernels import Pages, copy_pages, init_pages, paged_attention, write_pages
+from pallas_kernels.tpu import attention, decode
+from pallas_kernels.tpu.decode import DecodeSizes
+
+# One of each kind in every run; the others with -m long.
+SHORT = (
+    "decode: window over pages, soft cap",
+    "decode: bf16, head size 128",
+    "mixed: heads 5, 1; head size 80",
+    "pages missing",
+)
+ATTENTION_CASES = [
+    pytest.param(case, id=case.name, marks=[] if case.name in SHORT else pytest.mark.long) for case in CASES
+]
+
+
+def attend(case, inputs, implementation="pallas_tpu", **options):
+    arguments = dict(sinks=inputs.sinks, implementation=implementation, **{**case.options, **options})
+    return paged_attention(*inputs.arguments, **arguments)
+
+
+def assert_same_pages(got, want):
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))  # NaN == NaN
+
+
+def check(case, inputs):
+    try:
+        result = attend(case, inputs, return_lse=True)
+    except NotImplementedError as refusal:
+        pytest.skip(str(refusal))
+    out, lse = expected(case, inputs)
+    assert result.out.dtype == inputs.q.dtype
+    np.testing.assert_allclose(np.asarray(result.out, np.float64), out, atol=case.tolerance, rtol=0)
+    np.testing.assert_allclose(result.lse, lse, atol=case.tolerance, rtol=1e-6)
+    # Not one slot differs but those of the new tokens.
+    assert_same_pages(result.pages, attend(case, inputs, "reference").pages)
+
+
+@pytest.mark.parametrize("case", ATTENTION_CASES)
+def test_equals_the_oracle_whatever_unowned_slots_and_ids_hold(interpreter, small_blocks, case):
+    check(case, make_inputs(case))
+
+
+def test_groups_of_items_and_a_page_table_that_streams(interpreter, monkeypatch):
+    """Several items a basic block, several sequences a group, and page ids copied from HBM as they are needed."""
+    monkeypatch.setattr(decode, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(attention, "decode_sizes", lambda pages, *_: DecodeSizes(16, 8, 2, 8))
+    lengths = (3, 130, 1, 128, 129, 7, 0, 260, 16, 2, 5)
+    case = Case("streams", lengths, (1,) * len(lengths), (4, 1), 128, 16, "bfloat16", "bfloat16")
+    check(case, make_inputs(case))
+
+
+def test_a_neighbour_of_nan_changes_nothing(interpreter, small_blocks):
+    case = Case("neighbour", (40, 200, 30), (1, 1, 1), (2, 1), 128)
+    inputs = make_inputs(case)
+    out = attend(case, inputs).out
+    owned = np.asarray(inputs.page_table)[1, : -(-200 // 16)]
+    data = inputs.pages.data.at[owned].set(jnp.nan)
+    poisoned = dataclasses.replace(inputs, pages=Pages(data, None, 16))
+    again = attend(case, poisoned).out
+    np.testing.assert_array_equal(np.asarray(again)[[0, 2]], np.asarray(out)[[0, 2]])
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(128, "bfloat16"), (80, "float32")])
+def test_write(interpreter, head_dim, dtype):
+    # New tokens that start and end inside a tile, fill one, are none, are inert; the last row's page is missing.
+    lengths, query_lens = (40, 5, 33, 16, 2, 17), (20, 5, 1, 0, 3, 17)
+    case = Case("write", lengths, query_lens, (2, 2), head_dim, 16, dtype, dtype, padding=3, holes=((5, 0),))
+    inputs = make_inputs(case)
+    rest = (inputs.k, inputs.v, inputs.page_table, inputs.lengths, inputs.query_starts)
+    got = write_pages(inputs.pages, *rest, implementation="pallas_tpu")
+    assert_same_pages(got, write_pages(inputs.pages, *rest, implementation="reference"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [([1, 2, 3], [4, 5, 6]), ([1, 2, 0, -1, 7, 3], [2, 1, 5, 6, 99, 8])],
+    ids=["apart", "swapped, unmapped"],
+)
+def test_copy_reads_before_it_writes(interpreter, source, target, dtype):
+    rng = np.random.default_rng(0)
+    shape = init_pages(10, 2, 16, 128, dtype)
+    pages = jax.tree.map(lambda x: jnp.asarray(rng.integers(-9, 9, x.shape), x.dtype), shape)
+    pairs = jnp.asarray(source, jnp.int32), jnp.asarray(target, jnp.int32)
+    got = copy_pages(pages, *pairs, implementation="pallas_tpu")
+    assert_same_pages(got, copy_pages(pages, *pairs, implementation="reference"))
+
+
+def test_refuses_pages_that_a_copy_cannot_address():
+    case = Case("refusal", (3,), (1,), (2, 1), 128, page_size=8, dtype="bfloat16", q_dtype="bfloat16")
+    inputs = make_inputs(case)
+    with pytest.raises(NotImplementedError, match="does not take page size 8: copies move tiles of 16 tokens"):
+        attend(case, inputs)
+
+
+def test_a_race_shows():
+    """The interpreter does find a copy that nobody waits for before its target is read."""
+    params = pltpu.InterpretParams(detect_races=True)
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+    from jax.experimental import pallas as pl
+
+    def kernel(x, out, scratch, sem):
+        copy = pltpu.make_async_copy(x, scratch, sem)
+        copy.start()
+        out[...] = scratch[...]
+        copy.wait()
+
+    call = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+        in_specs=[pl.BlockSpec(memory_space=pltpu.HBM)],
+        scratch_shapes=[pltpu.VMEM((8, 128), jnp.float32), pltpu.SemaphoreType.DMA],
+    )
+    raised = False
+    with pltpu.force_tpu_interpret_mode(params):
+        try:
+            jax.block_until_ready(call(jnp.ones((8, 128), jnp.float32)))
+        except Exception as error:  # newer JAX raises at the race
+            raised = "race" in str(error).lower()
+    assert raised or interpret_pallas_call.races.races_found
