@@ -20,10 +20,12 @@ from paged_jax.metadata import AttentionMetadata
 from paged_jax.models.config import DecoderConfig
 from paged_jax.models.decoder import Decoder
 from paged_jax.models.families import Family, Fields, find_family
+from paged_jax.models.mxfp4 import PackedTensor, find_packed
 from paged_jax.models.safetensors_file import StoredTensor, describe, list_checkpoint, read_json
 from paged_jax.models.tokenizer import Tokenizer
 from paged_jax.pool import PagePool
 
+Stored = StoredTensor | PackedTensor
 DTYPES = ("float32", "bfloat16")
 PROGRESS_BYTES = 200_000_000  # a progress bar from this size on
 # Tensors that some checkpoints carry and that follow from the config or from other tensors.
@@ -117,7 +119,7 @@ def load(folder: str | Path, dtype: str | None = None, *, max_length: int | None
     fields = Fields(read_json(folder / "config.json"), str(folder / "config.json"), max_length)
     family = find_family(fields)
     config = family.read(fields)
-    stored = list_checkpoint(folder)
+    stored = find_packed(list_checkpoint(folder), folder)
     graph, abstract = _abstract_decoder(config, _choose_dtype(fields, dtype))
     plan = _plan(family, abstract, stored, folder, config)
     return Model(config, graph, _read(abstract, plan), folder, _stop_tokens(folder, fields))
@@ -139,7 +141,8 @@ def save(folder: Path, hf_config: dict[str, Any], params: Any, *, dtype=None, nu
     for path, place in sorted(places.items(), key=lambda item: item[1].start):
         value = flat[path][...]
         parts.setdefault(place.name, []).append(np.asarray(value if dtype is None else value.astype(dtype)))
-    tensors = {name: np.concatenate(parts[name]) for name in sorted(parts)}
+    # save_file writes the memory as it lies, whatever the strides say
+    tensors = {name: np.ascontiguousarray(np.concatenate(parts[name])) for name in sorted(parts)}
     folder.mkdir(parents=True, exist_ok=True)
     names = list(tensors)
     shards = [names[i::num_shards] for i in range(num_shards)]
@@ -185,8 +188,8 @@ def _flatten(params) -> dict[str, Any]:
 
 
 def _plan(
-    family: Family, abstract, stored: dict[str, StoredTensor], folder: Path, config: DecoderConfig
-) -> dict[str, tuple[StoredTensor, int, int]]:
+    family: Family, abstract, stored: dict[str, Stored], folder: Path, config: DecoderConfig
+) -> dict[str, tuple[Stored, int, int]]:
     """For each of our tensors: where it is stored, and in which rows; one error for all that does not fit."""
     flat = _flatten(abstract)
     places = family.place({path: leaf.shape[0] for path, leaf in flat.items()})
@@ -211,7 +214,7 @@ def _plan(
     return {path: (stored[place.name], place.start, place.stop) for path, place in places.items()}
 
 
-def _read(abstract, plan: dict[str, tuple[StoredTensor, int, int]]):
+def _read(abstract, plan: dict[str, tuple[Stored, int, int]]):
     """All tensors, the largest first: what a copy needs besides the weights is smallest at the end."""
     flat = dict(nnx.to_flat_state(abstract))
     sizes = {path: math.prod(leaf.shape) * leaf.dtype.itemsize for path, leaf in flat.items()}

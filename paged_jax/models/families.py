@@ -377,6 +377,7 @@ def find_family(fields: Fields) -> Family:
     model_type = fields.get("model_type", None)
     if model_type not in FAMILIES:
         fields.fail("model_type", f"supported are {', '.join(sorted(FAMILIES))}.")
-    if fields.get("quantization_config", None):
-        fields.fail("quantization_config", "quantised weights are not supported; use a checkpoint without.")
+    quantization = fields.get("quantization_config", None)
+    if quantization and not (model_type == "gpt_oss" and quantization.get("quant_method") == "mxfp4"):
+        fields.fail("quantization_config", "only gpt_oss in mxfp4 may be quantised; use unquantised weights.")
     return FAMILIES[model_type]

@@ -183,6 +183,19 @@ def compute(case: str, seed: int) -> dict[str, np.ndarray]:
     }
 
 
+def mxfp4(seed: int) -> dict[str, np.ndarray]:
+    """Packed weights of two experts, 64 inputs and 6 outputs, and what transformers unpacks them to."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers.integrations.mxfp4 import (  # pyright: ignore[reportMissingImports]
+        convert_moe_packed_tensors,
+    )
+
+    blocks = ((hashed(seed * 1000 + 990, 2 * 6 * 2 * 16) + 0.5) * 256).astype(np.uint8).reshape(2, 6, 2, 16)
+    scales = (118 + (hashed(seed * 1000 + 991, 2 * 6 * 2) + 0.5) * 12).astype(np.uint8).reshape(2, 6, 2)
+    weights = convert_moe_packed_tensors(torch.from_numpy(blocks), torch.from_numpy(scales), dtype=torch.bfloat16)
+    return {"blocks": blocks, "scales": scales, "weights": weights.float().numpy()}
+
+
 def default_configs() -> dict[str, dict]:
     """Every model_type's config as transformers fills it where a file says nothing."""
     from transformers import AutoConfig  # pyright: ignore[reportMissingImports]
@@ -199,6 +212,7 @@ def main():
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "defaults.json").write_text(json.dumps(default_configs(), indent=1) + "\n")
+    np.savez_compressed(options.output / "mxfp4.npz", allow_pickle=False, **mxfp4(options.seed))
     for case in options.cases:
         golden = compute(case, options.seed)
         np.savez_compressed(options.output / f"{case}.npz", allow_pickle=False, **golden)

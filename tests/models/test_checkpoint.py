@@ -145,15 +145,14 @@ def garble_header(folder: Path):
 
 def store_float8(folder: Path):
     path = folder / "model.safetensors"
-    header = path.read_bytes().replace(b'"F32"', b'"F8_E4M3"').replace(b"   ", b"", 1)
-    size = int.from_bytes(header[:8], "little")
-    rest = path.read_bytes()[8 + size :]
-    start = json.loads(path.read_bytes()[8 : 8 + size])
-    for name, entry in start.items():
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    for name, entry in header.items():
         if name != "__metadata__":
             entry["dtype"] = "F8_E4M3"
-    text = json.dumps(start).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + rest)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
 
 
 def drop_shard(folder: Path):
@@ -170,7 +169,7 @@ BROKEN = [
     (cut, r"model.safetensors is cut short: its header tells of \d+ bytes, but it has \d+\. Download it again"),
     (cut_header, r"is cut short or is no safetensors file: it has 100 bytes and says that its header has \d+"),
     (garble_header, r"model.safetensors is no safetensors file: its header is not readable .*Download it again"),
-    (store_float8, r"tensor .* has dtype F8_E4M3; supported are F32, F16, BF16\. Convert the checkpoint"),
+    (store_float8, r"tensor .* has dtype F8_E4M3; supported are F32, F16, BF16, U8\. Convert the checkpoint"),
     (drop_shard, r"index.json names 'model-00002-of-00003.safetensors', which is not in .*: download that file"),
     (lambda f: (f / "model.safetensors").unlink(), r"has neither model.safetensors nor model.safetensors.index"),
     (lambda f: (f / "config.json").unlink(), r"config.json does not exist: give the folder of a Hugging Face"),
@@ -181,7 +180,7 @@ BROKEN = [
     (config(dtype="int4"), r"has dtype='int4': pass load\(folder, dtype=\.\.\.\) with one of float32, bfloat16"),
     (config(hidden_act="relu"), r"config.json has hidden_act='relu': supported are silu"),
     (config(num_key_value_heads=3), r"num_heads=4 is not a multiple of num_kv_heads=3: every KV head serves"),
-    (config(quantization_config={"bits": 4}), r"has quantization_config=.*: quantised weights are not supported"),
+    (config(quantization_config={"bits": 4}), r"has quantization_config=.*: only gpt_oss in mxfp4 may be quantised"),
     (config(rope_scaling={"type": "dynamic"}), r"has rope_scaling=.*its rope_type 'dynamic' is not supported"),
     (
         config(model_type="gemma2", sliding_window=8, layer_types=["linear_attention"] * 2),
