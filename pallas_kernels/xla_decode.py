@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.pages import Pages, TokenPlaces
+from pallas_kernels.pages import Pages, TokenPlaces, is_stacked
 from pallas_kernels.xla_tiles import LOWEST, Options, Softmax, attend, compute_dtype, finish, start
 
-# Of gathered keys, or of rows where they hold the values too. XLA on a CPU page-faults large temporaries on every
-# use; with much smaller chunks the fixed cost of a step shows.
-CHUNK_BYTES = 2 << 20
+# Gathered at once: XLA on a CPU page-faults large temporaries on every use; with much smaller ones the fixed cost of a
+# step shows. Measured with page size 16: 32/8/128 (N/K/H) and 8/2/64, batch 32, 0.25 to 4 MB.
+KEY_BYTES = 2 << 20  # of keys; as much again of values
+ROW_BYTES = 1 << 20  # of rows that hold both
 MOST_ITEMS = 64  # merging costs items squared
 
 
@@ -39,8 +40,9 @@ def work_list(position: Int32[Array, " T"], tile_tokens: int, num_tiles: int, wi
 
 
 def items_per_step(pages: Pages, tile_tokens: int, dtype) -> int:
+    """C: the items that one step of the loop takes."""
     item_bytes = tile_tokens * pages.num_kv_heads * pages.data.shape[-1] * jnp.dtype(dtype).itemsize
-    return min(max(CHUNK_BYTES // item_bytes, 1), MOST_ITEMS)
+    return min(max((KEY_BYTES if is_stacked(pages) else ROW_BYTES) // item_bytes, 1), MOST_ITEMS)
 
 
 def decode_attention(

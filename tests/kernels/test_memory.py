@@ -102,7 +102,8 @@ OPS = ["write", "decode", "prefill", "copy"]
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_on_a_cpu_no_op_copies_the_pool(dtype, name):
-    check(*ops(SHAPES[0], dtype)[name])
+    function, arguments = ops(SHAPES[0], dtype)[name]
+    check(function, arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,7 +116,8 @@ def test_on_a_cpu_no_loop_over_layers_copies_the_pool(dtype):
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_on_a_tpu_v6e_no_op_copies_the_pool(dtype, name, v6e):
-    check(*ops(SHAPES[0], dtype)[name], v6e)
+    function, arguments = ops(SHAPES[0], dtype)[name]
+    check(function, arguments, v6e)
 
 
 @pytest.mark.tpu_compile
