@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged_jax import AttentionMetadata, CacheConfig, PagePool, PageTable
+from paged_jax import AttentionMetadata, PagePool, PageTable
 
 PAGE_SIZE = 16
 COMPILE_FAST = {"xla_backend_optimization_level": 0}  # halves the compile time, which is most of these tests
@@ -29,19 +29,19 @@ class PagedRun:
         max_length: tokens that a sequence can hold.
         step_tokens: T of a prefill step.
         compiler_options: for `jax.jit`.
+        dtype: of the pages.
     """
 
-    def __init__(self, model, num_rows: int, max_length: int, step_tokens: int, compiler_options=None):
+    def __init__(
+        self, model, num_rows: int, max_length: int, step_tokens: int, compiler_options=None, dtype: str = "float32"
+    ):
         pages_per_row = -(-max_length // PAGE_SIZE)
-        config = CacheConfig(
-            num_layers=model.config.num_layers,
-            num_kv_heads=model.config.num_kv_heads,
-            head_dim=model.config.head_dim,
+        config = model.cache_config(
             num_pages=num_rows * pages_per_row + 1,
             max_sequences=num_rows,
             max_pages_per_sequence=pages_per_row,
             page_size=PAGE_SIZE,
-            dtype="float32",
+            dtype=dtype,
         )
         self.model, self.step_tokens = model, step_tokens
         self.pool, self.table = PagePool.create(config), PageTable.create(config)

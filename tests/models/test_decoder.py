@@ -85,6 +85,18 @@ def test_bfloat16_stays_near_float32():
     assert np.abs(logits - expected).mean() < 0.01 * np.ptp(expected)
 
 
+@pytest.mark.parametrize("weights, pages, bound", [("float32", "int8", 0.03), ("bfloat16", "bfloat16", 0.05)])
+def test_narrow_pages_stay_near_float32(weights, pages, bound):
+    """int8: 7 bits of every key and value; bfloat16: 8 bits of every activation as well."""
+    expected = load_demo()[1](np.arange(3, 35))[-1]
+    run = PagedRun(load_demo(weights)[0], 1, 64, 32, COMPILE_FAST, dtype=pages)
+    logits = run.prefill([list(range(3, 34))], chunk=31)
+    assert np.isfinite(logits).all()
+    logits = run.step([[34]], 1, 1)[0]
+    assert np.abs(logits - expected).max() < bound * np.ptp(expected)
+    assert np.abs(logits - expected).max() > 0
+
+
 def test_a_step_writes_the_donated_pool_in_place():
     model, _ = load_demo("bfloat16")
     run = PagedRun(model, 4, max_length=16 * 1024, step_tokens=4)
