@@ -15,7 +15,7 @@ from paged_jax.pool import PagePool
 
 
 class PagedCache(nn.Module):
-    """The paged cache of one layer: `attention_fn` of a Flax attention layer, or called by attention of yours.
+    """The paged cache of one layer: `attention_fn` of a Flax attention layer, or called by attention of your own.
 
         attn = nn.MultiHeadDotProductAttention(num_heads, attention_fn=PagedCache())
         attn(x, mask=metadata)
@@ -54,9 +54,7 @@ class PagedCache(nn.Module):
             key: their keys.
             value: their values.
             mask: the step's `AttentionMetadata`, which is what says who sees whom; always causal.
-            dropout_rate: must be 0, or `deterministic` True.
-            deterministic: see `dropout_rate`.
-            module: must be None (`sow_weights`).
+            dropout_rate, deterministic, module: what Flax passes; dropout and `sow_weights` are refused.
             sinks: an extra logit for each query head that takes softmax mass and adds no value.
 
         Returns:
@@ -66,15 +64,12 @@ class PagedCache(nn.Module):
             ValueError: at trace time, naming what does not fit.
         """
         refuse(dropout=dropout_rate > 0 and not deterministic, weights=module is not None)
-        pages: Any = None
-        if self.is_mutable_collection("cache"):
-            pages = self.variable("cache", "pages", lambda: None)
+        has_cache = self.is_mutable_collection("cache")
+        pages: Any = self.variable("cache", "pages", lambda: None) if has_cache else None
         if self.is_initializing():
             return jnp.zeros_like(query)
         if pages is None or pages.value is None:
-            raise ValueError(
-                "a PagedCache has pages during a step alone: run the model through paged_step(module, variables)."
-            )
+            raise ValueError("a PagedCache has no pages outside of a step: use paged_step(module, variables).")
         out, pages.value = pages.value.attend(
             query, key, value, mask,
             scale=self.scale, window=self.window, soft_cap=self.soft_cap, sinks=sinks,
@@ -88,18 +83,14 @@ def _call(module: nn.Module, tokens: Int32[Array, " T"], metadata: AttentionMeta
 
 
 def init(module: nn.Module, rngs: Any, call: Call = _call) -> dict[str, Any]:
-    """Initial variables of a model that is called with tokens and metadata.
+    """Initial variables of a model that is called with tokens and metadata, as `paged_step` takes it.
 
     Args:
-        module: holds a `PagedCache` in every attention layer.
+        module: the model.
         rngs: a key, or keys by name, as for `module.init`.
         call: see `paged_step`.
-
-    Returns:
-        The variables, those of the collection `cache` left out: every step brings its own.
     """
-    variables = _init(module, rngs, call)
-    return {name: collection for name, collection in variables.items() if name != "cache"}
+    return _without_cache(_init(module, rngs, call))
 
 
 def paged_step(module: nn.Module, variables: Any, call: Call = _call) -> Step:
@@ -121,7 +112,8 @@ def paged_step(module: nn.Module, variables: Any, call: Call = _call) -> Step:
         ValueError: the model has no `PagedCache`, or an attention layer has `decode=True`.
     """
     cache = flatten_dict(jax.eval_shape(lambda: _init(module, jax.random.key(0), call)).get("cache", {}))
-    paths = sorted((path for path in cache if path[-1] == "pages"), key=_natural)
+    paths = [path for path in cache if path[-1] == "pages"]
+    paths.sort(key=lambda path: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", ".".join(path))])
     if not paths:
         raise ValueError(
             f"{type(module).__name__} has no PagedCache: give every attention layer one, for example "
@@ -141,18 +133,17 @@ def paged_step(module: nn.Module, variables: Any, call: Call = _call) -> Step:
         written: dict[tuple[str, ...], Any] = flatten_dict(new["cache"])
         return finish(logits, {_name(path): written[path] for path in paths}, metadata)
 
-    return Step(forward, {name: collection for name, collection in variables.items() if name != "cache"})
+    return Step(forward, _without_cache(variables))
+
+
+def _without_cache(variables: Any) -> dict[str, Any]:
+    return {name: collection for name, collection in variables.items() if name != "cache"}
 
 
 def _init(module: nn.Module, rngs: Any, call: Call):
     """All variables, from a step of one sequence of one token."""
     one = jnp.zeros(1, jnp.int32)
-    metadata = AttentionMetadata(one[None], one, jnp.zeros(2, jnp.int32), one, max_query_len=1)
-    return module.init(rngs, one, metadata, method=call)
-
-
-def _natural(path: tuple[str, ...]) -> list:
-    return [[int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)] for name in path]
+    return module.init(rngs, one, AttentionMetadata(one[None], one, jnp.zeros(2, jnp.int32), one, 1), method=call)
 
 
 def _name(path: tuple[str, ...]) -> str:

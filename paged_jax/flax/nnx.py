@@ -11,7 +11,7 @@ from paged_jax.pool import PagePool
 
 
 class PagedCache(nnx.Module):
-    """The paged cache of one layer: `attention_fn` of an `nnx.MultiHeadAttention`, or called by attention of yours.
+    """The paged cache of one layer: `attention_fn` of an `nnx.MultiHeadAttention`, or called by attention of your own.
 
         self.attn = nnx.MultiHeadAttention(..., decode=False, attention_fn=PagedCache(), rngs=rngs)
         self.attn(x, mask=metadata)
@@ -60,9 +60,8 @@ class PagedCache(nnx.Module):
             value: their values.
             mask: the step's `AttentionMetadata`, which is what says who sees whom; always causal.
             sinks: an extra logit for each query head that takes softmax mass and adds no value.
-            dropout_rate: must be 0, or `deterministic` True.
-            deterministic: see `dropout_rate`.
-            module: must be None (`sow_weights`). Other options of Flax's attention change nothing and are ignored.
+            dropout_rate, deterministic, module: what Flax passes; dropout and `sow_weights` are refused. Its other
+                options change nothing and are ignored.
 
         Returns:
             The attention output, shaped as `query`.
@@ -73,7 +72,7 @@ class PagedCache(nnx.Module):
         refuse(dropout=dropout_rate > 0 and not deterministic, weights=module is not None)
         layer = self.pages.get_value()
         if layer is None:
-            raise ValueError("a PagedCache has pages during a step alone: run the model through paged_step(model).")
+            raise ValueError("a PagedCache has no pages outside of a step: use paged_step(model).")
         out, layer = layer.attend(
             query, key, value, mask,
             scale=self.scale, window=self.window, soft_cap=self.soft_cap, sinks=sinks,

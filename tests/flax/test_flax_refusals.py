@@ -174,13 +174,13 @@ def test_weights_that_are_never_formed():
 
 def test_a_model_outside_of_a_step():
     tokens, metadata = jnp.zeros(1, jnp.int32), None
-    with pytest.raises(ValueError, match=r"has pages during a step alone: run the model through paged_step\(model\)"):
+    with pytest.raises(ValueError, match=r"no pages outside of a step: use paged_step\(model\)"):
         Attention(decode=False)(tokens, metadata)
     layer = LinenAttention({}, {})
     variables = jax.jit(lambda: paged_linen.init(layer, jax.random.key(0)))()
-    with pytest.raises(ValueError, match=r"run the model through paged_step\(module, variables\)"):
+    with pytest.raises(ValueError, match=r"no pages outside of a step: use paged_step\(module, variables\)"):
         layer.apply(variables, tokens, metadata)
-    with pytest.raises(ValueError, match=r"run the model through paged_step\(module, variables\)"):
+    with pytest.raises(ValueError, match=r"no pages outside of a step: use paged_step\(module, variables\)"):
         layer.apply(variables, tokens, metadata, mutable=["cache"])
 
 
@@ -197,3 +197,10 @@ def test_options_that_make_no_sense(option, match):
         trace(one(cache=option), num_layers=1)
     with pytest.raises(ValueError, match=match):
         trace(linen_step(decoder=LinenAttention({}, {}, option)), num_layers=1, num_kv_heads=4)
+
+
+def test_layers_are_named_in_their_order():
+    with pytest.raises(ValueError, match=r"blocks\.2\.\S+, blocks\.3\..* blocks\.9\.\S+, blocks\.10\."):
+        trace(paged_nnx.paged_step(nnx_paged.Decoder(VOCAB, WIDTH, 12, nnx.Rngs(0))))
+    with pytest.raises(ValueError, match=r"Block_2\.\S+, Block_3\..* Block_9\.\S+, Block_10\."):
+        trace(linen_step(decoder=linen_paged.Decoder(VOCAB, WIDTH, 12)))
