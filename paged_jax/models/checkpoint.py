@@ -148,6 +148,7 @@ def save(folder: Path, hf_config: dict[str, Any], params: Any, *, dtype=None, nu
     shards = [names[i::num_shards] for i in range(num_shards)]
     files = ["model.safetensors"]
     if num_shards > 1:
+        (folder / "model.safetensors").unlink(missing_ok=True)  # readers would prefer it
         files = [f"model-{i + 1:05}-of-{num_shards:05}.safetensors" for i in range(num_shards)]
         weight_map = {name: file for shard, file in zip(shards, files, strict=True) for name in shard}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))

@@ -157,7 +157,6 @@ def store_float8(folder: Path):
 
 def drop_shard(folder: Path):
     make(folder, num_shards=3)
-    (folder / "model.safetensors").unlink(missing_ok=True)
     (folder / "model-00002-of-00003.safetensors").unlink()
 
 
