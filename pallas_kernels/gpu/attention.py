@@ -58,7 +58,8 @@ def paged_attention(
     group = q.shape[1] // pages.num_kv_heads
     if max_query_len == 1 and group <= MOST_DECODE_GROUP:
         rows = (q, pages, page_table, places.sequence, places.position)
-        if shared_prefix is None or window is not None or pages.dtype != jnp.bfloat16:
+        is_wide = pages.dtype == jnp.int8 and pages.head_dim == 256  # the rows kernel does not take these
+        if shared_prefix is None or window is not None or is_wide:
             out, lse = decode(*rows, jnp.zeros_like(places.position), options)
         else:
             out, lse = decode_behind_prefix(*rows, shared_prefix, options)
@@ -124,7 +125,8 @@ def attend_queries(
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = pages.num_kv_heads
     group = num_heads // num_kv_heads if is_packed else 1
-    tile = row_tile(head_dim, pages.page_size, page_table.shape[1], group, hardware.is_interpreted())
+    shape = (head_dim, pages.page_size, page_table.shape[1], pages.dtype)
+    tile = row_tile(*shape, group, hardware.is_interpreted())
     num_items = max_row_items(queries.num.size, num_tokens, group)
     columns = num_heads // group
     num_parts = max(1, min(hardware.num_multiprocessors() // (num_items * columns), MOST_PARTS))
@@ -137,7 +139,7 @@ def attend_queries(
     sinks = None if options.sinks is None else options.sinks.astype(jnp.float32)
     is_merged = num_parts > 1 or (is_packed and sinks is not None)
     out, lse = attend_rows(
-        rows, pages.data, pad_axis(page_table, 1, -page_table.shape[1] % tile.ids), items,
+        rows, pages.data, pages.scales, pad_axis(page_table, 1, -page_table.shape[1] % tile.ids), items,
         None if is_merged else sinks,
         page_size=pages.page_size, tile=tile, num_parts=num_parts, scale=options.scale,
         soft_cap=options.soft_cap, window=options.window,
@@ -271,9 +273,9 @@ def refusal(q: Array, pages: Pages, max_query_len: int, **arguments: Any) -> str
                 "the GPU kernels take int8 pages of head size 128 or 256 and at least 16 tokens, "
                 f"got {pages.head_dim} and {pages.page_size}."
             )
-        if max_query_len > 1 or group > MOST_DECODE_GROUP:
+        if pages.head_dim == 256 and (max_query_len > 1 or group > MOST_DECODE_GROUP):
             return (
-                f"the GPU kernels take int8 pages for one query a sequence and up to {MOST_DECODE_GROUP} query heads "
-                f"a KV head, got max_query_len {max_query_len} and {group}."
+                "the GPU kernels take int8 pages of head size 256 for one query a sequence and up to "
+                f"{MOST_DECODE_GROUP} query heads a KV head, got max_query_len {max_query_len} and {group}."
             )
     return None

@@ -18,7 +18,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpu.hardware import shared_memory_per_block
-from pallas_kernels.gpu.layout import ACC, LANES, swizzled
+from pallas_kernels.gpu.layout import ACC, swizzled
+from pallas_kernels.gpu.quantised import load_scales, read_scales, widen
 from pallas_kernels.gpu.schedule import Schedule
 
 LOG2E = math.log2(math.e)
@@ -302,16 +303,6 @@ def attend_segments(
     )(*inputs)
 
 
-def widen(source: Any, target: Any) -> Any:
-    """An 8-bit tile as bfloat16 in another place, which the tensor core then reads."""
-    for lane in range(0, target.shape[1], LANES):  # in parts, for the sake of registers
-        lanes = pl.ds(lane, LANES)
-        part = plgpu.load(source.at[:, lanes], layout=plgpu.Layout.WGMMA)
-        target.at[:, lanes][...] = part.astype(target.dtype)
-    plgpu.commit_smem()
-    return target
-
-
 def clear(values: Any, begin: Any, end: Any, mapped: Any, copy_tokens: int) -> None:
     """Zeros the rows of a tile that hold no token: a weight of 0 would not silence a NaN."""
     token = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA)
@@ -320,33 +311,6 @@ def clear(values: Any, begin: Any, end: Any, mapped: Any, copy_tokens: int) -> N
     v = plgpu.load(values, layout=plgpu.Layout.WGMMA)
     values[...] = jnp.where(exists, v, jnp.zeros_like(v))
     plgpu.commit_smem()
-
-
-def load_scales(source: Any, target: Any, bar: Any, pages: list, head: Any, first_slot: Any) -> None:
-    """Copies the scales of a tile's pages to `target` `[2, tokens + S]`, from where `read_scales` takes them.
-
-    A page's scales, S of its keys and S of its values, come in one copy: S alone may be less than the 128 bytes that
-    a copy moves at least. Even pages go to one buffer and odd ones to another, S places apart: then the keys' scales
-    stand at their tokens, in one of the two, and the values' S places behind.
-    """
-    span = target.shape[1] - target.shape[1] // (len(pages) + 1)  # tokens of the tile
-    step = target.shape[1] - span
-    if source.shape[2] == 2 * step:
-        for j, page in enumerate(pages):
-            place = target.at[j % 2, pl.ds(j * step, 2 * step)]
-            plgpu.copy_gmem_to_smem(source.at[page, head], place, bar)
-    else:  # a page of several tiles
-        for part in range(2):
-            here = pl.ds(part * (source.shape[2] // 2) + first_slot, step)
-            plgpu.copy_gmem_to_smem(source.at[pages[0], head, here], target.at[0, pl.ds(part * step, step)], bar)
-
-
-def read_scales(source: Any, part: int, step: int, tokens: int) -> Any:
-    """The scales of a tile's keys (part 0) or values (part 1), `[tokens]`."""
-    rows = plgpu.Layout.WGMMA.reduce(1)
-    even, odd = (plgpu.load(source.at[i, pl.ds(part * step, tokens)], layout=rows, optimized=False) for i in range(2))
-    token = plgpu.broadcasted_iota(jnp.int32, (tokens,), 0, layout=rows)
-    return jnp.where((token // step) % 2 == 0, even, odd)
 
 
 def merge_segments(

@@ -18,15 +18,15 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpu.hardware import shared_memory_per_block
-from pallas_kernels.gpu.layout import ACC, swizzled
+from pallas_kernels.gpu.layout import ACC, LANES, swizzled
+from pallas_kernels.gpu.quantised import dequantise, load_scales, read_scales
 from pallas_kernels.gpu.schedule import BLOCK_ROWS, RowItems
 
 LOG2E = math.log2(math.e)
 WARPGROUPS = 2  # that compute
 WARPGROUP_ROWS = 64
 assert BLOCK_ROWS == WARPGROUPS * WARPGROUP_ROWS
-COMPUTE_REGISTERS, MOVE_REGISTERS = 224, 56  # of a thread; 2 x 224 + 56 is what three warpgroups start with
-CLEARED_LANES = 64  # of the values that are cleared at a time
+RAW_STAGES = 2  # int8 tiles on their way
 OUT_LANES = 32  # of the result that are staged at a time
 LSE_LANES = 8  # of the log-sum-exp in memory: the narrowest tile that a warpgroup can hold
 
@@ -38,6 +38,7 @@ class RowTile(NamedTuple):
         tokens: keys a step.
         stages: steps of keys and values in flight.
         ids: page ids staged at a time.
+        registers: of a thread of the warpgroups that compute, and of the one that moves: what three start with.
         rows_per_query: consecutive rows that stand for heads of one query.
         is_staged: take the weights through shared memory to the tensor core and add its results up outside: slower,
             but the interpreter can run it.
@@ -46,23 +47,32 @@ class RowTile(NamedTuple):
     tokens: int
     stages: int
     ids: int
+    registers: tuple[int, int]
     rows_per_query: int
     is_staged: bool
 
 
-def row_tile(head_dim: int, page_size: int, max_pages: int, rows_per_query: int, is_staged: bool) -> RowTile:
-    """The sizes for head size H, pages of S tokens and M columns of the page table: as many stages as fit."""
+def row_tile(
+    head_dim: int, page_size: int, max_pages: int, dtype: Any, rows_per_query: int, is_staged: bool
+) -> RowTile:
+    """The sizes for head size H, pages of S tokens of a dtype and M columns of the table: as many stages as fit."""
     is_whole = 128 % page_size == 0 or page_size % 128 == 0
-    tokens = 128 if head_dim <= 128 and is_whole else 64
+    is_quantised = jnp.dtype(dtype) == jnp.int8
+    tokens = 128 if head_dim <= 128 and is_whole and not is_quantised else 64
     fixed = BLOCK_ROWS * (2 * head_dim + 4 * OUT_LANES + 4 * LSE_LANES)  # queries, result, log-sum-exp
     fixed += 8192  # ids, sums across warps, barriers, alignment
+    if is_quantised:
+        fixed += RAW_STAGES * 2 * tokens * (head_dim + 8)
     stages = (shared_memory_per_block(1) - fixed) // (2 * 2 * tokens * head_dim)
-    return RowTile(tokens, min(stages, 4), min(256, -(-max_pages // 32) * 32), rows_per_query, is_staged)
+    registers = (224, 56) if head_dim == 256 else (208, 88)
+    ids = min(256, -(-max_pages // 32) * 32)
+    return RowTile(tokens, min(stages, 4), ids, registers, rows_per_query, is_staged)
 
 
 def attend_rows(
     q: Float[Array, "R N H"],
     data: Array,
+    scales: Float[Array, "P K _"] | None,
     page_table: Int32[Array, "B M"],
     items: RowItems,
     sinks: Float[Array, " N"] | None,
@@ -79,6 +89,7 @@ def attend_rows(
     Args:
         q: `[R, N, H]`, N a multiple of the pages' heads.
         data: the pages.
+        scales: theirs, or None.
         page_table: `[B, M]`, M a multiple of `tile.ids`.
         items: the work.
         sinks: float32 `[N]` or None; for a single part only.
@@ -100,96 +111,134 @@ def attend_rows(
     copy_tokens = min(page_size, tokens)
     copies = tokens // copy_tokens
     all_mapped = (1 << copies) - 1
+    is_quantised = scales is not None
+    scale_copies = copies if page_size <= tokens else 2
     out_dtype = q.dtype if num_parts == 1 else jnp.float32
     score_scale = scale * LOG2E if soft_cap is None else soft_cap * LOG2E  # of what the soft cap leaves
 
     def kernel(q_ref, data_ref, table_ref, items_ref, *refs):
         sinks_ref, refs = (None, refs) if sinks is None else (refs[0], refs[1:])
+        scales_ref, refs = (None, refs) if scales is None else (refs[0], refs[1:])
         (out_ref, lse_ref, q_smem, k_smem, v_smem, p_smem, ids_smem, mapped_smem, out_smem, lse_smem,
-         q_bar, k_bar, v_bar, ids_bar, tail_bar, k_free, v_free) = refs  # fmt: skip
+         q_bar, k_bar, v_bar, ids_bar, tail_bar, k_free, v_free, *raw_refs) = refs  # fmt: skip
         head, item = lax.axis_index("head"), lax.axis_index("item")
         warpgroup = lax.axis_index("warpgroup")
         words = RowItems(*(items_ref[item, field] for field in range(len(RowItems._fields))))
         first_tile, num_tiles, end = words.first_tile, words.num_tiles, words.end
 
-        def move():
-            plgpu.set_max_registers(MOVE_REGISTERS, action="decrease")
-            kv_head = lax.div(head, jnp.int32(num_heads // num_kv_heads))
-            for i in range(WARPGROUPS):
-                rows = q_ref.at[pl.ds(words.eighth * 8 + i * WARPGROUP_ROWS, WARPGROUP_ROWS), head]
-                plgpu.copy_gmem_to_smem(rows, q_smem.at[i], q_bar)
+        kv_head = lax.div(head, jnp.int32(num_heads // num_kv_heads))
+
+        def find_pages(i):
+            """The pages of tile i (the null page where there is none), a bit for each that exists, the first slot."""
+            tile_position = (first_tile + i) * tokens
+            column = lax.div(tile_position, jnp.int32(page_size))
+            id_block = lax.div(column, jnp.int32(tile.ids))
+
+            @pl.when((i == 0) | (tile_position == id_block * (tile.ids * page_size)))
+            def _():
+                plgpu.commit_smem()  # all warps have read the old ids
+                source = table_ref.at[words.sequence, pl.ds(id_block * tile.ids, tile.ids)]
+                plgpu.copy_gmem_to_smem(source, ids_smem, ids_bar)
+                plgpu.barrier_wait(ids_bar)
+
+            mapped, pages = jnp.int32(0), []
+            for j in range(copies):
+                page = ids_smem[column - id_block * tile.ids + j]
+                is_mapped = (page > 0) & (page < num_pages)
+                mapped = mapped | jnp.where(is_mapped, jnp.int32(1 << j), jnp.int32(0))
+                pages.append(jnp.where(is_mapped, page, jnp.int32(0)))
+            return pages, mapped, lax.rem(tile_position, jnp.int32(page_size)) if page_size > tokens else 0
+
+        def load(part, pages, first_slot, target, bar):
+            for j, page in enumerate(pages):
+                if is_stacked:
+                    source = data_ref.at[page, kv_head, pl.ds(part * page_size + first_slot, copy_tokens)]
+                else:
+                    lanes = pl.ds(part * head_dim, head_dim)
+                    source = data_ref.at[page, kv_head, pl.ds(first_slot, copy_tokens), lanes]
+                plgpu.copy_gmem_to_smem(source, target.at[pl.ds(j * copy_tokens, copy_tokens)], bar)
+
+        def exists(token, i, mapped):
+            """Which tokens of tile i exist."""
+            is_mapped = (lax.shift_right_logical(mapped, token // copy_tokens) & 1) == 1
+            return is_mapped & (token < end - (first_tile + i) * tokens)
+
+        def wait_for_room(i, free):
+            @pl.when(i >= stages)
+            def _():
+                plgpu.barrier_wait(free.at[lax.rem(i, jnp.int32(stages))])
+
+        def move_tile(i):
+            slot = lax.rem(i, jnp.int32(stages))
+            pages, mapped, first_slot = find_pages(i)
+            wait_for_room(i, k_free)
+            mapped_smem[slot] = mapped
+            load(0, pages, first_slot, k_smem.at[slot], k_bar.at[slot])
+            wait_for_room(i, v_free)
+            exists_all = ((first_tile + i + 1) * tokens <= end) & (mapped == all_mapped)
+
+            @pl.when(exists_all)
+            def _():
+                load(1, pages, first_slot, v_smem.at[slot], v_bar.at[slot])
+
+            @pl.when(jnp.logical_not(exists_all))
+            def _():  # a weight of 0 does not silence a NaN: clear the values that do not exist
+                load(1, pages, first_slot, v_smem.at[slot], tail_bar)
+                plgpu.barrier_wait(tail_bar)
+                for first in range(0, tokens, 64):
+                    token = plgpu.broadcasted_iota(jnp.int32, (64, LANES), 0, layout=plgpu.Layout.WGMMA) + first
+                    there = exists(token, i, mapped)
+                    for lane in range(0, head_dim, LANES):
+                        values = v_smem.at[slot, pl.ds(first, 64), pl.ds(lane, LANES)]
+                        v = plgpu.load(values, layout=plgpu.Layout.WGMMA)
+                        values[...] = jnp.where(there, v, jnp.zeros_like(v))
+                plgpu.commit_smem()
+                for _ in range(copies):
+                    plgpu.barrier_arrive(v_bar.at[slot])
+
+        def move_quantised():
+            raw_smem, scale_smem, raw_mapped_smem, raw_bar = raw_refs
+
+            def fetch(i):
+                raw = lax.rem(i, jnp.int32(RAW_STAGES))
+                pages, mapped, first_slot = find_pages(i)
+                plgpu.commit_smem()  # all warps have read the tile that makes room
+                raw_mapped_smem[raw] = mapped
+                for part in range(2):
+                    load(part, pages, first_slot, raw_smem.at[part, raw], raw_bar.at[raw])
+                load_scales(scales_ref, scale_smem.at[raw], raw_bar.at[raw], pages, kv_head, first_slot)
+
+            pl.when(num_tiles > 0)(lambda: fetch(jnp.int32(0)))
 
             @pl.loop(0, num_tiles)
             def _(i):
-                slot = lax.rem(i, jnp.int32(stages))
-                tile_position = (first_tile + i) * tokens
-                column = lax.div(tile_position, jnp.int32(page_size))
-                id_block = lax.div(column, jnp.int32(tile.ids))
-                is_block_start = tile_position == id_block * (tile.ids * page_size)
-
-                @pl.when((i == 0) | is_block_start)
-                def _():
-                    plgpu.commit_smem()  # all warps have read the old ids
-                    source = table_ref.at[words.sequence, pl.ds(id_block * tile.ids, tile.ids)]
-                    plgpu.copy_gmem_to_smem(source, ids_smem, ids_bar)
-                    plgpu.barrier_wait(ids_bar)
-
-                @pl.when(i >= stages)
-                def _():
-                    plgpu.barrier_wait(k_free.at[slot])
-
-                mapped = jnp.int32(0)
-                pages = []
-                for j in range(copies):
-                    page = ids_smem[column - id_block * tile.ids + j]
-                    is_mapped = (page > 0) & (page < num_pages)
-                    mapped = mapped | jnp.where(is_mapped, jnp.int32(1 << j), jnp.int32(0))
-                    pages.append(jnp.where(is_mapped, page, jnp.int32(0)))
-                mapped_smem[slot] = mapped
-                first_slot = lax.rem(tile_position, jnp.int32(page_size)) if page_size > tokens else 0
-
-                def load(is_value, smem, bar):
-                    for j, page in enumerate(pages):
-                        if is_stacked:
-                            here = pl.ds(is_value * page_size + first_slot, copy_tokens)
-                            source = data_ref.at[page, kv_head, here]
-                        else:
-                            lanes = pl.ds(is_value * head_dim, head_dim)
-                            source = data_ref.at[page, kv_head, pl.ds(first_slot, copy_tokens), lanes]
-                        target = smem.at[slot, pl.ds(j * copy_tokens, copy_tokens)]
-                        plgpu.copy_gmem_to_smem(source, target, bar)
-
-                load(0, k_smem, k_bar.at[slot])
-
-                @pl.when(i >= stages)
-                def _():
-                    plgpu.barrier_wait(v_free.at[slot])
-
-                exists_all = (tile_position + tokens <= end) & (mapped == all_mapped)
-
-                @pl.when(exists_all)
-                def _():
-                    load(1, v_smem, v_bar.at[slot])
-
-                @pl.when(jnp.logical_not(exists_all))
-                def _():  # a weight of 0 does not silence a NaN: clear the values that do not exist
-                    load(1, v_smem, tail_bar)
-                    plgpu.barrier_wait(tail_bar)
-                    for first in range(0, tokens, 64):
-                        shape = (64, CLEARED_LANES)
-                        token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) + first
-                        exists = token < end - tile_position
-                        exists &= (lax.shift_right_logical(mapped, token // copy_tokens) & 1) == 1
-                        for lane in range(0, head_dim, CLEARED_LANES):
-                            values = v_smem.at[slot, pl.ds(first, 64), pl.ds(lane, CLEARED_LANES)]
-                            v = plgpu.load(values, layout=plgpu.Layout.WGMMA)
-                            values[...] = jnp.where(exists, v, jnp.zeros_like(v))
+                slot, raw = lax.rem(i, jnp.int32(stages)), lax.rem(i, jnp.int32(RAW_STAGES))
+                pl.when(i + 1 < num_tiles)(lambda: fetch(i + 1))
+                plgpu.barrier_wait(raw_bar.at[raw])
+                mapped = raw_mapped_smem[raw]
+                rows = plgpu.Layout.WGMMA.reduce(1)
+                token = plgpu.broadcasted_iota(jnp.int32, (tokens,), 0, layout=rows)
+                for part, smem, bar, free in ((0, k_smem, k_bar, k_free), (1, v_smem, v_bar, v_free)):
+                    wait_for_room(i, free)
+                    if part == 0:
+                        mapped_smem[slot] = mapped
+                    scale = read_scales(scale_smem.at[raw], part, copy_tokens, tokens)
+                    dequantise(raw_smem.at[part, raw], smem.at[slot], scale, exists(token, i, mapped))
                     plgpu.commit_smem()
-                    for _ in range(copies):
-                        plgpu.barrier_arrive(v_bar.at[slot])
+                    plgpu.barrier_arrive(bar.at[slot])
+
+        def move():
+            plgpu.set_max_registers(tile.registers[1], action="decrease")
+            for i in range(WARPGROUPS):
+                rows = q_ref.at[pl.ds(words.eighth * 8 + i * WARPGROUP_ROWS, WARPGROUP_ROWS), head]
+                plgpu.copy_gmem_to_smem(rows, q_smem.at[i], q_bar)
+            if is_quantised:
+                move_quantised()
+            else:
+                pl.loop(0, num_tiles)(move_tile)
 
         def compute():
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            plgpu.set_max_registers(tile.registers[0], action="increase")
             # My rows of the block: those of the sequence among them, and the positions of their queries.
             mine = warpgroup * WARPGROUP_ROWS
             first_row = jnp.clip(words.first_row - mine, 0, WARPGROUP_ROWS)
@@ -236,10 +285,9 @@ def attend_rows(
 
                     token = iota(1)
                     query = words.position + (words.offset + mine + iota(0)) // tile.rows_per_query
-                    visible = (token <= query - tile_position) & (token < end - tile_position)
+                    visible = (token <= query - tile_position) & exists(token, i, mapped)
                     if window is not None:
                         visible &= token > query - (tile_position + window)
-                    visible &= (lax.shift_right_logical(mapped, token // copy_tokens) & 1) == 1
                     return jnp.where(visible, s, -jnp.inf)
 
                 sees_all = (tile_position + tokens - 1 <= lowest) & (tile_position + tokens <= end)
@@ -310,22 +358,31 @@ def attend_rows(
 
     scratch_types: list[Any] = [
         swizzled((WARPGROUPS, WARPGROUP_ROWS, head_dim), q.dtype),
-        swizzled((stages, tokens, head_dim), data.dtype),
-        swizzled((stages, tokens, head_dim), data.dtype),
+        swizzled((stages, tokens, head_dim), q.dtype),
+        swizzled((stages, tokens, head_dim), q.dtype),
         swizzled((WARPGROUPS, WARPGROUP_ROWS, tokens) if tile.is_staged else (1, 8, 64), q.dtype),
         plgpu.SMEM((tile.ids,), jnp.int32),
         plgpu.SMEM((stages,), jnp.int32),
         plgpu.SMEM((WARPGROUPS, WARPGROUP_ROWS, OUT_LANES), out_dtype),
         plgpu.SMEM((WARPGROUPS, WARPGROUP_ROWS, LSE_LANES), jnp.float32),
         plgpu.Barrier(num_arrivals=WARPGROUPS),
-        plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=1 if is_quantised else copies, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=1 if is_quantised else copies, num_barriers=stages),
         plgpu.Barrier(),
         plgpu.Barrier(num_arrivals=copies),
         plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
         plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
     ]
+    if is_quantised:
+        scratch_types += [
+            swizzled((2, RAW_STAGES, tokens, head_dim), data.dtype),
+            plgpu.SMEM((RAW_STAGES, 2, tokens + copy_tokens), jnp.float32),
+            plgpu.SMEM((RAW_STAGES,), jnp.int32),
+            plgpu.Barrier(num_arrivals=2 * copies + scale_copies, num_barriers=RAW_STAGES),
+        ]
     fields = jnp.stack(items, axis=1)
+    inputs = [q, data, page_table, fields]
+    inputs += [x for x in (sinks, scales) if x is not None]
     return plgpu.kernel(
         kernel,
         out_type=(
@@ -339,7 +396,7 @@ def attend_rows(
         scratch_types=scratch_types,
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_rows",
-    )(q, data, page_table, fields, *([] if sinks is None else [sinks]))
+    )(*inputs)
 
 
 def store_rows(source: Any, target: Any, first: Any, num_rows: Any, place: Any) -> None:

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import pytest
-from oracle import check
+from oracle import ROUNDED_KEYS, check
 from problems import make_problem
 
 # A whole prompt, a chunk of a longer one, a decode, a row without new tokens, an inert one (a token, length 0).
@@ -33,3 +33,9 @@ def test_few_queries_pack_their_heads(interpreter, heads, query_lens, window):
     problem = make_problem([300, 1, 150, 20], query_lens=query_lens, padding=1, heads=heads, page_size=16)
     sinks = jnp.linspace(-1, 2, heads[0], dtype=jnp.float32)
     check(problem, max_query_len=max(query_lens), window=window, sinks=sinks)
+
+
+@pytest.mark.parametrize(("page_size", "window"), [(16, None), (128, 50)])
+def test_int8_pages(interpreter, page_size, window):
+    problem = make_problem([133, 40], query_lens=[5, 40], heads=(1, 1), page_size=page_size, dtype="int8")
+    check(problem, ROUNDED_KEYS, window=window)

@@ -22,7 +22,10 @@ def attend(q_dtype=jnp.bfloat16, heads=(4, 2), head_dim=128, page_size=16, dtype
         (dict(head_dim=80), "take head sizes 64, 128 and 256, got 80"),
         (dict(page_size=48), "take pages of 8, 16, 32 or a multiple of 64 tokens, got 48"),
         (dict(dtype="int8", head_dim=64), "int8 pages of head size 128 or 256 and at least 16 tokens, got 64 and 16"),
-        (dict(dtype="int8", max_query_len=2), "int8 pages for one query a sequence .* got max_query_len 2"),
+        (
+            dict(dtype="int8", head_dim=256, max_query_len=2),
+            "int8 pages of head size 256 for one .* got max_query_len 2",
+        ),
     ],
 )
 def test_attention_refuses(arguments, sentence):
