@@ -51,14 +51,14 @@ def attention_arguments(batch, tokens, heads, pages, max_pages=256):
     [
         (16, 128, (32, 8), "bfloat16", 2),
         (64, 128, (32, 8), "bfloat16", 2),
-        (128, 128, (32, 8), "bfloat16", 2),
-        (8, 128, (16, 1), "bfloat16", 2),
+        pytest.param(128, 128, (32, 8), "bfloat16", 2, marks=pytest.mark.long),
+        pytest.param(8, 128, (16, 1), "bfloat16", 2, marks=pytest.mark.long),
         (16, 64, (64, 8), "bfloat16", 2),
-        (64, 64, (12, 1), "bfloat16", 2),
-        (64, 256, (16, 1), "bfloat16", 1),
+        pytest.param(64, 64, (12, 1), "bfloat16", 2, marks=pytest.mark.long),
+        pytest.param(64, 256, (16, 1), "bfloat16", 1, marks=pytest.mark.long),
         (16, 128, (32, 8), "int8", 2),
-        (128, 128, (64, 8), "int8", 2),
-        (32, 256, (16, 2), "int8", 1),
+        pytest.param(128, 128, (64, 8), "int8", 2, marks=pytest.mark.long),
+        pytest.param(32, 256, (16, 2), "int8", 1, marks=pytest.mark.long),
     ],
 )
 def test_decode(compile_kernels, page_size, head_dim, heads, dtype, blocks):
@@ -119,11 +119,13 @@ def test_steps_that_write_attend_and_copy_need_no_second_pool(compile_kernels):
 @pytest.mark.parametrize(
     ("page_size", "head_dim", "heads", "tokens", "options"),
     [
-        (16, 128, (32, 8), 4096, {}),
+        pytest.param(16, 128, (32, 8), 4096, {}, marks=pytest.mark.long),
         (64, 128, (32, 8), 4096, {}),
-        (128, 128, (32, 8), 128, dict(max_query_len=16, has_sinks=True)),  # packed, in parts
-        (64, 64, (64, 8), 2048, dict(window=128, has_sinks=True)),
-        (32, 256, (16, 8), 2048, dict(window=4096, soft_cap=50.0)),
+        pytest.param(
+            128, 128, (32, 8), 128, dict(max_query_len=16, has_sinks=True), marks=pytest.mark.long
+        ),  # packed, in parts
+        pytest.param(64, 64, (64, 8), 2048, dict(window=128, has_sinks=True), marks=pytest.mark.long),
+        pytest.param(32, 256, (16, 8), 2048, dict(window=4096, soft_cap=50.0), marks=pytest.mark.long),
         (16, 128, (32, 8), 2048, dict(dtype="int8")),
     ],
 )

@@ -10,14 +10,14 @@ CASES = [
     (128, 16, (4, 2), None, None, False),
     (128, 8, (16, 2), 70, 5.0, True),
     (128, 64, (1, 1), 5, None, True),
-    (128, 128, (12, 1), None, 5.0, False),
-    (128, 32, (5, 5), 64, None, False),
+    pytest.param(128, 128, (12, 1), None, 5.0, False, marks=pytest.mark.long),
+    pytest.param(128, 32, (5, 5), 64, None, False, marks=pytest.mark.long),
     (64, 16, (8, 1), 130, None, True),
     (64, 64, (32, 2), None, 2.0, True),
-    (64, 128, (3, 1), 16, None, False),
-    (64, 192, (2, 2), None, None, True),
+    pytest.param(64, 128, (3, 1), 16, None, False, marks=pytest.mark.long),
+    pytest.param(64, 192, (2, 2), None, None, True, marks=pytest.mark.long),
     (256, 16, (8, 2), None, None, True),
-    (256, 64, (10, 1), 100, 5.0, False),
+    pytest.param(256, 64, (10, 1), 100, 5.0, False, marks=pytest.mark.long),
 ]
 
 
@@ -31,7 +31,11 @@ def test_equals_the_reference(interpreter, head_dim, page_size, heads, window, s
 
 @pytest.mark.parametrize(
     ("head_dim", "page_size", "heads", "write"),
-    [(128, 16, (8, 2), True), (128, 128, (3, 1), False), (256, 32, (9, 1), False)],
+    [
+        (128, 16, (8, 2), True),
+        pytest.param(128, 128, (3, 1), False, marks=pytest.mark.long),
+        pytest.param(256, 32, (9, 1), False, marks=pytest.mark.long),
+    ],
 )
 def test_int8_pages(interpreter, head_dim, page_size, heads, write):
     lengths = [0, 1, page_size + 1, 133]

@@ -8,7 +8,14 @@ from problems import make_problem
 from pallas_kernels.gpu import attention
 
 
-@pytest.mark.parametrize(("heads", "prefix", "pays"), [((8, 1), 96, True), ((3, 1), 32, True), ((2, 2), 96, False)])
+@pytest.mark.parametrize(
+    ("heads", "prefix", "pays"),
+    [
+        ((8, 1), 96, True),
+        pytest.param((3, 1), 32, True, marks=pytest.mark.long),
+        pytest.param((2, 2), 96, False, marks=pytest.mark.long),
+    ],
+)
 def test_shared_prefix(interpreter, monkeypatch, heads, prefix, pays):
     if pays:
         monkeypatch.setattr(attention, "PREFIX_PAYS", 0.0)
