@@ -12,7 +12,7 @@ from pallas_kernels.pages import Pages, is_mapped, is_stacked, token_places
 from pallas_kernels.reference import AttentionResult
 from pallas_kernels.tpu import attention
 from pallas_kernels.tpu.copy import copy_arrays
-from pallas_kernels.tpu.heads import SUBLANES
+from pallas_kernels.tpu.heads import LANES, SUBLANES
 from pallas_kernels.tpu.write import gather_new, rows_per_tile, tiles_of_step, write_tiles
 
 __all__ = ["copy_pages", "paged_attention", "refusal", "write_pages"]
@@ -21,13 +21,25 @@ __all__ = ["copy_pages", "paged_attention", "refusal", "write_pages"]
 def refusal(op: str, **arguments: Any) -> str | None:
     """Why the kernels cannot run `op`, in one sentence, or None if they can."""
     pages: Pages = arguments["pages"]
-    if pages.scales is not None and op != "copy_pages":
-        return "it does not take int8 pages."
+    if op == "copy_pages":
+        return None
+    if pages.scales is not None and (op == "write_pages" or arguments["max_query_len"] > 1):
+        return "it takes int8 pages only for decoding (max_query_len=1)."
     tile_rows = SUBLANES * 4 // pages.dtype.itemsize
-    if op != "copy_pages" and pages.page_size % tile_rows:
+    if pages.page_size % tile_rows:
         return (
             f"it does not take page size {pages.page_size}: copies move tiles of {tile_rows} tokens, so a page of "
             f"{pages.dtype.name} holds a multiple of that."
+        )
+    if pages.data.shape[3] % LANES:
+        return (
+            f"it does not take head size {pages.head_dim}: XLA would copy all pages, whose rows of key and value "
+            f"are {pages.data.shape[3]} lanes and not a multiple of {LANES}."
+        )
+    if pages.scales is not None and pages.scales.shape[2] % LANES:
+        return (
+            f"it does not take int8 pages of {pages.page_size} tokens: XLA would copy all their scales, which do "
+            "not fill 128 lanes; pages of 64 tokens or a multiple do."
         )
     return None
 

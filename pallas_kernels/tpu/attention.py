@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.pages import Pages, is_mapped, is_stacked
+from pallas_kernels.pages import Pages, is_mapped, is_stacked, quantise
 from pallas_kernels.reference import AttentionResult
 from pallas_kernels.tpu import decode as kernel
 from pallas_kernels.tpu import prefill as prefill_kernel
@@ -115,7 +114,7 @@ def prefill(
     options = prefill_kernel.PrefillOptions(scale, window, soft_cap, sinks is not None, return_lse, True)
     out, lse = prefill_kernel.prefill(
         q_rows, sinks, rows, table, pages.data, chunks=chunks, num_heads=num_heads,
-        dtype=jnp.promote_types(q.dtype, pages.dtype), sizes=sizes, options=options,
+        dtype=compute_dtype(q, pages), sizes=sizes, options=options,
     )  # fmt: skip
     out = out.reshape(-1, padded_heads, lanes)[:num_tokens, :num_heads, lanes - head_dim :].astype(q.dtype)
     if not return_lse:
@@ -130,9 +129,17 @@ def write_scalars(pages: Pages, ids: Array, lengths: Array, query_starts: Array,
     return tiles.scalars
 
 
-def new_rows(k: Array, v: Array, pages: Pages) -> Array:
-    """New keys and values as rows of a page, int32 `[T, K * planes, L]`: a value in all parts of its word."""
-    k, v = (x.astype(pages.dtype) for x in (k, v))
+def new_rows(k: Array, v: Array, pages: Pages) -> tuple[Array, Array | None]:
+    """New keys and values as rows of a page, int32 `[T, K * planes, L]`: a value in all parts of its word.
+
+    For 8-bit pages also their scales, float32 `[T, 2, K, 128]`, the same in all lanes.
+    """
+    scales = None
+    if pages.scales is not None:
+        (k, k_scale), (v, v_scale) = quantise(k), quantise(v)
+        scales = jnp.stack([k_scale, v_scale], axis=1)[..., None]
+        scales = jnp.broadcast_to(scales, (*scales.shape[:-1], LANES))
+    k, v = k.astype(pages.dtype), v.astype(pages.dtype)
     if is_stacked(pages):
         rows = jnp.stack([k, v], axis=2).reshape(k.shape[0], 2 * k.shape[1], k.shape[2])
     else:
@@ -140,7 +147,12 @@ def new_rows(k: Array, v: Array, pages: Pages) -> Array:
     bits = 8 * rows.dtype.itemsize
     words = jax.lax.bitcast_convert_type(rows, f"uint{bits}").astype(jnp.uint32)
     words = words * jnp.uint32(sum(1 << at for at in range(0, 32, bits)))
-    return jax.lax.bitcast_convert_type(words, jnp.int32)
+    return jax.lax.bitcast_convert_type(words, jnp.int32), scales
+
+
+def compute_dtype(q: Array, pages: Pages):
+    """Of the products: q's where pages are quantised, else whichever is wider."""
+    return q.dtype if pages.scales is not None else jnp.promote_types(q.dtype, pages.dtype)
 
 
 def decode(
@@ -164,10 +176,14 @@ def decode(
     if sinks is not None:
         sinks = pad_group(sinks.astype(jnp.float32)[None], packing).reshape(packing.rows, 1)
         sinks = jnp.broadcast_to(sinks, (packing.rows, LANES))
-    options = kernel.DecodeOptions(scale, window, soft_cap, k is not None, sinks is not None, return_lse)
-    out, lse, data = kernel.decode(
-        pack_queries(q.astype(jnp.promote_types(q.dtype, pages.dtype)), packing), None if k is None else new_rows(k, v, pages), sinks, rows, table, pages.data,
-        chunks=chunks, sizes=sizes, packing=packing, options=options,
+    options = kernel.DecodeOptions(
+        scale, window, soft_cap,
+        append=k is not None, sinks=sinks is not None, lse=return_lse, quantised=pages.scales is not None,
+    )  # fmt: skip
+    new, new_scales = (None, None) if k is None or v is None else new_rows(k, v, pages)
+    out, lse, data, scales = kernel.decode(
+        pack_queries(q.astype(compute_dtype(q, pages)), packing), new, new_scales, sinks, rows, table,
+        pages.data, pages.scales, chunks=chunks, sizes=sizes, packing=packing, options=options,
     )  # fmt: skip
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     takes_part = (query_starts[1:] - query_starts[:-1] == 1) & (lengths > 0)
@@ -175,4 +191,5 @@ def decode(
     out = jnp.where(is_mine[..., None], unpack_rows(out, packing)[..., -head_dim:], 0).astype(q.dtype)
     if return_lse:
         lse = jnp.where(is_mine, unpack_rows(lse[..., 0], packing), -jnp.inf)
-    return AttentionResult(out, dataclasses.replace(pages, data=data), lse if return_lse else None)
+    new_pages = Pages(data, None if pages.scales is None else scales, pages.page_size)
+    return AttentionResult(out, new_pages, lse if return_lse else None)

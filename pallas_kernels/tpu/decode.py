@@ -90,6 +90,7 @@ class DecodeOptions:
     append: bool
     sinks: bool
     lse: bool
+    quantised: bool
 
 
 def _dot(a: Array, b: Array, contract_b: int) -> Array:
@@ -98,9 +99,11 @@ def _dot(a: Array, b: Array, contract_b: int) -> Array:
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, out_hbm, lse_hbm, pages, *scratch,
+def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, scales_in,
+            out_hbm, lse_hbm, pages, scales, *scratch,
             num_rows: int, chunks: int, streams: bool, sizes: DecodeSizes, packing: HeadPacking, options: DecodeOptions):  # fmt: skip
-    del pages_in  # the same memory as `pages`
+    del pages_in, scales_in  # the same memory as `pages` and `scales`
+    quantised = options.quantised
     S, NP, W, U = sizes.page_size, sizes.pages_per_item, sizes.items_per_group, sizes.items_in_ring
     T, ahead, plan_ahead = sizes.tokens, sizes.ahead, sizes.plan_ahead if streams else 0
     num_active, num_items = rows[FIELDS * num_rows], rows[FIELDS * num_rows + 1]
@@ -112,10 +115,14 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, out_hbm, lse_hbm, 
     value_row = (planes - 1) * S
     packed = 4 // pages.dtype.itemsize  # values in a 32-bit word
     tile_rows = SUBLANES * packed  # what a copy can address
+    # Keys and values have a tile each, unless a page of 8-bit values is so small that they share one.
+    share_tile = planes == 2 and tile_rows == 2 * S
+    tiles_per_token = 1 if share_tile else planes
     slots, scratch = scratch[:U], scratch[U:]
+    scale_slots, scratch = (scratch[:U], scratch[U:]) if quantised else ([], scratch)
     (cursor, row_of, left_of, low_of, bits_of, count_of, dirty_of, first_of, sequence_of, ids_of,
      pages_due, rows_due, outs_due, tiles_due,
-     ids, q, new, out, lse, tile, m_ref, l_ref, acc_ref, s_ref, p_ref, alpha_ref, l_out, m_out,
+     ids, q, new, new_scales, out, lse, tile, scale_tile, m_ref, l_ref, acc_ref, s_ref, p_ref, alpha_ref, l_out, m_out,
      page_sem, row_sem, id_sem, out_sem, tile_sem) = scratch  # fmt: skip
     ids = ids if streams else table
 
@@ -178,7 +185,11 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, out_hbm, lse_hbm, 
         """The query of the item's sequence and, where it is appended, its new token."""
         sequence, row = sequence_of[r], field(TOKEN, row_of[r])
         copies = [(q_hbm.at[row], q.at[sequence])]
-        return copies + ([(new_hbm.at[row], new.at[sequence])] if options.append else [])
+        if options.append:
+            copies.append((new_hbm.at[row], new.at[sequence]))
+        if options.append and quantised:
+            copies.append((new_scales_hbm.at[row], new_scales.at[sequence]))
+        return copies
 
     def fetch(item, slot):
         r = item & last_record
@@ -187,8 +198,11 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, out_hbm, lse_hbm, 
             wanted = left > j * S
             if options.window is not None:
                 wanted = wanted & (low_of[r] < (j + 1) * S)
-            copy = pltpu.make_async_copy(pages.at[ids[base + j]], slots[slot].at[j], page_sem.at[slot // W])
-            pl.when(wanted)(copy.start)  # one copy under a condition is a predicated descriptor, not a branch
+            page, sem = ids[base + j], page_sem.at[slot // W]
+            # One copy under a condition is a predicated descriptor, not a branch.
+            pl.when(wanted)(pltpu.make_async_copy(pages.at[page], slots[slot].at[j], sem).start)
+            if quantised:
+                pl.when(wanted)(pltpu.make_async_copy(scales.at[page], scale_slots[slot].at[j], sem).start)
 
         for source, target in row_copies(r):
             pl.when(first_of[r] > 0)(pltpu.make_async_copy(source, target, row_sem.at[slot // W]).start)
@@ -207,9 +221,13 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, out_hbm, lse_hbm, 
 
     def arrive(at):
         wait(pages, pages_due[at], page_sem.at[at])
+        if quantised:
+            wait(scales, pages_due[at], page_sem.at[at])
         wait(q_hbm, rows_due[at], row_sem.at[at])
         if options.append:
             wait(new_hbm, rows_due[at], row_sem.at[at])
+        if options.append and quantised:
+            wait(new_scales_hbm, rows_due[at], row_sem.at[at])
 
     def ids_arrive(item):
         part = ids.at[pl.ds(0, W * IDS)]
@@ -222,6 +240,8 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, out_hbm, lse_hbm, 
             wait(lse_hbm, outs_due[at], out_sem.at[at])
         if options.append:
             wait(tile, tiles_due[at], tile_sem.at[at])
+        if options.append and quantised:
+            wait(scale_tile, tiles_due[at], tile_sem.at[at])
 
     def send_output(r, at):
         sequence, row = sequence_of[r], field(TOKEN, row_of[r])
@@ -269,33 +289,70 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, out_hbm, lse_hbm, 
         """
         row, sequence, ends = row_of[r], sequence_of[r], ends_here(r)
         j, at = field(LAST_PAGE, row), field(LAST_SLOT, row)
-        in_tile = at & (tile_rows - 1)
-        first_row = at - in_tile
-        part = (in_tile & (packed - 1)) * (32 // packed)  # of a word, in bits
         sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, L), 0)
-        is_word = (sublane == lax.div(in_tile, packed)) & ends
-        is_behind = (sublane > lax.div(in_tile, packed)) & ends
-        own = jnp.left_shift(jnp.int32(WORD_PART[packed]), part)
-        new_bits = jnp.where(is_word, own, 0)
-        kept_bits = jnp.where(is_behind, 0, jnp.where(is_word, own | (jnp.left_shift(1, part) - 1), -1))
-        places = [pl.ds(pl.multiple_of(e * S + first_row, tile_rows), tile_rows) for e in range(planes)]
-        tiles = {(h, e): slots[slot][j, h, places[e], :] for h in range(K) for e in range(planes)}
-        for (h, e), x in tiles.items():  # after all loads: a load waits for a store that it might alias
+
+        def bits_at(row_in_tile):
+            """Of the words of a tile: the bits of a row, and those that are not behind it."""
+            part = (row_in_tile & (packed - 1)) * (32 // packed)
+            word = lax.div(row_in_tile, packed)
+            own = jnp.left_shift(jnp.int32(WORD_PART[packed]), part)
+            kept = jnp.where(sublane == word, own | (jnp.left_shift(1, part) - 1), jnp.where(sublane > word, 0, -1))
+            return jnp.where((sublane == word) & ends, own, 0), jnp.where(ends, kept, -1)
+
+        if share_tile:
+            first_row = jnp.int32(0)
+            by_tile = [[(0, at), (1, S + at)]]  # of each tile the planes in it and the token's row
+        else:
+            first_row = at - (at & (tile_rows - 1))
+            by_tile = [[(e, at & (tile_rows - 1))] for e in range(planes)]
+        bits = [[(e, *bits_at(row_in_tile)) for e, row_in_tile in parts] for parts in by_tile]
+        places = [pl.ds(pl.multiple_of(t * S + first_row, tile_rows), tile_rows) for t in range(tiles_per_token)]
+        tiles = {(h, t): slots[slot][j, h, places[t], :] for h in range(K) for t in range(tiles_per_token)}
+        for (h, t), x in tiles.items():  # after all loads: a load waits for a store that it might alias
             x = pltpu.bitcast(x, jnp.int32)
             if options.append:
-                x = x ^ ((x ^ new[sequence, h * planes + e : h * planes + e + 1, :]) & new_bits)
-                tile[sequence, h, e] = pltpu.bitcast(x, pages.dtype)
-            if e == planes - 1:
-                x = x & kept_bits
-            slots[slot][j, h, places[e], :] = pltpu.bitcast(x, pages.dtype)
-        for e in range(planes if options.append else 0):
-            target = pages.at[page_id(r, j), :, places[e], :]
-            pl.when(ends)(pltpu.make_async_copy(tile.at[sequence, :, e], target, tile_sem.at[group]).start)
+                for e, own, _ in bits[t]:
+                    x = x ^ ((x ^ new[sequence, h * planes + e : h * planes + e + 1, :]) & own)
+                tile[sequence, h, t] = pltpu.bitcast(x, pages.dtype)
+            if t == tiles_per_token - 1:
+                x = x & bits[t][-1][2]
+            slots[slot][j, h, places[t], :] = pltpu.bitcast(x, pages.dtype)
+        for t in range(tiles_per_token if options.append else 0):
+            target = pages.at[page_id(r, j), :, places[t], :]
+            pl.when(ends)(pltpu.make_async_copy(tile.at[sequence, :, t], target, tile_sem.at[group]).start)
+        if quantised and options.append:
+            lane = lax.broadcasted_iota(jnp.int32, (K, 2 * S), 1)
+            x = scale_slots[slot][j]
+            for e in range(2):
+                is_new = (lane == e * S + at) & ends
+                x = jnp.where(is_new, jnp.broadcast_to(new_scales[sequence, e][:, :1], (K, 2 * S)), x)
+            scale_slots[slot][j] = x
+            scale_tile[sequence] = x
+            copy = pltpu.make_async_copy(scale_tile.at[sequence], scales.at[page_id(r, j)], tile_sem.at[group])
+            pl.when(ends)(copy.start)
 
     # ---- the three stages ----------------------------------------------------------------------------------
+    def head_rows(slot, head, first_row):
+        if S % tile_rows == 0:
+            return slots[slot][:, head, first_row : first_row + S, :].astype(q.dtype).reshape(T, L)
+        x = slots[slot][:, head].astype(q.dtype)  # keys and values share a register and part on widening
+        return x[:, first_row : first_row + S].reshape(T, L)
+
     def side_by_side(slot, n, first_row):
-        heads = [slots[slot][:, n * E + e, first_row : first_row + S, :].reshape(T, L) for e in range(E)]
-        return jnp.concatenate(heads, axis=1).astype(q.dtype)  # [T, E * L]
+        return jnp.concatenate([head_rows(slot, n * E + e, first_row) for e in range(E)], axis=1)  # [T, E * L]
+
+    head_of_row = lax.broadcasted_iota(jnp.int32, (R, 1), 0)
+
+    def scales_of_rows(slot, first):
+        """The scales of an item's keys or values, spread over the query rows: `[rows, T]`."""
+        x = jnp.concatenate([scale_slots[slot][j, :, first : first + S] for j in range(NP)], axis=1)  # [K, T]
+        passes = []
+        for n in range(packing.num_passes):
+            y = jnp.broadcast_to(x[n * E : n * E + 1], (R, T))
+            for e in range(1, E):
+                y = jnp.where(head_of_row >= e * G, x[n * E + e : n * E + e + 1], y)
+            passes.append(y)
+        return jnp.concatenate(passes, axis=0)
 
     def scores(r, slot):
         sequence = sequence_of[r]
@@ -306,7 +363,9 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, out_hbm, lse_hbm, 
     column = lax.broadcasted_iota(jnp.int32, (1, T), 1)
     page_of_column = lax.convert_element_type((lax.convert_element_type(column, jnp.float32) + 0.5) / S, jnp.int32)
 
-    def softmax(r, s, m, l):
+    def softmax(r, slot, s, m, l):
+        if quantised:
+            s = s * scales_of_rows(slot, 0)
         if options.soft_cap is None:
             s = s * (options.scale * LOG2E)
         else:
@@ -321,9 +380,10 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, out_hbm, lse_hbm, 
         m = jnp.maximum(m_before, jnp.max(s, axis=1, keepdims=True))
         p = jnp.exp2(s - m[:, :1])
         alpha = jnp.exp2(m_before - m)
-        return p.astype(q.dtype), alpha, m, l_before * alpha + jnp.sum(p, axis=1, keepdims=True)
-
-    head_of_row = lax.broadcasted_iota(jnp.int32, (R, L), 0)
+        total = l_before * alpha + jnp.sum(p, axis=1, keepdims=True)
+        if quantised:  # the scale of a key that does not exist may be NaN
+            p = jnp.where(exists, p * scales_of_rows(slot, S), 0.0)
+        return p.astype(q.dtype), alpha, m, total
 
     def values(slot, p):
         outs = []
@@ -371,7 +431,7 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, out_hbm, lse_hbm, 
         tiles_due[at] = total([jnp.where(ends_here((first + w) & last_record), 1, 0) for w in range(W)])
         s = [scores((first + w) & last_record, u0 + w) for w in range(W)]
         for w in range(W):
-            p, alpha, m, l = softmax((first + w - W) & last_record, s_ref[w], m, l)
+            p, alpha, m, l = softmax((first + w - W) & last_record, (u0 + w - W) % U, s_ref[w], m, l)
             p_ref[w], alpha_ref[w], l_out[w] = p, alpha, l
             if options.lse:
                 m_out[w] = m
@@ -418,21 +478,24 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, out_hbm, lse_hbm, 
     pl.when(num_items > 0)(run)
 
 
-def decode(q: Array, new: Array | None, sinks: Array | None, rows: Array, table: Array, pages: Array, *,
-           chunks: int, sizes: DecodeSizes, packing: HeadPacking, options: DecodeOptions) -> tuple[Array, Array, Array]:  # fmt: skip
+def decode(q: Array, new: Array | None, new_scales: Array | None, sinks: Array | None, rows: Array, table: Array,
+           pages: Array, scales: Array | None, *,
+           chunks: int, sizes: DecodeSizes, packing: HeadPacking, options: DecodeOptions) -> tuple[Array, Array, Array, Array]:  # fmt: skip
     """Attends and appends.
 
     Args:
         q: packed queries `[T, passes, R, E * L]`.
         new: int32 `[T, K * planes, L]`, the new rows of a page, each value in all parts of its word; or None.
+        new_scales: float32 `[T, 2, K, 128]`, for 8-bit pages the scales of the new keys and values; or None.
         sinks: float32 `[rows, 128]`, or None.
         rows: int32 `[FIELDS * B + 2]`: the fields of each row that takes part, in order and field by field, then
             the number of such rows and of their items.
         table: int32 `[B * chunks * 128]`, the page ids, of each row in so many chunks; 0: no page.
         pages: `[P, K, planes * S, L]`.
+        scales: float32 `[P, K, 2 * S]`, for 8-bit pages; or None.
 
     Returns:
-        out `[T, rows, L]` in q's dtype, lse float32 `[T, rows, 128]`, and the pages. Tokens of rows that
+        out `[T, rows, L]` in q's dtype, lse float32 `[T, rows, 128]`, the pages and their scales. Tokens of rows that
         take no part are not written.
     """
     num_tokens, num_rows = q.shape[0], rows.shape[0] // FIELDS
@@ -441,26 +504,38 @@ def decode(q: Array, new: Array | None, sinks: Array | None, rows: Array, table:
     planes = pages.shape[2] // sizes.page_size
     tile_rows = SUBLANES * 4 // pages.dtype.itemsize
     f32, i32 = jnp.float32, jnp.int32
+    ring = sizes.sequences + 1  # the last entry takes what nobody reads
     if new is None:
         new = jnp.zeros((1, SUBLANES, LANES), i32)
     if sinks is None:
         sinks = jnp.zeros((SUBLANES, LANES), f32)
+    if new_scales is None:
+        new_scales = jnp.zeros((1, SUBLANES, LANES), f32)
+    quantised = scales is not None
+    if scales is None:
+        scales = jnp.zeros((1, SUBLANES, LANES), f32)
+    num_heads = pages.shape[1]
+    share_tile = planes == 2 and tile_rows == 2 * sizes.page_size
+    tile = (ring, num_heads, 1 if share_tile else planes, tile_rows, L)
     vmem, smem = pltpu.VMEM, pltpu.SMEM
-    ring = sizes.sequences + 1  # the last entry takes what nobody reads
     hbm, scalars = pl.BlockSpec(memory_space=pltpu.HBM), pl.BlockSpec(memory_space=smem)
     if streams:
         table = table.reshape(-1, 1, IDS)
     lse_shape = (num_tokens, N, LANES) if options.lse else (1, SUBLANES, LANES)
     kept = (ring, N, LANES) if options.lse else (1, SUBLANES, LANES)
     scratch = [vmem((sizes.pages_per_item, *pages.shape[1:]), pages.dtype)] * U
+    if quantised:
+        scratch += [vmem((sizes.pages_per_item, *scales.shape[1:]), f32)] * U
     scratch += [smem((2,), i32)] + [smem((sizes.records,), i32)] * 9 + [smem((U // W,), i32)] * 4
     scratch += [
         smem((sizes.records * IDS if streams else IDS,), i32),
         vmem((ring, *q.shape[1:]), q.dtype),
         vmem((ring, *new.shape[1:]), i32),
+        vmem((ring, *new_scales.shape[1:]), f32),
         vmem((ring, N, L), q.dtype),
         vmem(kept, f32),
-        vmem((ring, pages.shape[1], planes, tile_rows, L), pages.dtype),
+        vmem(tile, pages.dtype),
+        vmem((ring, *scales.shape[1:]), f32),
         vmem((N, LANES), f32),
         vmem((N, LANES), f32),
         vmem((N, L), f32),
@@ -470,7 +545,7 @@ def decode(q: Array, new: Array | None, sinks: Array | None, rows: Array, table:
         vmem((W, N, LANES), f32),
         vmem((W, N, LANES) if options.lse else (1, SUBLANES, LANES), f32),
     ] + [pltpu.SemaphoreType.DMA((n,)) for n in (U // W, U // W, ID_GROUPS, U // W, U // W)]
-    q, new, pages = (in_hbm(x) for x in (q, new, pages))
+    q, new, new_scales, pages, scales = (in_hbm(x) for x in (q, new, new_scales, pages, scales))
     if streams:
         table = in_hbm(table)
     kernel = functools.partial(
@@ -483,10 +558,11 @@ def decode(q: Array, new: Array | None, sinks: Array | None, rows: Array, table:
             pltpu.HBM((num_tokens, N, L), q.dtype),
             pltpu.HBM(lse_shape, f32),
             pltpu.HBM(pages.shape, pages.dtype),
+            pltpu.HBM(scales.shape, f32),
         ),
-        in_specs=[scalars, hbm, hbm, pl.BlockSpec(memory_space=vmem), hbm if streams else scalars, hbm],
-        out_specs=(hbm, hbm, hbm),
-        input_output_aliases={5: 2},
+        in_specs=[scalars, hbm, hbm, hbm, pl.BlockSpec(memory_space=vmem), hbm if streams else scalars, hbm, hbm],
+        out_specs=(hbm, hbm, hbm, hbm),
+        input_output_aliases={6: 2, 7: 3},
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=56 << 20, disable_bounds_checks=True),
-    )(rows, q, new, sinks, table, pages)
+    )(rows, q, new, new_scales, sinks, table, pages, scales)

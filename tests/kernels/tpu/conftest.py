@@ -1,5 +1,7 @@
 """Runs the TPU kernels on a CPU, in the TPU interpreter: races, uninitialised memory and bad reads show."""
 
+import contextlib
+
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
@@ -16,18 +18,34 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="long form: run with -m long"))
 
 
-@pytest.fixture
-def interpreter():
+@contextlib.contextmanager
+def interpreted(copies: str):
+    """Args:
+    copies: "eager": a copy runs where it starts, on a thread of its own, and races with it are found; "on_wait":
+        it runs where it is waited for, so that what is read too early is NaN.
+    """
     params = pltpu.InterpretParams(
         detect_races=True,
         uninitialized_memory="nan",
         out_of_bounds_reads="raise",
-        dma_execution_mode="on_wait",
+        dma_execution_mode=copies,
     )
     with pltpu.force_tpu_interpret_mode(params):
         yield
     races = interpret_pallas_call.races
     assert races is None or not races.races_found
+
+
+@pytest.fixture
+def interpreter():
+    with interpreted("eager"):
+        yield
+
+
+@pytest.fixture
+def late_copies():
+    with interpreted("on_wait"):
+        yield
 
 
 def pages_per_block(page_size: int) -> int:

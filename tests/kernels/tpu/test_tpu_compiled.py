@@ -1,0 +1,61 @@
+"""The kernels compiled for real chips on a machine without one: they fit, alias the pages and copy none of them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.tpu_compile
+ROOT = Path(__file__).parents[3]
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+# A process of its own: libtpu reads its environment once, and the tests run on fake CPU devices.
+PROGRAM = """
+import sys
+import jax
+import jax.numpy as jnp
+from benchmarks.tpu_static.cases import StaticCase, arguments, abstract_pages, step
+from benchmarks.tpu_static.target import compile_for
+from pallas_kernels import copy_pages
+
+jitted = jax.jit(step, donate_argnums=3, static_argnames="max_query_len")
+for case in (
+    StaticCase("decode", (2048,) * 32),
+    StaticCase("decode", (1024,) * 16, heads=(8, 1), page_size=64),
+    StaticCase("decode", (1024,) * 16, head_dim=64, page_size=128),
+    StaticCase("decode", (1024,) * 16, dtype="int8", page_size=64),
+    StaticCase("decode", (131072,) * 1024, page_size=64),
+    StaticCase("mixed", (2048,) * 7 + (4096,), (1,) * 7 + (512,)),
+):
+    compiled = compile_for(sys.argv[1], jitted, *arguments(case), max_query_len=max(case.new_tokens))
+    memory, pool = compiled.memory_analysis(), abstract_pages(case).num_bytes
+    assert memory.alias_size_in_bytes >= pool, (case, memory)
+    tokens = case.num_tokens * case.heads[0] * case.head_dim
+    assert memory.temp_size_in_bytes < 32 * tokens + 0.02 * pool, (case, memory)
+pages = abstract_pages(StaticCase("copy", (2048,) * 32))
+pairs = jax.ShapeDtypeStruct((32,), jnp.int32)
+copy = jax.jit(lambda *a: copy_pages(*a, implementation="pallas_tpu"), donate_argnums=0)
+memory = compile_for(sys.argv[1], copy, pages, pairs, pairs).memory_analysis()
+assert memory.alias_size_in_bytes >= pages.num_bytes
+assert memory.temp_size_in_bytes < 0.02 * pages.num_bytes
+"""
+
+
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+def test_compiles_and_copies_no_pages(chip):
+    pytest.importorskip("libtpu")
+    environment = dict(
+        os.environ,
+        JAX_PLATFORMS="cpu",
+        XLA_FLAGS="",
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_ACCELERATOR_TYPE="v5litepod-4",
+        TPU_WORKER_HOSTNAMES="localhost",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        PYTHONPATH=str(ROOT),
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", PROGRAM, TOPOLOGIES[chip]], env=environment, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr[-3000:]
