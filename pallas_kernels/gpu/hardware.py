@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
+HOPPER = "9.0"  # compute capability
 SHARED_MEMORY = 228 * 1024  # bytes of a multiprocessor
 RESERVED_SHARED_MEMORY = 1024  # bytes that the system takes of it for every block
 MULTIPROCESSORS = 132  # of an H100 or H200 SXM: what kernels compiled without a GPU are cut for
@@ -21,6 +22,13 @@ def num_multiprocessors() -> int:
     if jax.default_backend() != "gpu":
         return MULTIPROCESSORS
     return jax.devices()[0].core_count
+
+
+def compute_capability() -> str:
+    """That of the default GPU, or Hopper's where there is none to ask."""
+    if jax.default_backend() != "gpu":
+        return HOPPER
+    return jax.devices()[0].compute_capability
 
 
 def shared_memory_per_block(blocks: int) -> int:

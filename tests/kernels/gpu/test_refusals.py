@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import init_pages, paged_attention, write_pages
+from pallas_kernels.gpu import hardware
 
 
 def attend(q_dtype=jnp.bfloat16, heads=(4, 2), head_dim=128, page_size=16, dtype="bfloat16", **options):
@@ -39,6 +40,12 @@ def test_writing_refuses_a_token_that_no_copy_can_hold():
     one = jnp.ones(1, jnp.int32)
     with pytest.raises(NotImplementedError, match="a token's keys in units of 128 bytes, got 64"):
         write_pages(pages, new, new, one[None], one, jnp.array([0, 1], jnp.int32), implementation="pallas_gpu")
+
+
+def test_other_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(hardware, "compute_capability", lambda: "8.0")
+    with pytest.raises(NotImplementedError, match=r"for compute capability 9.0 \(Hopper\), got 8.0"):
+        attend()
 
 
 def test_what_the_kernels_refuse_xla_serves():
