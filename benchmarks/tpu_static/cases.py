@@ -112,7 +112,7 @@ def operands(case: StaticCase) -> dict[str, dict[int, Any]]:
     packing = pack_heads(*case.heads, case.head_dim, pages.data.shape[3])
     chunks, _ = attention.page_chunks(table)
     rows = attention.decode_rows(lengths, starts, table, decode_sizes(pages, case.max_pages, packing), None)
-    result = {"paged_decode": {0: rows, 4: chunks}}
+    result = {"paged_decode": {0: rows, 5: chunks}}
     longest = max(case.new_tokens)
     if longest > 1:
         sizes = prefill_sizes(pages, case.heads[0], longest)

@@ -61,7 +61,11 @@ def paged_attention(
     max_query_len: int,
     return_lse: bool,
 ) -> AttentionResult:
-    del shared_prefix
+    if shared_prefix is not None and max_query_len == 1 and window is None and pages.scales is None:
+        return attention.decode_shared(
+            q, k, v, pages, page_table, lengths, query_starts, shared_prefix,
+            scale=scale, soft_cap=soft_cap, sinks=sinks, return_lse=return_lse,
+        )  # fmt: skip
     options = dict(scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, return_lse=return_lse)
     query_lens = query_starts[1:] - query_starts[:-1]
     if max_query_len > 1 and k is not None and v is not None:

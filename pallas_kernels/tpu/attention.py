@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pallas_kernels.merge import merge_states
 from pallas_kernels.pages import Pages, is_mapped, is_stacked, quantise
 from pallas_kernels.reference import AttentionResult
 from pallas_kernels.tpu import decode as kernel
@@ -24,17 +25,18 @@ def page_chunks(ids: Array) -> tuple[Array, int]:
 
 
 def decode_rows(
-    lengths: Array, query_starts: Array, ids: Array, sizes: kernel.DecodeSizes, window: int | None
+    lengths: Array, query_starts: Array, ids: Array, sizes: kernel.DecodeSizes, first_key: Array | None
 ) -> Array:
     """The scalars of each row that the decode kernel needs; rows without exactly one new token sit out.
 
     Args:
         ids: int32 `[B, M]`, the page table, 0 where there is no page.
+        first_key: int32 `[B]`, the first position that a row's query sees; None: 0.
     """
     tokens, page_size = sizes.tokens, sizes.page_size
     length = jnp.where(query_starts[1:] - query_starts[:-1] == 1, jnp.maximum(lengths, 0), 0)
     last = jnp.maximum(length - 1, 0)
-    first = jnp.zeros_like(length) if window is None else jnp.maximum(length - window, 0)
+    first = jnp.zeros_like(length) if first_key is None else jnp.minimum(jnp.maximum(first_key, 0), last)
     first_block, last_block = first // tokens, last // tokens
     row = jnp.arange(length.size, dtype=jnp.int32)
     column = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :]
@@ -43,6 +45,7 @@ def decode_rows(
         kernel.TABLE_ROW: row,
         kernel.LENGTH: length,
         kernel.TOKEN: query_starts[:-1],
+        kernel.FIRST_KEY: first,
         kernel.FIRST_BLOCK: first_block,
         kernel.FIRST_PAGE: first % tokens // page_size,
         kernel.LAST_PAGE: last % tokens // page_size,
@@ -97,13 +100,80 @@ def prefill(
     Returns:
         out `[T, N, H]` and lse; other tokens hold anything.
     """
-    num_tokens, num_heads, head_dim = q.shape
-    lanes = pages.data.shape[3]
     if sizes is None:
-        sizes = prefill_sizes(pages, num_heads, max_query_len)
+        sizes = prefill_sizes(pages, q.shape[1], max_query_len)
     lengths = jnp.minimum(lengths, page_table.shape[1] * pages.page_size)
     ids = jnp.where(is_mapped(page_table, pages), page_table, 0)
     rows = prefill_rows(lengths, query_starts, ids, sizes)
+    options = prefill_kernel.PrefillOptions(scale, window, soft_cap, sinks is not None, return_lse, True)
+    out, lse = _run_prefill(q, sinks, rows, ids, pages, sizes, options)
+    return out.astype(q.dtype), lse
+
+
+def attend_to_prefix(
+    q: Array, pages: Pages, ids: Array, prefix: Array, *, scale: float, soft_cap: float | None,
+    sizes: prefill_kernel.PrefillSizes | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
+    """Attention of all queries to the same keys, which are read once for each task of them.
+
+    Args:
+        ids: int32 `[1, M]`, the pages of the keys, 0 where there is no page.
+        prefix: int32 scalar, how many keys.
+
+    Returns:
+        out float32 `[T, N, H]` and lse.
+    """
+    num_tokens = q.shape[0]
+    if sizes is None:
+        sizes = prefill_sizes(pages, q.shape[1], num_tokens)
+    column = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :]
+    zero = jnp.zeros((1,), jnp.int32)
+    fields = {
+        prefill_kernel.TABLE_ROW: zero,
+        prefill_kernel.LENGTH: prefix[None],
+        prefill_kernel.TOKEN: zero,
+        prefill_kernel.NUM_TASKS: zero + -(-num_tokens // sizes.query_tokens),
+        prefill_kernel.HOLES: jnp.any((column * sizes.page_size < prefix) & (ids == 0), axis=1).astype(jnp.int32),
+        prefill_kernel.FIRST_POSITION: zero,
+    }
+    rows = active_first(jnp.stack([fields[i] for i in range(prefill_kernel.FIELDS)]), prefix[None] > 0)
+    options = prefill_kernel.PrefillOptions(scale, None, soft_cap, sinks=False, lse=True, causal=False)
+    out, lse = _run_prefill(q, None, rows, ids, pages, sizes, options)
+    assert lse is not None
+    return out, jnp.where(prefix > 0, lse, -jnp.inf)
+
+
+def decode_shared(
+    q: Array, k: Array | None, v: Array | None, pages: Pages, page_table: Array, lengths: Array, query_starts: Array,
+    shared_prefix: Array, *, scale: float, soft_cap: float | None, sinks: Array | None, return_lse: bool,
+) -> AttentionResult:  # fmt: skip
+    """`decode`, with the pages that all rows share read once for all, then the rest of each row."""
+    has_prefix = lengths > shared_prefix
+    first_key = jnp.where(has_prefix, shared_prefix, 0)
+    rest = decode(
+        q, k, v, pages, page_table, lengths, query_starts,
+        scale=scale, window=None, soft_cap=soft_cap, sinks=sinks, return_lse=True, first_key=first_key,
+    )  # fmt: skip
+    # Any row has the pages of the prefix that takes part and is longer.
+    ids = jnp.where(is_mapped(page_table, pages), page_table, 0)[jnp.argmax(has_prefix)][None]
+    prefix = jnp.where(jnp.any(has_prefix), jnp.minimum(shared_prefix, ids.shape[1] * pages.page_size), 0)
+    out, lse = attend_to_prefix(q, rest.pages, ids, prefix, scale=scale, soft_cap=soft_cap)
+    num_tokens = query_starts[1:] - query_starts[:-1]
+    token = jnp.arange(q.shape[0], dtype=jnp.int32)
+    is_mine = (query_starts[None, :-1] == token[:, None]) & (has_prefix & (num_tokens == 1))[None, :]
+    lse = jnp.where(jnp.any(is_mine, axis=1)[:, None], lse, -jnp.inf)
+    assert rest.lse is not None
+    merged, merged_lse = merge_states(rest.out.astype(jnp.float32), rest.lse, out, lse)
+    return AttentionResult(merged.astype(q.dtype), rest.pages, merged_lse if return_lse else None)
+
+
+def _run_prefill(
+    q: Array, sinks: Array | None, rows: Array, ids: Array, pages: Pages, sizes: prefill_kernel.PrefillSizes,
+    options: prefill_kernel.PrefillOptions,
+) -> tuple[Array, Array | None]:  # fmt: skip
+    """The prefill kernel, from and to heads as the model has them; out is float32."""
+    num_tokens, num_heads, head_dim = q.shape
+    lanes = pages.data.shape[3]
     table, chunks = page_chunks(ids)
     padded_heads = -(-num_heads // SUBLANES) * SUBLANES
     padding = ((0, sizes.query_tokens), (0, padded_heads - num_heads), (0, lanes - head_dim))
@@ -111,13 +181,12 @@ def prefill(
     if sinks is not None:
         by_row = jnp.repeat(sinks.astype(jnp.float32), sizes.query_tokens).reshape(-1, sizes.rows_per_unit, 1)
         sinks = jnp.broadcast_to(by_row, (*by_row.shape[:2], LANES))
-    options = prefill_kernel.PrefillOptions(scale, window, soft_cap, sinks is not None, return_lse, True)
     out, lse = prefill_kernel.prefill(
         q_rows, sinks, rows, table, pages.data, chunks=chunks, num_heads=num_heads,
         dtype=compute_dtype(q, pages), sizes=sizes, options=options,
     )  # fmt: skip
-    out = out.reshape(-1, padded_heads, lanes)[:num_tokens, :num_heads, lanes - head_dim :].astype(q.dtype)
-    if not return_lse:
+    out = out.reshape(-1, padded_heads, lanes)[:num_tokens, :num_heads, lanes - head_dim :]
+    if not options.lse:
         return out, None
     return out, lse.reshape(-1, padded_heads, LANES)[:num_tokens, :num_heads, 0]
 
@@ -158,11 +227,12 @@ def compute_dtype(q: Array, pages: Pages):
 def decode(
     q: Array, k: Array | None, v: Array | None, pages: Pages, page_table: Array, lengths: Array, query_starts: Array,
     *, scale: float, window: int | None, soft_cap: float | None, sinks: Array | None, return_lse: bool,
-    sizes: kernel.DecodeSizes | None = None,
+    first_key: Array | None = None, sizes: kernel.DecodeSizes | None = None,
 ) -> AttentionResult:  # fmt: skip
     """`paged_attention` for the sequences that have exactly one new token; 0 for all other tokens.
 
     Args:
+        first_key: int32 `[B]`, the first position that a row's query sees, if the window lets it; None: 0.
         sizes: None (the heuristic of blocks.py) or explicit block sizes.
     """
     num_tokens, num_heads, head_dim = q.shape
@@ -171,13 +241,15 @@ def decode(
         sizes = decode_sizes(pages, page_table.shape[1], packing)
     lengths = jnp.minimum(lengths, page_table.shape[1] * pages.page_size)
     ids = jnp.where(is_mapped(page_table, pages), page_table, 0)
-    rows = decode_rows(lengths, query_starts, ids, sizes, window)
+    if window is not None:
+        first_key = jnp.maximum(lengths - window, 0 if first_key is None else first_key)
+    rows = decode_rows(lengths, query_starts, ids, sizes, first_key)
     table, chunks = page_chunks(ids)
     if sinks is not None:
         sinks = pad_group(sinks.astype(jnp.float32)[None], packing).reshape(packing.rows, 1)
         sinks = jnp.broadcast_to(sinks, (packing.rows, LANES))
     options = kernel.DecodeOptions(
-        scale, window, soft_cap,
+        scale, first_key is not None, soft_cap,
         append=k is not None, sinks=sinks is not None, lse=return_lse, quantised=pages.scales is not None,
     )  # fmt: skip
     new, new_scales = (None, None) if k is None or v is None else new_rows(k, v, pages)

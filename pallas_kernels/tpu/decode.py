@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -34,8 +33,8 @@ FLOOR = -1e20  # the running maximum before the first key: exp2(MASKED - FLOOR) 
 LOG2E = 1.4426950408889634
 IDS = 128  # page ids in a chunk of the page table: one row of lanes
 ID_GROUPS = 16  # groups whose page ids can be under way; a power of two
-FIELDS = 8  # of a row in `rows`
-TABLE_ROW, LENGTH, TOKEN, FIRST_BLOCK, FIRST_PAGE, LAST_PAGE, LAST_SLOT, HOLES = range(FIELDS)
+FIELDS = 9  # of a row in `rows`
+TABLE_ROW, LENGTH, TOKEN, FIRST_KEY, FIRST_BLOCK, FIRST_PAGE, LAST_PAGE, LAST_SLOT, HOLES = range(FIELDS)
 RESIDENT_BYTES = 256 << 10  # a page table up to this size lies in scalar memory, a larger one streams
 
 
@@ -85,7 +84,7 @@ class DecodeOptions:
     """What a call asks for, apart from sizes."""
 
     scale: float
-    window: int | None
+    bounded: bool  # keys before a row's FIRST_KEY are hidden
     soft_cap: float | None
     append: bool
     sinks: bool
@@ -101,7 +100,8 @@ def _dot(a: Array, b: Array, contract_b: int) -> Array:
 
 def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, scales_in,
             out_hbm, lse_hbm, pages, scales, *scratch,
-            num_rows: int, chunks: int, streams: bool, sizes: DecodeSizes, packing: HeadPacking, options: DecodeOptions):  # fmt: skip
+            num_rows: int, chunks: int, streams: bool, sizes: DecodeSizes, packing: HeadPacking,
+            options: DecodeOptions):  # fmt: skip
     del pages_in, scales_in  # the same memory as `pages` and `scales`
     quantised = options.quantised
     S, NP, W, U = sizes.page_size, sizes.pages_per_item, sizes.items_per_group, sizes.items_in_ring
@@ -140,7 +140,7 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
         first_page = block * NP
         first = block == field(FIRST_BLOCK, row)
         end = jnp.where(left > T, NP, field(LAST_PAGE, row) + 1)
-        begin = jnp.where(first, field(FIRST_PAGE, row), 0) if options.window is not None else 0
+        begin = jnp.where(first, field(FIRST_PAGE, row), 0) if options.bounded else 0
         chunk = field(TABLE_ROW, row) * chunks + jnp.right_shift(first_page, IDS.bit_length() - 1)
         r = item & last_record
         row_of[r] = row
@@ -154,8 +154,8 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
         # Items past the end leave their output where nobody looks.
         sequence_of[r] = jnp.where(real, nth & last_sequence, last_sequence + 1)
         ids_of[r] = (r if streams else chunk) * IDS + (first_page & (IDS - 1))
-        if options.window is not None:
-            low_of[r] = jnp.where(real, length - options.window - block * T, T)
+        if options.bounded:
+            low_of[r] = jnp.where(real, field(FIRST_KEY, row) - block * T, T)
         if streams:
             here = pl.ds(pl.multiple_of(r * IDS, IDS), IDS)
             pltpu.make_async_copy(table.at[chunk, 0], ids.at[here], id_sem.at[id_group(item)]).start()
@@ -177,7 +177,7 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
         """Whether the item has the page of the newest token; it lacks it if that page is not mapped."""
         return is_last(r) & ((jnp.right_shift(bits_of[r], field(LAST_PAGE, row_of[r])) & 1) > 0)
 
-    def total(values):
+    def add(values):
         return functools.reduce(lambda a, b: a + b, values)
 
     # ---- data movement -------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
         left, base = left_of[r], ids_of[r]
         for j in range(NP):
             wanted = left > j * S
-            if options.window is not None:
+            if options.bounded:
                 wanted = wanted & (low_of[r] < (j + 1) * S)
             page, sem = ids[base + j], page_sem.at[slot // W]
             # One copy under a condition is a predicated descriptor, not a branch.
@@ -211,8 +211,8 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
         """Fetches W items and remembers what the group will wait for."""
         for w in range(W):
             fetch(first + w, u0 + w)
-        pages_due[u0 // W] = total([count_of[(first + w) & last_record] for w in range(W)])
-        rows_due[u0 // W] = total([first_of[(first + w) & last_record] for w in range(W)])
+        pages_due[u0 // W] = add([count_of[(first + w) & last_record] for w in range(W)])
+        rows_due[u0 // W] = add([first_of[(first + w) & last_record] for w in range(W)])
 
     def wait(ref, count, sem):
         """Waits for the bytes of `count` leading elements of `ref`."""
@@ -363,7 +363,7 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
     column = lax.broadcasted_iota(jnp.int32, (1, T), 1)
     page_of_column = lax.convert_element_type((lax.convert_element_type(column, jnp.float32) + 0.5) / S, jnp.int32)
 
-    def softmax(r, slot, s, m, l):
+    def softmax(r, slot, s, m, total):
         if quantised:
             s = s * scales_of_rows(slot, 0)
         if options.soft_cap is None:
@@ -371,12 +371,12 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
         else:
             s = jnp.tanh(s * (options.scale / options.soft_cap)) * (options.soft_cap * LOG2E)
         exists = (column < left_of[r]) & ((jnp.right_shift(bits_of[r], page_of_column) & 1) > 0)
-        if options.window is not None:
+        if options.bounded:
             exists = exists & (column >= low_of[r])
         s = jnp.where(exists, s, MASKED)
         is_first = first_of[r] > 0
         m_before = jnp.where(is_first, sink_vmem[...] * LOG2E if options.sinks else FLOOR, m)
-        l_before = jnp.where(is_first, 1.0 if options.sinks else 0.0, l)
+        l_before = jnp.where(is_first, 1.0 if options.sinks else 0.0, total)
         m = jnp.maximum(m_before, jnp.max(s, axis=1, keepdims=True))
         p = jnp.exp2(s - m[:, :1])
         alpha = jnp.exp2(m_before - m)
@@ -408,14 +408,14 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
         if streams:
             ids_arrive(first + ahead)
 
-        @pl.when(total([dirty_of[(first + w) & last_record] for w in range(W)]) > 0)
+        @pl.when(add([dirty_of[(first + w) & last_record] for w in range(W)]) > 0)
         def _():
             for w in range(W):
                 clean((first + w) & last_record, u0 + w)
 
         for w in range(W):
             put_new_token((first + w) & last_record, u0 + w, at)
-        m, l, acc = m_ref[...], l_ref[...], acc_ref[...]
+        m, total, acc = m_ref[...], l_ref[...], acc_ref[...]
         for w, (r, slot) in enumerate(behind):
             o = values(slot, p_ref[w])
             acc = jnp.where(first_of[r] > 0, 0.0, acc * lanes(alpha_ref[w])) + o
@@ -427,17 +427,17 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
             send_output(r, at)
             plan(first + w + ahead + plan_ahead)
         fetch_group(first + ahead, (u0 + ahead) % U)
-        outs_due[at] = total([jnp.where(is_last(r), 1, 0) for r, _ in behind])
-        tiles_due[at] = total([jnp.where(ends_here((first + w) & last_record), 1, 0) for w in range(W)])
+        outs_due[at] = add([jnp.where(is_last(r), 1, 0) for r, _ in behind])
+        tiles_due[at] = add([jnp.where(ends_here((first + w) & last_record), 1, 0) for w in range(W)])
         s = [scores((first + w) & last_record, u0 + w) for w in range(W)]
         for w in range(W):
-            p, alpha, m, l = softmax((first + w - W) & last_record, (u0 + w - W) % U, s_ref[w], m, l)
-            p_ref[w], alpha_ref[w], l_out[w] = p, alpha, l
+            p, alpha, m, total = softmax((first + w - W) & last_record, (u0 + w - W) % U, s_ref[w], m, total)
+            p_ref[w], alpha_ref[w], l_out[w] = p, alpha, total
             if options.lse:
                 m_out[w] = m
         for w in range(W):
             s_ref[w] = s[w]
-        m_ref[...], l_ref[...], acc_ref[...] = m, l, acc
+        m_ref[...], l_ref[...], acc_ref[...] = m, total, acc
 
     def run():
         cursor[0], cursor[1] = jnp.int32(0), field(FIRST_BLOCK, 0)
@@ -445,7 +445,7 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
             r = item & last_record
             row_of[r] = left_of[r] = first_of[r] = bits_of[r] = jnp.int32(0)
             sequence_of[r] = jnp.int32(last_sequence + 1)
-            if options.window is not None:
+            if options.bounded:
                 low_of[r] = jnp.int32(0)
         for at in range(num_groups_in_ring):
             outs_due[at] = tiles_due[at] = jnp.int32(0)
@@ -479,8 +479,8 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
 
 
 def decode(q: Array, new: Array | None, new_scales: Array | None, sinks: Array | None, rows: Array, table: Array,
-           pages: Array, scales: Array | None, *,
-           chunks: int, sizes: DecodeSizes, packing: HeadPacking, options: DecodeOptions) -> tuple[Array, Array, Array, Array]:  # fmt: skip
+           pages: Array, scales: Array | None, *, chunks: int, sizes: DecodeSizes, packing: HeadPacking,
+           options: DecodeOptions) -> tuple[Array, Array, Array, Array]:  # fmt: skip
     """Attends and appends.
 
     Args:

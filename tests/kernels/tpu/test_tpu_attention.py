@@ -68,6 +68,21 @@ def test_groups_of_items_and_a_page_table_that_streams(interpreter, monkeypatch)
     check(case, make_inputs(case))
 
 
+@pytest.mark.parametrize("prefix", [0, 32])
+def test_shared_prefix_changes_nothing(interpreter, small_blocks, prefix):
+    """One row is not longer than the prefix, one is empty; the prefix is a runtime value."""
+    lengths = (40, 0, 170, 33, 32)
+    case = Case("shared", lengths, (1,) * 5, (4, 2), 128, sinks=True)
+    inputs = make_inputs(case)
+    table = inputs.page_table.at[jnp.array([2, 3]), :2].set(inputs.page_table[0, :2])
+    inputs = dataclasses.replace(inputs, page_table=table)
+    plain = attend(case, inputs, "reference", return_lse=True)
+    result = attend(case, inputs, return_lse=True, shared_prefix=jnp.int32(prefix))
+    np.testing.assert_allclose(result.out, plain.out, atol=1e-5)
+    np.testing.assert_allclose(result.lse, plain.lse, atol=1e-5)
+    assert_same_pages(result.pages, plain.pages)
+
+
 def test_a_neighbour_of_nan_changes_nothing(late_copies, small_blocks):
     case = Case("neighbour", (40, 200, 30), (1, 1, 1), (2, 1), 128)
     inputs = make_inputs(case)
