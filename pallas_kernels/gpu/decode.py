@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpu.hardware import shared_memory_per_block
-from pallas_kernels.gpu.layout import ACC, swizzled
+from pallas_kernels.gpu.layout import ACC, drain, swizzled
 from pallas_kernels.gpu.quantised import load_scales, read_scales, widen
 from pallas_kernels.gpu.schedule import Schedule
 
@@ -264,7 +264,10 @@ def attend_segments(
 
         @pl.when(lax.axis_index("warpgroup") == 1)
         def _():
-            lax.fori_loop(first_segment, end_segment, load_segment, jnp.int32(0))
+            num_tiles = lax.fori_loop(first_segment, end_segment, load_segment, jnp.int32(0))
+            drain(q_free, 2, end_segment - first_segment)
+            drain(k_free, stages, num_tiles)
+            drain(v_free, stages, num_tiles)
 
     scratch_types: list[Any] = [
         swizzled((2, group, head_dim), q.dtype),

@@ -1,9 +1,10 @@
-"""How tiles lie in shared memory so that the copy engine and the tensor cores agree on them."""
+"""Shared memory: how tiles lie in it for the copy engine and the tensor cores, and the ring they pass through."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
@@ -20,3 +21,12 @@ def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
         plgpu.SwizzleTransform(LANES * jnp.dtype(dtype).itemsize),  # pyright: ignore[reportAbstractUsage]
     )
     return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def drain(free: Any, num_slots: int, num_used: Any) -> None:
+    """Waits until every slot of a ring is free again: a thread that waits on a barrier is to see all its phases."""
+    for slot in range(num_slots):
+
+        @pl.when(slot < num_used)
+        def _(slot=slot):
+            plgpu.barrier_wait(free.at[slot])

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpu.hardware import shared_memory_per_block
-from pallas_kernels.gpu.layout import ACC, LANES, swizzled
+from pallas_kernels.gpu.layout import ACC, LANES, drain, swizzled
 from pallas_kernels.gpu.quantised import dequantise, load_scales, read_scales
 from pallas_kernels.gpu.schedule import BLOCK_ROWS, RowItems
 
@@ -236,6 +236,8 @@ def attend_rows(
                 move_quantised()
             else:
                 pl.loop(0, num_tiles)(move_tile)
+            drain(k_free, stages, num_tiles)
+            drain(v_free, stages, num_tiles)
 
         def compute():
             plgpu.set_max_registers(tile.registers[0], action="increase")
