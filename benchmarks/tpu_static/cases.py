@@ -28,6 +28,8 @@ class StaticCase:
     page_size: int = 16
     dtype: str = "bfloat16"
     in_grid: bool = False  # one of the 27 cells of chips x pages x contexts
+    shared_prefix: int | None = None
+    pool_bytes: int | None = None  # None: a page for every column of the table
 
     @property
     def num_tokens(self) -> int:
@@ -64,6 +66,7 @@ def shapes() -> list[StaticCase]:
         StaticCase("decode, lengths 1 to 4096", ragged),
         StaticCase("decode, int8, context 1024", (1024,) * 32, dtype="int8", page_size=64),
         StaticCase("decode, int8, context 4096", (4096,) * 32, dtype="int8", page_size=64),
+        StaticCase("decode, 64 sequences share 2048 of 2176", (2176,) * 64, shared_prefix=2048),
         StaticCase("prefill, 512 on 4096", (4096,), (512,)),
         StaticCase("mixed, 31 decodes on 2048 and 512 on 4096", (2048,) * 31 + (4096,), (1,) * 31 + (512,)),
     ]
@@ -75,14 +78,16 @@ def all_cases() -> dict[str, StaticCase]:
 
 def abstract_pages(case: StaticCase):
     page_bytes = case.heads[1] * 2 * case.page_size * case.head_dim * jnp.dtype(case.dtype).itemsize
-    num_pages = max(len(case.lengths) * case.max_pages + 1, POOL_BYTES // page_bytes)
+    num_pages = (case.pool_bytes or POOL_BYTES) // page_bytes
+    if case.pool_bytes is None:
+        num_pages = max(len(case.lengths) * case.max_pages + 1, num_pages)
     make = partial(init_pages, num_pages, case.heads[1], case.page_size, case.head_dim, case.dtype)
     return jax.eval_shape(make)
 
 
-def step(q, k, v, pages, page_table, lengths, query_starts, *, max_query_len: int):
+def step(q, k, v, pages, page_table, lengths, query_starts, shared_prefix=None, *, max_query_len: int):
     result = paged_attention(
-        q, k, v, pages, page_table, lengths, query_starts,
+        q, k, v, pages, page_table, lengths, query_starts, shared_prefix=shared_prefix,
         max_query_len=max_query_len, implementation="pallas_tpu",
     )  # fmt: skip
     return result.out, result.pages
@@ -95,10 +100,9 @@ def arguments(case: StaticCase) -> tuple:
     q = array((tokens, case.heads[0], case.head_dim), jnp.bfloat16)
     k = array((tokens, case.heads[1], case.head_dim), jnp.bfloat16)
     table = array((batch, case.max_pages), jnp.int32)
-    return (
-        q, k, k, abstract_pages(case), table,
-        array((batch,), jnp.int32), array((batch + 1,), jnp.int32),
-    )  # fmt: skip
+    lengths, starts = array((batch,), jnp.int32), array((batch + 1,), jnp.int32)
+    prefix = () if case.shared_prefix is None else (array((), jnp.int32),)
+    return (q, k, k, abstract_pages(case), table, lengths, starts, *prefix)
 
 
 def operands(case: StaticCase) -> dict[str, dict[int, Any]]:
@@ -111,8 +115,15 @@ def operands(case: StaticCase) -> dict[str, dict[int, Any]]:
     starts = jnp.asarray(np.concatenate([[0], np.cumsum(case.new_tokens)]), jnp.int32)
     packing = pack_heads(*case.heads, case.head_dim, pages.data.shape[3])
     chunks, _ = attention.page_chunks(table)
-    rows = attention.decode_rows(lengths, starts, table, decode_sizes(pages, case.max_pages, packing), None)
+    sizes = decode_sizes(pages, case.max_pages, packing)
+    first_key = None if case.shared_prefix is None else jnp.full_like(lengths, case.shared_prefix)
+    rows = attention.decode_rows(lengths, starts, table, sizes, first_key)
     result = {"paged_decode": {0: rows, 5: chunks}}
+    if case.shared_prefix is not None:
+        sizes = prefill_sizes(pages, case.heads[0], case.num_tokens)
+        prefix = jnp.asarray(case.shared_prefix, jnp.int32)
+        rows = attention.prefix_rows(table[:1], prefix, case.num_tokens, sizes)
+        result["paged_prefill"] = {0: rows, 2: chunks[: chunks.size // batch]}
     longest = max(case.new_tokens)
     if longest > 1:
         sizes = prefill_sizes(pages, case.heads[0], longest)

@@ -15,9 +15,17 @@ WORD = 0xFFFFFFFF
 POINTER_BITS = 26  # an operand starts at (index + 1) << 26 granules of 32 bytes; VMEM counts in 512 bytes
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:L[HBE]|P[BF]|CT)?\s*:[\s>]*\{", re.M)
 _COMMENT = re.compile(r"/\*.*?\*/", re.S)
+_GENERAL_COPY = re.compile(r"dma\.general([^;{}]*?)/\* (\w+)-to-(\w+) \*/")  # strided: a comment says where to
 _PREDICATE = re.compile(r"\((!?)%p\w*?_(p\d+)(?:,\s*(%\w+|-?\d+))?\)\s*,?")
 _REGISTER = re.compile(r"^(!?)%[sp]\w*?_([sp]\d+)$")
 _NOTE = re.compile(r"\[(?:thread|resolvable|dereferenceable):[^\]]*\]")
+
+
+def _found(pattern: str, text: str) -> re.Match[str]:
+    match = re.search(pattern, text, re.S)
+    if match is None:
+        raise ValueError(f"no {pattern!r} in {text!r}: another libtpu may write its dumps differently")
+    return match
 
 
 def signed(x: int) -> int:
@@ -55,6 +63,7 @@ def parse(text: str) -> Program:
     text: a dump `*-packed-bundles-post-ra.txt`.
     """
     body = text.split("= control target key end", 1)[-1]
+    body = _GENERAL_COPY.sub(r"dma.\2_to_\3\1", body)
     translator = _Translator()
     steps, is_empty = [], []
     for piece in _BUNDLE.split(body)[1:]:
@@ -84,7 +93,7 @@ class _Translator:
         reads, writes = [], []  # a bundle reads all its registers before it writes any
         branch = "return None"
         for i, text in enumerate(instructions):
-            target, operation, rest = re.match(r"%(\S+)\s*=\s*(\S+)\s*(.*)", text, re.S).groups()
+            target, operation, rest = _found(r"%(\S+)\s*=\s*(\S+)\s*(.*)", text).groups()
             if operation.startswith("v") and not operation.startswith("vsync"):
                 continue
             name = operation.split(".")[0]
@@ -97,12 +106,12 @@ class _Translator:
                 otherwise = other
                 rest = rest[: match.start()] + " " + rest[match.end() :]
             if operation == "sbr.rel":
-                goal = int(re.search(r"bundleno = (\d+)", rest)[1])
+                goal = int(_found(r"bundleno = (\d+)", rest)[1])
                 reads.append(f"c{i} = {condition}")
                 branch = f"return {goal} if c{i} else None"
                 continue
             if name == "inlined_call_operand":
-                index = int(re.search(r"index: (\d+)", rest)[1])
+                index = int(_found(r"index: (\d+)", rest)[1])
                 unit = POINTER_BITS if operation.endswith("hbm") else POINTER_BITS - 4
                 writes.append(f"r[{self._own(target)!r}] = {(index + 1) << unit}")
                 continue

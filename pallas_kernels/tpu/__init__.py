@@ -66,7 +66,7 @@ def paged_attention(
             q, k, v, pages, page_table, lengths, query_starts, shared_prefix,
             scale=scale, soft_cap=soft_cap, sinks=sinks, return_lse=return_lse,
         )  # fmt: skip
-    options = dict(scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, return_lse=return_lse)
+    options: dict[str, Any] = dict(scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, return_lse=return_lse)
     query_lens = query_starts[1:] - query_starts[:-1]
     if max_query_len > 1 and k is not None and v is not None:
         # Decoding sequences append in their own pass.
@@ -80,7 +80,7 @@ def paged_attention(
     places = token_places(lengths, query_starts, q.shape[0])
     is_several = ((query_lens > 1)[places.sequence] & (places.position >= 0))[:, None]
     out = jnp.where(is_several[..., None], several, out)
-    if lse is not None:
+    if lse is not None and several_lse is not None:
         lse = jnp.where(is_several, several_lse, lse)
     return AttentionResult(out, pages, lse)
 

@@ -110,6 +110,21 @@ def prefill(
     return out.astype(q.dtype), lse
 
 
+def prefix_rows(ids: Array, prefix: Array, num_tokens: int, sizes: prefill_kernel.PrefillSizes) -> Array:
+    """The scalars of the prefill kernel where all queries see the same `prefix` keys, of pages `[1, M]`."""
+    column = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :]
+    zero = jnp.zeros((1,), jnp.int32)
+    fields = {
+        prefill_kernel.TABLE_ROW: zero,
+        prefill_kernel.LENGTH: prefix[None],
+        prefill_kernel.TOKEN: zero,
+        prefill_kernel.NUM_TASKS: zero + -(-num_tokens // sizes.query_tokens),
+        prefill_kernel.HOLES: jnp.any((column * sizes.page_size < prefix) & (ids == 0), axis=1).astype(jnp.int32),
+        prefill_kernel.FIRST_POSITION: zero,
+    }
+    return active_first(jnp.stack([fields[i] for i in range(prefill_kernel.FIELDS)]), prefix[None] > 0)
+
+
 def attend_to_prefix(
     q: Array, pages: Pages, ids: Array, prefix: Array, *, scale: float, soft_cap: float | None,
     sizes: prefill_kernel.PrefillSizes | None = None,
@@ -126,17 +141,7 @@ def attend_to_prefix(
     num_tokens = q.shape[0]
     if sizes is None:
         sizes = prefill_sizes(pages, q.shape[1], num_tokens)
-    column = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :]
-    zero = jnp.zeros((1,), jnp.int32)
-    fields = {
-        prefill_kernel.TABLE_ROW: zero,
-        prefill_kernel.LENGTH: prefix[None],
-        prefill_kernel.TOKEN: zero,
-        prefill_kernel.NUM_TASKS: zero + -(-num_tokens // sizes.query_tokens),
-        prefill_kernel.HOLES: jnp.any((column * sizes.page_size < prefix) & (ids == 0), axis=1).astype(jnp.int32),
-        prefill_kernel.FIRST_POSITION: zero,
-    }
-    rows = active_first(jnp.stack([fields[i] for i in range(prefill_kernel.FIELDS)]), prefix[None] > 0)
+    rows = prefix_rows(ids, prefix, num_tokens, sizes)
     options = prefill_kernel.PrefillOptions(scale, None, soft_cap, sinks=False, lse=True, causal=False)
     out, lse = _run_prefill(q, None, rows, ids, pages, sizes, options)
     assert lse is not None

@@ -1,6 +1,7 @@
 """Runs the TPU kernels on a CPU, in the TPU interpreter: races, uninitialised memory and bad reads show."""
 
 import contextlib
+from typing import Literal
 
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
@@ -19,7 +20,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 @contextlib.contextmanager
-def interpreted(copies: str):
+def interpreted(copies: Literal["eager", "on_wait"]):
     """Args:
     copies: "eager": a copy runs where it starts, on a thread of its own, and races with it are found; "on_wait":
         it runs where it is waited for, so that what is read too early is NaN.
