@@ -25,8 +25,7 @@ def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
 
 def drain(free: Any, num_slots: int, num_used: Any) -> None:
     """Waits until every slot of a ring is free again: a thread that waits on a barrier is to see all its phases."""
-    for slot in range(num_slots):
 
-        @pl.when(slot < num_used)
-        def _(slot=slot):
-            plgpu.barrier_wait(free.at[slot])
+    @pl.loop(0, jnp.minimum(num_slots, num_used))
+    def _(slot):
+        plgpu.barrier_wait(free.at[slot])
