@@ -17,7 +17,9 @@ class Timing(NamedTuple):
 
 
 def compare(functions: dict[str, Callable[[], Any]], repeats: int = 15) -> dict[str, Timing]:
-    """Times functions in turn, round by round, so that whatever else runs slows all of them alike.
+    """Times functions round by round, so that whatever else runs slows all of them alike.
+
+    Each round has an order of its own: none always runs behind the one that fills the caches or gives memory back.
 
     Args:
         functions: what to time, by name; each returns the arrays to wait for.
@@ -30,8 +32,10 @@ def compare(functions: dict[str, Callable[[], Any]], repeats: int = 15) -> dict[
     cpu: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         jax.block_until_ready(function())
+    order = np.random.default_rng(0)
     for _ in range(repeats):
-        for name, function in functions.items():
+        for name in order.permutation(list(functions)).tolist():
+            function = functions[name]
             start, cpu_start = time.perf_counter(), time.process_time()
             jax.block_until_ready(function())
             wall[name].append(time.perf_counter() - start)
