@@ -4,8 +4,8 @@
 
 Lengths are drawn from lognormal distributions with the means that the PagedAttention paper gives for its two loads
 (Kwon et al. 2023, figure 11): ShareGPT 161 prompt and 338 output tokens, Alpaca 19 and 58. The page table is the real
-one, every step a `reserve` of one token a row; the beams are those that the demo model chooses, on prompts cut from the
-standard library.
+one, every step a `reserve` of one token a row; the beams are those that the demo model chooses, on prompts cut from
+the standard library.
 
 What sharing saves differs from the paper for two reasons. Its numbers are of the data sets, ours of distributions with
 their means: samples share their prompt's full pages only, so the shape of the prompt lengths decides. And how long beams
@@ -196,11 +196,11 @@ def sharing_of_beams(load: Load, width: int, num_requests: int = 24, page_size: 
     return 1 - int(used) / int(mapped)
 
 
-def _at_first_rows(values: np.ndarray, width: int) -> np.ndarray:
+def _at_first_rows(values: np.ndarray, width: int) -> jax.Array:
     """[R] -> [R * width], each value at the first row of its request."""
     rows = np.zeros((len(values), width), np.int32)
     rows[:, 0] = values
-    return rows.reshape(-1)
+    return jnp.asarray(rows.reshape(-1))
 
 
 def _fork_all(table: PageTable, width: int) -> PageTable:

@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -10,7 +11,6 @@ import sys
 from typing import Any
 
 import jax
-import jaxlib
 from rich.console import Console
 from rich.table import Table
 
@@ -51,8 +51,14 @@ class Report:
             "name": self.name,
             "title": self.title,
             "date": datetime.date.today().isoformat(),
-            "command": " ".join(["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
-            "versions": {"python": platform.python_version(), "jax": jax.__version__, "jaxlib": jaxlib.__version__},
+            "command": " ".join(
+                ["python -m", spec.name if (spec := sys.modules["__main__"].__spec__) else "?", *sys.argv[1:]]
+            ),
+            "versions": {
+                "python": platform.python_version(),
+                "jax": jax.__version__,
+                "jaxlib": importlib.metadata.version("jaxlib"),
+            },
             "machine": {
                 "device": jax.devices()[0].device_kind,
                 "cores": os.cpu_count(),
