@@ -8,8 +8,8 @@ one, every step a `reserve` of one token a row; the beams are those that the dem
 the standard library.
 
 What sharing saves differs from the paper for two reasons. Its numbers are of the data sets, ours of distributions with
-their means: samples share their prompt's full pages only, so the shape of the prompt lengths decides. And how long beams
-share depends on which of them the model keeps.
+their means: samples share their prompt's full pages only, so the shape of the prompt lengths decides. And how long
+beams share depends on which of them the model keeps.
 """
 
 import argparse
