@@ -35,7 +35,7 @@ class Backend(NamedTuple):
 
 # In order of preference: dispatch takes the first that lists the platform and does not refuse.
 BACKENDS: dict[str, Backend] = {
-    "pallas_gpu": Backend("pallas_kernels.gpu", ("gpu",)),
+    "pallas_gpu": Backend("pallas_kernels.gpu"),  # by name only until it has run on a GPU
     "pallas_tpu": Backend("pallas_kernels.tpu", ("tpu",)),
     "xla": Backend("pallas_kernels.xla", ("cpu", "tpu", "gpu")),
     "reference": Backend("pallas_kernels.reference"),
