@@ -18,7 +18,7 @@ SHORT = (
     "decode: window over pages, soft cap",
     "decode: bf16, head size 128",
     "mixed: window in a page",
-    "few queries each",
+    "query length is KV length, window, cap",
 )
 ATTENTION_CASES = [
     pytest.param(case, id=case.name, marks=[] if case.name in SHORT else pytest.mark.long) for case in CASES
