@@ -12,9 +12,9 @@ import toy
 from paged_jax import CacheConfig, DecodeState, decode_loop, decode_step, prefill
 from paged_jax.decoding import start, stop
 
-T = 512
+T = 128  # a chunk whose activations, which any attention needs, are small beside the pool
 CONFIG = CacheConfig(
-    num_layers=2, num_kv_heads=8, head_dim=128, num_pages=4096, max_sequences=32, max_pages_per_sequence=128
+    num_layers=2, num_kv_heads=8, head_dim=128, num_pages=4096, max_sequences=16, max_pages_per_sequence=128
 )  # 2 layers of 256 MB in bfloat16
 
 
@@ -24,7 +24,7 @@ def abstract(tree, sharding=None):
 
 def step_functions():
     """name -> (function, arguments with the state first)."""
-    params = jax.eval_shape(functools.partial(toy.init_params, heads=32, kv_heads=8, head_dim=128))
+    params = jax.eval_shape(functools.partial(toy.init_params, heads=16, kv_heads=8, head_dim=128, dtype="bfloat16"))
     state = jax.eval_shape(lambda: DecodeState.create(CONFIG, capacity=64))
     rows = jax.ShapeDtypeStruct((CONFIG.max_sequences,), jnp.int32)
     mask = jax.ShapeDtypeStruct((CONFIG.max_sequences,), jnp.bool_)

@@ -16,11 +16,11 @@ def config(num_pages=64, max_sequences=4, max_pages_per_sequence=16, page_size=4
     )  # fmt: skip
 
 
-def init_params(seed: int = 0, num_layers=LAYERS, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM):
+def init_params(seed: int = 0, num_layers=LAYERS, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype="float32"):
     rng = np.random.default_rng(seed)
 
     def weight(*shape):
-        return jnp.asarray(rng.normal(size=shape) * shape[0] ** -0.5, jnp.float32)
+        return jnp.asarray(rng.normal(size=shape) * shape[0] ** -0.5, dtype)
 
     layer = lambda: {  # noqa: E731
         "q": weight(WIDTH, heads, head_dim),

@@ -226,7 +226,7 @@ def new_rows(k: Array, v: Array, pages: Pages) -> tuple[Array, Array | None]:
 
 def compute_dtype(q: Array, pages: Pages):
     """Of the products: q's where pages are quantised, else whichever is wider."""
-    return q.dtype if pages.scales is not None else jnp.promote_types(q.dtype, pages.dtype)
+    return q.dtype if pages.scales is not None else max(q.dtype, pages.dtype, key=lambda dtype: dtype.itemsize)
 
 
 def decode(
