@@ -12,7 +12,9 @@ import toy
 from paged_jax import CacheConfig, DecodeState, decode_loop, decode_step, prefill
 from paged_jax.decoding import start, stop
 
-T = 128  # a chunk whose activations, which any attention needs, are small beside the pool
+# The bound of 2 % holds at this size, not yet at every: prefill with 32 query heads, 32 rows and T 128 has temporaries
+# of 2.02 % of the pool on a CPU and 4.1 % on a v6e. They are queries and scores: the pool is updated in place.
+T = 128
 CONFIG = CacheConfig(
     num_layers=2, num_kv_heads=8, head_dim=128, num_pages=4096, max_sequences=16, max_pages_per_sequence=128
 )  # 2 layers of 256 MB in bfloat16
