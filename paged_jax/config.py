@@ -5,7 +5,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-DTYPES = ("float32", "bfloat16", "int8")
+QUANTISED = ("int8", "float8_e4m3fn")
+DTYPES = ("float32", "bfloat16", *QUANTISED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,8 @@ class CacheConfig:
         max_sequences: B, slots of the page table.
         max_pages_per_sequence: M, columns of the page table.
         page_size: S, tokens in a page.
-        dtype: "float32", "bfloat16" or "int8" (quantised, with one scale a token, head and key or value).
+        dtype: "float32", "bfloat16", or one of the quantised "int8" and "float8_e4m3fn" (with one scale a token, head and
+            key or value).
 
     Raises:
         ValueError: a size that is no positive whole number, fewer than two pages, or another dtype.
@@ -55,7 +57,7 @@ class CacheConfig:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page in all layers: its keys and values, and their scales where they are quantised."""
-        scale_bytes = 4 if self.dtype == "int8" else 0
+        scale_bytes = 4 if self.dtype in QUANTISED else 0
         row_bytes = self.head_dim * jnp.dtype(self.dtype).itemsize + scale_bytes
         return self.num_layers * self.num_kv_heads * 2 * self.page_size * row_bytes
 

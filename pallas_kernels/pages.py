@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 NULL_PAGE = 0  # never owned by a sequence; like every id outside 1..P-1, it stands for "no page"
-PAGE_DTYPES = ("float32", "bfloat16", "int8")
+PAGE_DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
+FP8 = jnp.dtype("float8_e4m3fn")
+LARGEST = {"int8": 127, FP8.name: 448}  # of what quantised pages hold: what a vector's largest number becomes
 TOKENS_AT_ONCE = 256  # of a write
 SUBLANES, LANES = 8, 128  # of a TPU register; key and value share the lanes where a head does not fill them
 
@@ -22,9 +24,10 @@ class Pages:
 
     Args:
         data: `[P, K, 2S, H]` where H is a multiple of 128 (for each KV head its S key rows, then its S value
-            rows), else `[P, K, S, 2H]` (each row a key and its value side by side).
+            rows), else `[P, K, S, 2H]` (each row a key and its value side by side). float8 pages hold the bytes
+            of their numbers as uint8, since XLA copies a float8 pool on a CPU.
         scales: float32 `[P, K, 2S]`, for each KV head the scales of its S keys, then of its S values; for
-            int8 pages only, else None.
+            quantised pages (int8 and float8) only, else None.
         page_size: S, the tokens in a page.
     """
 
@@ -54,7 +57,7 @@ class Pages:
 
     @property
     def dtype(self):
-        return self.data.dtype
+        return FP8 if self.data.dtype == jnp.uint8 else self.data.dtype
 
     @property
     def num_bytes(self) -> int:
@@ -76,7 +79,8 @@ def init_pages(num_pages: int, num_kv_heads: int, page_size: int, head_dim: int,
         num_kv_heads: K.
         page_size: S, tokens in a page.
         head_dim: H.
-        dtype: float32, bfloat16 or int8 (quantised, with one scale a token, head and key or value).
+        dtype: float32, bfloat16, or one of the quantised int8 and float8_e4m3fn (with one scale a token, head and key
+            or value).
 
     Returns:
         Pages of zeros.
@@ -96,9 +100,9 @@ def init_pages(num_pages: int, num_kv_heads: int, page_size: int, head_dim: int,
     else:
         shape = (num_pages, num_kv_heads, page_size, 2 * head_dim)
     scales = None
-    if dtype == jnp.int8:
+    if dtype.name in LARGEST:
         scales = jnp.zeros((num_pages, num_kv_heads, 2 * page_size), jnp.float32)
-    return Pages(jnp.zeros(shape, dtype), scales, page_size)
+    return Pages(jnp.zeros(shape, jnp.uint8 if dtype == FP8 else dtype), scales, page_size)
 
 
 def gather_pages(pages: Pages, page_ids: Int32[Array, "*n"]) -> tuple[Array, Array | None]:
@@ -128,22 +132,33 @@ def split_kv(pages: Pages, data: Array) -> tuple[Array, Array]:
     return key, value
 
 
+def numbers(data: Array) -> Array:
+    """What stored data means: the bytes of float8 pages as float8, anything else as it is."""
+    return jax.lax.bitcast_convert_type(data, FP8) if data.dtype == jnp.uint8 else data
+
+
 def is_mapped(page_ids: Int32[Array, "*n"], pages: Pages) -> Bool[Array, "*n"]:
     """Whether ids name a page that a sequence can own."""
     return (page_ids > NULL_PAGE) & (page_ids < pages.num_pages)
 
 
 class Quantised(NamedTuple):
-    data: Array  # int8 [..., H]
+    data: Array  # as pages store it: int8, or the bytes of float8, [..., H]
     scale: Array  # float32 [...]
 
 
-def quantise(x: Float[Array, "*n H"]) -> Quantised:
-    """Symmetric int8: `x ~ data * scale` with `scale = amax / 127` over the last axis, wrong by scale / 2."""
+def quantise(x: Float[Array, "*n H"], dtype: Any) -> Quantised:
+    """`x ~ numbers(data) * scale`, symmetric, with `scale = amax / LARGEST` over the last axis.
+
+    int8 is wrong by `scale / 2` at most, float8_e4m3fn by a sixteenth of each number (and `scale / 1024` near zero).
+    """
+    dtype = jnp.dtype(dtype)
     x = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(x), axis=-1) / 127
-    safe = jnp.where(scale > 0, scale, 1)
-    return Quantised(jnp.round(x / safe[..., None]).astype(jnp.int8), scale)
+    scale = jnp.max(jnp.abs(x), axis=-1) / LARGEST[dtype.name]
+    x = x / jnp.where(scale > 0, scale, 1)[..., None]
+    if dtype == FP8:
+        return Quantised(jax.lax.bitcast_convert_type(x.astype(FP8), jnp.uint8), scale)
+    return Quantised(jnp.round(x).astype(dtype), scale)
 
 
 class TokenPlaces(NamedTuple):
@@ -225,7 +240,7 @@ def put_piece(
 
     scales = pages.scales
     if scales is not None:
-        (k, k_scale), (v, v_scale) = quantise(k), quantise(v)
+        (k, k_scale), (v, v_scale) = (quantise(x, pages.dtype) for x in (k, v))
         scales = put_scale(scales, k_scale, 0)
         scales = put_scale(scales, v_scale, page_size)
     if is_stacked(pages):

@@ -13,6 +13,7 @@ from pallas_kernels.pages import (
     Pages,
     gather_pages,
     is_mapped,
+    numbers,
     put_tokens,
     scale_rows,
     split_kv,
@@ -44,7 +45,7 @@ def read_pages(pages: Pages, page_ids: Int32[Array, " n"]) -> tuple[Float[Array,
         return jnp.swapaxes(x, 1, 2)
 
     data, scales = gather_pages(pages, index)
-    k, v = split_kv(pages, data)  # [n, K, S, H]
+    k, v = split_kv(pages, numbers(data))  # [n, K, S, H]
     if scales is not None:
         k_scale, v_scale = jnp.split(scales, 2, axis=-1)  # [n, K, S]
         k = k.astype(jnp.float32) * k_scale[..., None]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.pages import NULL_PAGE, Pages, gather_pages, is_mapped, is_stacked
+from pallas_kernels.pages import NULL_PAGE, Pages, gather_pages, is_mapped, is_stacked, numbers
 
 TILE_TOKENS = 128
 FEW_QUERIES = 32  # a KV head: fewer, and splitting rows costs more than multiplying whole ones
@@ -133,7 +133,8 @@ def gather_kv(pages: Pages, page_ids: Array, exists: Array, dtype) -> tuple[Arra
     num_tiles, num_strips = page_ids.shape[0], pages.num_pages * pages.num_kv_heads
 
     def tiles(x):  # [C, K, pages_per_tile, S, H]
-        return x.reshape(num_tiles, pages.num_kv_heads, -1, pages.head_dim).astype(dtype)
+        x = x.reshape(num_tiles, pages.num_kv_heads, -1, pages.head_dim)
+        return numbers(x).astype(dtype)
 
     if is_stacked(pages):
         halves = pages.data.reshape(2 * num_strips, pages.page_size, pages.head_dim)
@@ -152,7 +153,7 @@ def gather_rows(pages: Pages, page_ids: Array, exists: Array, dtype) -> Array:
     rows = pages.data.reshape(-1, pages.page_size, 2 * pages.head_dim)
     rows = rows.at[strips(pages, page_ids)].get(mode="promise_in_bounds")
     rows = rows.reshape(page_ids.shape[0], pages.num_kv_heads, -1, 2 * pages.head_dim)
-    return jnp.where(exists[:, None, :, None], rows.astype(dtype), jnp.zeros((), dtype))
+    return jnp.where(exists[:, None, :, None], numbers(rows).astype(dtype), jnp.zeros((), dtype))
 
 
 def gather_scales(pages: Pages, page_ids: Array, exists: Array) -> tuple[Array, Array]:

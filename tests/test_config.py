@@ -11,7 +11,7 @@ from paged_jax.pool import PagePool
 SIZES: dict[str, Any] = dict(num_layers=2, num_kv_heads=3, head_dim=16, max_sequences=4, max_pages_per_sequence=8)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("head_dim", [16, 128])
 def test_bytes_are_those_of_the_pool(dtype, head_dim):
     config = CacheConfig(num_pages=5, **{**SIZES, "head_dim": head_dim}, page_size=4, dtype=dtype)
@@ -47,7 +47,7 @@ def test_the_null_page_is_not_enough():
 
 
 def test_dtypes():
-    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, int8, got 'float16'"):
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, int8, float8_e4m3fn, got 'float16'"):
         CacheConfig(num_pages=5, **SIZES, dtype="float16")
 
 

@@ -31,7 +31,7 @@ def write_pages(
     page, slot = token_slots(pages, page_table, places)
     scales = []
     if pages.scales is not None:
-        (k, k_scale), (v, v_scale) = quantise(k), quantise(v)
+        (k, k_scale), (v, v_scale) = (quantise(x, pages.dtype) for x in (k, v))
         scales = [jnp.stack([k_scale, v_scale])]  # [2, T, K]
     num_tokens, num_heads, head_dim = k.shape
     page_size = pages.page_size

@@ -210,7 +210,7 @@ def new_rows(k: Array, v: Array, pages: Pages) -> tuple[Array, Array | None]:
     """
     scales = None
     if pages.scales is not None:
-        (k, k_scale), (v, v_scale) = quantise(k), quantise(v)
+        (k, k_scale), (v, v_scale) = (quantise(x, pages.dtype) for x in (k, v))
         scales = jnp.stack([k_scale, v_scale], axis=1)[..., None]
         scales = jnp.broadcast_to(scales, (*scales.shape[:-1], LANES))
     k, v = k.astype(pages.dtype), v.astype(pages.dtype)

@@ -24,7 +24,7 @@ IMPLEMENTATIONS = ("reference", "xla")
 # Unit-scale data. f32: summation order. bf16: the output's rounding (2 ** -8 of values up to about 2) and that of
 # the weights. int8: half a step, amax / 254 with amax about 4 sigma, on each value and, through the scores, on the
 # weights; measured below .02 on these cases.
-TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2, "int8": 4e-2}
+TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2, "int8": 4e-2, "float8_e4m3fn": 4e-2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +77,7 @@ CASES = (
     Case("decode: bf16, head size 128", RAGGED, DECODE, (8, 2), 128, 16, "bfloat16", "bfloat16"),
     Case("decode: int8", RAGGED, DECODE, (4, 4), 64, 16, "int8"),
     Case("decode: int8, head size 128, bf16 queries", RAGGED, DECODE, (4, 1), 128, 16, "int8", "bfloat16"),
+    Case("decode: fp8", RAGGED, DECODE, (4, 4), 64, 16, "float8_e4m3fn"),
     Case("decode: window in a page, sinks", RAGGED, DECODE, window=5, sinks=True),
     Case("decode: window of a page", RAGGED, DECODE, window=16),
     Case("decode: window over pages, soft cap", RAGGED, DECODE, window=100, soft_cap=3.0),
@@ -88,6 +89,7 @@ CASES = (
     Case("mixed: bf16, head size 128", RAGGED, MIXED, (8, 2), 128, 16, "bfloat16", "bfloat16", sinks=True),
     Case("mixed: int8", RAGGED, MIXED, (4, 2), 64, 8, "int8", soft_cap=5.0),
     Case("mixed: int8, head size 128", RAGGED, MIXED, (4, 2), 128, 16, "int8", "bfloat16", window=20),
+    Case("mixed: fp8, head size 128", RAGGED, MIXED, (4, 2), 128, 16, "float8_e4m3fn", "bfloat16"),
     Case("mixed: heads 5, 1; head size 80", RAGGED, MIXED, (5, 1), 80, 64, window=30, sinks=True),
     Case("mixed: heads 3, 3; head size 96", RAGGED, MIXED, (3, 3), 96, 16, soft_cap=2.0, write=False),
     Case("mixed: heads 12, 2; head size 256", RAGGED, MIXED, (12, 2), 256, 128, padding=5),
@@ -191,13 +193,15 @@ class Store:
     def __init__(self, empty: Pages):
         self.empty = empty
         self.stacked = empty.head_dim % 128 == 0
-        self.data = np.full(empty.data.shape, 77 if empty.scales is not None else np.nan, empty.dtype)
+        self.data = np.full(empty.data.shape, 77 if empty.dtype == np.int8 else np.nan, empty.dtype)
         self.scales = None if empty.scales is None else np.full(empty.scales.shape, np.nan, np.float32)
 
     def quantised(self, x):
         x = np.asarray(x, np.float32)
-        scale = np.abs(x).max(-1) / np.float32(127)
-        return np.rint(x / scale[..., None]).astype(np.int8), scale
+        is_int8 = self.data.dtype == np.int8
+        scale = np.abs(x).max(-1) / np.float32(127 if is_int8 else 448)
+        x = x / scale[..., None]
+        return (np.rint(x) if is_int8 else x).astype(self.data.dtype), scale
 
     def stored(self, x):
         """What reading gives back after writing x, in float64."""
@@ -218,7 +222,7 @@ class Store:
 
     def pages(self) -> Pages:
         scales = None if self.scales is None else jnp.asarray(self.scales)
-        return Pages(jnp.asarray(self.data), scales, self.empty.page_size)
+        return Pages(jnp.asarray(self.data.view(self.empty.data.dtype)), scales, self.empty.page_size)
 
 
 def expected(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from pallas_kernels import copy_pages, init_pages, paged_attention, write_pages
 
 PAGE_SIZE, SEQUENCES, MAX_PAGES, COPIES = 16, 32, 256, 32
 SHAPES = [(32, 8, 128), (8, 2, 64)]  # N, K, H
-DTYPES = ["float32", "bfloat16", "int8"]
+DTYPES = ["float32", "bfloat16", "int8", "float8_e4m3fn"]
 TOKENS = 512  # of a prefill
 attend = functools.partial(paged_attention, implementation="xla")
 write = functools.partial(write_pages, implementation="xla")
@@ -39,7 +39,7 @@ def problem(shape, dtype, num_layers=1):
 
 def tokens(shape, dtype, num_tokens):
     num_heads, num_kv_heads, head_dim = shape
-    dtype = "bfloat16" if dtype == "int8" else dtype
+    dtype = "bfloat16" if jnp.dtype(dtype).itemsize == 1 else dtype
     kv = array(dtype, num_tokens, num_kv_heads, head_dim)
     return array(dtype, num_tokens, num_heads, head_dim), kv, kv
 
