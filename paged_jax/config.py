@@ -21,8 +21,8 @@ class CacheConfig:
         max_sequences: B, slots of the page table.
         max_pages_per_sequence: M, columns of the page table.
         page_size: S, tokens in a page.
-        dtype: "float32", "bfloat16", or one of the quantised "int8" and "float8_e4m3fn" (with one scale a token, head and
-            key or value).
+        dtype: "float32", "bfloat16", or one of the quantised "int8" and "float8_e4m3fn" (with one scale a token,
+            head and key or value).
 
     Raises:
         ValueError: a size that is no positive whole number, fewer than two pages, or another dtype.

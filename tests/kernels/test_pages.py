@@ -16,7 +16,8 @@ write = jax.jit(write_pages, static_argnames="implementation")
 copy = jax.jit(copy_pages, static_argnames="implementation")
 read = jax.jit(read_pages)
 
-WRITTEN = [case for case in CASES if case.write and case.name.startswith(("mixed", "tokens", "pages", "decode: int8", "decode: fp8"))]
+NAMES = ("mixed", "tokens", "pages", "decode: int8", "decode: fp8")
+WRITTEN = [case for case in CASES if case.write and case.name.startswith(NAMES)]
 
 
 def assert_same_bytes(pages: Pages, other: Pages):
@@ -139,7 +140,8 @@ def test_copying_reads_every_page_before_it_writes_any(dtype, head_dim, implemen
 
 
 def test_sizes():
-    for head_dim, dtype, num_bytes in ((64, "bfloat16", 2), (128, "float32", 4), (80, "int8", 1), (64, "float8_e4m3fn", 1)):
+    cases = (64, "bfloat16", 2), (128, "float32", 4), (80, "int8", 1), (64, "float8_e4m3fn", 1)
+    for head_dim, dtype, num_bytes in cases:
         pages = init_pages(5, 3, 16, head_dim, dtype)
         assert (pages.num_pages, pages.num_kv_heads, pages.page_size, pages.head_dim) == (5, 3, 16, head_dim)
         assert pages.dtype == dtype
@@ -162,5 +164,5 @@ def test_sizes_below_one_are_refused(name):
 
 @pytest.mark.parametrize("dtype", ["float16", "float8_e5m2", "int4"])
 def test_other_dtypes_are_refused(dtype):
-    with pytest.raises(ValueError, match=f"pages hold float32, bfloat16, int8, float8_e4m3fn, got {dtype}: choose one of these"):
+    with pytest.raises(ValueError, match=f"pages hold float32, .*, float8_e4m3fn, got {dtype}: choose one of these"):
         init_pages(2, 1, 4, 64, dtype)
