@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("prompts", nargs="*", help="prompts; none: one a line from --file or stdin")
     generate.add_argument("--model", type=pathlib.Path, help="checkpoint folder; default: the demo model")
     generate.add_argument("--file", type=pathlib.Path, help="read prompts from a file, one a line")
+    generate.add_argument("--chat", action="store_true", help="a prompt is what a user says: use the chat template")
     generate.add_argument("--max-new-tokens", type=int, default=64)
     generate.add_argument("--samples", type=int, default=1)
     generate.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
@@ -78,7 +79,8 @@ def _generate(options: argparse.Namespace) -> None:
         stop_tokens=model.stop_tokens,
         stop_strings=tuple(options.stop),
     )
-    prompts = [model.tokenizer.encode(text) for text in texts]
+    encode = _user_says if options.chat else models.Tokenizer.encode
+    prompts = [encode(model.tokenizer, text) for text in texts]
     pages_per_row = -(-(max(map(len, prompts)) + options.max_new_tokens) // max(1, options.page_size))
     num_rows = min(16, len(prompts) * options.samples)
     config = model.cache_config(
@@ -95,7 +97,11 @@ def _generate(options: argparse.Namespace) -> None:
                 fields = {"prompt": texts[request], "sample": number, "text": text, "finish": completion.finish}
                 print(json.dumps(fields))
             else:
-                print(texts[request] + text)
+                print(texts[request] + ("\n" if options.chat else "") + text)
+
+
+def _user_says(tokenizer, text: str) -> list[int]:
+    return tokenizer.chat([{"role": "user", "content": text}])
 
 
 def _read_prompts(options: argparse.Namespace) -> list[str]:

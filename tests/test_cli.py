@@ -49,6 +49,15 @@ def test_generate_reads_prompts_from_a_file_and_from_stdin(capsys, tmp_path, mon
     assert len({s["text"] for s in samples}) > 1 and all(s["finish"] == "length" for s in samples)
 
 
+def test_generate_chats_by_the_template_of_the_checkpoint(capsys, tmp_path, continuation):
+    for path in models.DEMO.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "chat_template.jinja").write_text("{{ eos_token }}def {{ messages[0].content }}(")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    assert main(["generate", "main", "--chat", "--model", str(tmp_path), "--max-new-tokens", "6"]) == 0
+    assert capsys.readouterr().out == "main\n" + continuation("def main(", 6) + "\n"
+
+
 def test_demo_prints_text_and_memory(capsys):
     assert main(["demo", "--samples", "2", "--max-new-tokens", "8"]) == 0
     output = capsys.readouterr().out
@@ -64,6 +73,7 @@ def test_demo_prints_text_and_memory(capsys):
         (["generate", "x", "--file", "y"], "prompts came as arguments and with --file: give one or the other"),
         (["generate", "--file", "/nowhere"], "No such file"),
         (["generate", "x", "--model", "/nowhere"], "/nowhere/config.json"),
+        (["generate", "x", "--chat"], "has no chat template"),
         (["generate", "x", "--dtype", "float7"], "float7"),
         (["generate", "x", "--page-size", "0"], "page_size must be a whole number of at least 1, got 0"),
         (["generate", "x", "--num-pages", "2"], "needs 5 pages, but the pool has 1 besides the null page"),

@@ -1,0 +1,199 @@
+"""Conversations as `transformers` writes them down, by templates of the constructs that chat models use.
+
+    python tests/models/make_chats.py FOLDER > tests/models/goldens/chats.json
+
+`write_folder` puts tokenizer files of each style below FOLDER; the script reads them with transformers and needs
+neither JAX nor this package.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+# Headers around every turn; tools and the date go into the system turn (in the style of Llama 3).
+HEADERS = """
+{{- bos_token }}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system = messages[0]['content'] | trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system = '' %}
+{%- endif %}
+{%- if not today is defined %}
+    {%- set today = strftime_now('%d %b %Y') if strftime_now is defined else '1 Jan 2026' %}
+{%- endif %}
+{%- macro header(role) -%}
+    <|start|>{{ role }}<|end|>{{ '\\n\\n' }}
+{%- endmacro %}
+{{- header('system') + 'Today: ' + today + '\\n' + system }}
+{%- if tools is not none %}
+    {%- for tool in tools %}
+        {{- '\\n' + tool | tojson(indent=2) }}
+    {%- endfor %}
+{%- endif %}
+{{- eos_token }}
+{%- for message in messages %}
+    {%- if 'tool_calls' in message %}
+        {%- if message.tool_calls | length != 1 %}
+            {{- raise_exception('one call at a time') }}
+        {%- endif %}
+        {%- set call = message.tool_calls[0].function %}
+        {{- header('assistant') + call.name + '(' }}
+        {%- for name, value in call.arguments | items %}
+            {{- name ~ '=' ~ value | tojson ~ (', ' if not loop.last else ')') }}
+        {%- endfor %}
+    {%- else %}
+        {{- header(message['role']) + message['content'] | trim }}
+    {%- endif %}
+    {{- eos_token }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- header('assistant') }}
+{%- endif %}
+"""
+# A namespace, a loop from the back, thoughts that are cut from old answers, a switch (in the style of Qwen 3).
+THOUGHTS = """
+{%- set ns = namespace(last=messages | length - 1, found=false) %}
+{%- for message in messages[::-1] %}
+    {%- set index = messages | length - 1 - loop.index0 %}
+    {%- if message.role == 'user' and message.content is string and not ns.found %}
+        {%- set ns.found = true %}
+        {%- set ns.last = index %}
+    {%- endif %}
+{%- endfor %}
+{% for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if message.role == 'assistant' %}
+        {%- set thought = '' %}
+        {%- if '</think>' in content %}
+            {%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last and (loop.last or thought) %}
+            {%- set content = '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + content %}
+        {%- endif %}
+    {%- elif message.role == 'debug' %}
+        {%- continue %}
+    {%- endif %}
+<|start|>{{ message.role }}
+{{ content }}
+    {%- for call in message.tool_calls or [] %}
+        {{- '\\n<call>' + call | tojson + '</call>' }}
+    {%- endfor %}
+<|end|>
+{% endfor %}
+{% if add_generation_prompt %}
+<|start|>assistant
+    {%- if enable_thinking is defined and enable_thinking is false %}
+{{ '\\n<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+# Strict turns, another name for the assistant, the system's words in the first turn, contents in parts, spans of the
+# model's own (in the style of Gemma).
+TURNS = """
+{{- bos_token }}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- set prefix = messages[0]['content'] + '\\n\\n' -%}
+    {%- set turns = messages[1:] -%}
+{%- else -%}
+    {%- set prefix = '' -%}
+    {%- set turns = messages -%}
+{%- endif -%}
+{%- for message in turns -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception("user and assistant must take turns") }}
+    {%- endif -%}
+    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+    {{ '<|start|>' + role + '\\n' + (prefix if loop.first else '') }}
+    {%- if message['content'] is string -%}
+        {%- if role == 'model' -%}
+            {% generation %}{{ message['content'] | trim }}{% endgeneration %}
+        {%- else -%}
+            {{ message['content'] | trim }}
+        {%- endif -%}
+    {%- elif message['content'] is iterable -%}
+        {%- for item in message['content'] -%}
+            {%- if item['type'] == 'image' -%}
+                {{ '<image>' }}
+            {%- elif item['type'] == 'text' -%}
+                {{ item['text'] | trim }}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- else -%}
+        {{ raise_exception("content of an unknown type") }}
+    {%- endif -%}
+    {{ '<|end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{ '<|start|>model\\n' }}
+{%- endif -%}
+"""
+STYLES = {"headers": HEADERS, "thoughts": THOUGHTS, "turns": TURNS}
+SPECIAL_TOKENS = ["<|start|>", "<|end|>"]  # besides the tokenizer's own
+
+SAY = [{"role": "user", "content": " import os "}]
+TALK = [
+    {"role": "system", "content": "Write <Python> & nothing else.\n"},
+    {"role": "user", "content": "def f(x):\n"},
+    {"role": "assistant", "content": "<think>\nshort\n</think>\n\n    return x\n", "tool_calls": None},
+    {"role": "user", "content": "  and g? 你好 <|end|>"},
+]
+CALL = {"function": {"name": "run", "arguments": {"code": "1 < 2 and 'é'", "times": 3}}}
+TOOL = {"name": "run", "description": "Runs 'code' & says > what <.", "parameters": {"code": {"type": "string"}}}
+CALLS = [
+    *SAY,
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "True"},
+    {"role": "debug", "content": "x"},
+]
+PARTS = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " what is it? "}]}]
+# (style, messages, what else the template is told)
+CHATS = [
+    ("headers", SAY, {"today": "today"}),
+    ("headers", TALK, {"today": "today", "add_generation_prompt": False}),
+    ("headers", CALLS, {"today": "today", "tools": [TOOL, TOOL]}),
+    ("headers", SAY, {"today": "today", "bos_token": "<|end|>"}),
+    ("thoughts", SAY, {}),
+    ("thoughts", TALK, {"enable_thinking": False}),
+    ("thoughts", [*TALK[:2], TALK[2] | {"tool_calls": [CALL]}], {"add_generation_prompt": False}),
+    ("thoughts", CALLS, {"enable_thinking": True}),
+    ("turns", SAY, {}),
+    ("turns", TALK, {}),
+    ("turns", PARTS, {"add_generation_prompt": False}),
+]
+
+
+def write_folder(folder: Path, style: str, tokenizer_json: str) -> None:
+    """The tokenizer files of a checkpoint; the template stands in a file of its own or in the config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(tokenizer_json)
+    bos = {"__type": "AddedToken", "content": "<|endoftext|>", "lstrip": False, "rstrip": False, "special": True}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": "<|end|>", "pad_token": None}
+    if style == "headers":
+        (folder / "chat_template.jinja").write_text(STYLES[style])
+    elif style == "thoughts":
+        config["chat_template"] = STYLES[style]
+    else:
+        names = {"other": "{{ 1 }}", "default": STYLES[style]}
+        config["chat_template"] = [{"name": name, "template": template} for name, template in names.items()]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def main():
+    from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports]  an environment of its own
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    tokenizers = {style: AutoTokenizer.from_pretrained(folder / style) for style in STYLES}
+    found = []
+    for style, messages, variables in CHATS:
+        options = {"add_generation_prompt": True, "return_dict": False} | variables
+        apply = tokenizers[style].apply_chat_template
+        found.append({"text": apply(messages, tokenize=False, **options), "tokens": apply(messages, **options)})
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
