@@ -16,8 +16,9 @@ __all__ = ["copy_pages", "paged_attention", "refusal", "write_pages"]
 
 # With fewer new tokens than this a sequence's tokens are cheaper one by one than as a mostly empty block.
 FEWEST_BLOCK_QUERIES = 9
-# Each of them holds a float32 softmax state while its batch runs: more take a loop over batches.
-TOKENS_AT_ONCE = 128
+# Each token holds a float32 softmax state while its batch runs: more take a loop over batches.
+TOKENS_AT_ONCE = 128  # when decoding
+FEW_AT_ONCE = 64  # among longer sequences: their queries are gathered, too
 
 
 def paged_attention(
@@ -68,10 +69,11 @@ def attend_pages(
         out, lse = decode_attention(q, pages, table, places, sinks, options)
         return jnp.where(inert[..., None], 0, out).astype(q.dtype), jnp.where(inert, -jnp.inf, lse)
 
-    out, lse = jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf)
+    # Outputs take the place of their queries, token by token: a step then holds one array of that size, not two.
+    out, lse = q, jnp.full(q.shape[:2], -jnp.inf)
     is_short = jnp.diff(query_starts)[places.sequence] < FEWEST_BLOCK_QUERIES
     most = min(num_tokens, lengths.size * (FEWEST_BLOCK_QUERIES - 1))
-    at_once = min(most, TOKENS_AT_ONCE)
+    at_once = min(most, FEW_AT_ONCE)
     most += -most % at_once
     short = jnp.flatnonzero(is_short & ~inert[:, 0], size=most, fill_value=num_tokens).astype(jnp.int32)
 
@@ -81,7 +83,7 @@ def attend_pages(
         index = jnp.minimum(token, num_tokens - 1)
         position = jnp.where(token < num_tokens, places.position[index], -1)
         some = TokenPlaces(places.sequence[index], position)
-        some_out, some_lse = decode_attention(q[index], pages, table, some, sinks, options)
+        some_out, some_lse = decode_attention(out[index], pages, table, some, sinks, options)
         return (
             out.at[token].set(some_out.astype(q.dtype), mode="drop"),
             lse.at[token].set(some_lse, mode="drop"),
@@ -91,6 +93,6 @@ def attend_pages(
     out, lse = jax.lax.fori_loop(0, -(-num_short // at_once), decode_some, (out, lse))
     if max_query_len >= FEWEST_BLOCK_QUERIES:
         out, lse = prefill_attention(
-            q, out, lse, pages, table, lengths, query_starts, FEWEST_BLOCK_QUERIES, sinks, options
+            out, lse, pages, table, lengths, query_starts, FEWEST_BLOCK_QUERIES, sinks, options
         )
-    return out, lse
+    return jnp.where(inert[..., None], 0, out), lse

@@ -9,11 +9,11 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.pages import Pages
 from pallas_kernels.xla_tiles import Options, Softmax, attend, finish, start
 
-BLOCK_QUERIES = 128
+SCORE_BYTES = 1 << 20  # of a block of queries over a tile: the loop holds a few arrays of this size
+MOST_QUERIES = 128  # of a block
 
 
 def prefill_attention(
-    q: Float[Array, "T N H"],
     out: Float[Array, "T N H"],
     lse: Float[Array, "T N"],
     pages: Pages,
@@ -30,9 +30,8 @@ def prefill_attention(
     ever holds a whole context, and tiles outside every query's causal range or window are not read.
 
     Args:
-        q: the queries of all sequences.
-        out: the outputs of the other sequences' tokens; returned with those of these.
-        lse: their log-sum-exp.
+        out: the queries of these sequences' tokens, to be replaced by their outputs; whatever of the others'.
+        lse: the log-sum-exp of the others.
         pages: one layer's pages, the tokens already in them.
         table: the pages by tiles.
         lengths: tokens in each sequence, the new ones included.
@@ -42,13 +41,13 @@ def prefill_attention(
         options: the static options.
 
     Returns:
-        `out` and `lse` with the rows of these sequences in them.
+        `out` and `lse` with the results of these sequences in them.
     """
-    num_tokens, num_heads, head_dim = q.shape
+    num_tokens, num_heads, head_dim = out.shape
     num_kv_heads, page_size = pages.num_kv_heads, pages.page_size
     group = num_heads // num_kv_heads
-    block = min(BLOCK_QUERIES, num_tokens)
     tile_tokens = table.shape[2] * page_size
+    block = min(max(SCORE_BYTES // (4 * num_heads * tile_tokens), 1), MOST_QUERIES, num_tokens)
 
     starts, ends = query_starts[:-1], query_starts[1:]
     num_queries = ends - starts
@@ -74,7 +73,7 @@ def prefill_attention(
         first_position = jnp.maximum(lengths[sequence] - ends[sequence] + own_start, 0)
         last_position = lengths[sequence] - ends[sequence] + jnp.minimum(own_start + block - 1, ends[sequence] - 1)
 
-        queries = jax.lax.dynamic_slice_in_dim(q, first, block)
+        queries = jax.lax.dynamic_slice_in_dim(out, first, block)
         queries = queries.reshape(block, num_kv_heads, group, head_dim).swapaxes(0, 1)
         queries = queries.reshape(1, num_kv_heads, block * group, head_dim)
         row_position = jnp.repeat(position, group)
