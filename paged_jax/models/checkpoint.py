@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, Sharding
 from jaxtyping import Array, Float, Int
+from rich.console import Console
 from rich.progress import Progress
 from safetensors.numpy import save_file
 
@@ -22,6 +24,7 @@ from paged_jax.models.decoder import Decoder
 from paged_jax.models.families import Family, Fields, find_family
 from paged_jax.models.mxfp4 import PackedTensor, find_packed
 from paged_jax.models.safetensors_file import StoredTensor, describe, list_checkpoint, read_json
+from paged_jax.models.sharding import Placement, tensor_parallel
 from paged_jax.models.tokenizer import Tokenizer
 from paged_jax.pool import PagePool
 
@@ -100,14 +103,22 @@ class Model:
         return Tokenizer.load(self.folder)
 
 
-def load(folder: str | Path, dtype: str | None = None, *, max_length: int | None = None) -> Model:
-    """Loads a checkpoint folder, tensor by tensor, straight into its dtype.
+def load(
+    folder: str | Path,
+    dtype: str | None = None,
+    *,
+    max_length: int | None = None,
+    sharding: Mesh | Placement | None = None,
+) -> Model:
+    """Loads a checkpoint folder, tensor by tensor, straight into its dtype and onto its devices.
 
     Args:
         folder: holds config.json, and model.safetensors or its shards with model.safetensors.index.json.
         dtype: "float32" or "bfloat16" for weights and activations; None: what config.json says.
         max_length: the longest context in tokens that will be run, by which LongRoPE models (Phi 3.5) choose between
             their factors for short and for long contexts; None: what config.json says.
+        sharding: a mesh with an axis "model", over which heads and MLPs are split (`tensor_parallel`); or a function
+            from a weight's path, such as "layers.0.attn.q.weight", to its sharding; None: the default device.
 
     Returns:
         The model.
@@ -122,7 +133,8 @@ def load(folder: str | Path, dtype: str | None = None, *, max_length: int | None
     stored = find_packed(list_checkpoint(folder), folder)
     graph, abstract = _abstract_decoder(config, _choose_dtype(fields, dtype))
     plan = _plan(family, abstract, stored, folder, config)
-    return Model(config, graph, _read(abstract, plan), folder, _stop_tokens(folder, fields))
+    placement = tensor_parallel(config, sharding) if isinstance(sharding, Mesh) else sharding
+    return Model(config, graph, _read(abstract, plan, placement), folder, _stop_tokens(folder, fields))
 
 
 def save(folder: Path, hf_config: dict[str, Any], params: Any, *, dtype=None, num_shards: int = 1):
@@ -215,20 +227,28 @@ def _plan(
     return {path: (stored[place.name], place.start, place.stop) for path, place in places.items()}
 
 
-def _read(abstract, plan: dict[str, tuple[Stored, int, int]]):
+def _read(abstract, plan: dict[str, tuple[Stored, int, int]], placement: Placement | None):
     """All tensors, the largest first: what a copy needs besides the weights is smallest at the end."""
     flat = dict(nnx.to_flat_state(abstract))
     sizes = {path: math.prod(leaf.shape) * leaf.dtype.itemsize for path, leaf in flat.items()}
     total = sum(sizes.values())
-    with Progress(transient=True, disable=total < PROGRESS_BYTES) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=total < PROGRESS_BYTES) as bar:
         task = bar.add_task("loading weights", total=total)
         for path in sorted(flat, key=sizes.__getitem__, reverse=True):
-            tensor, start, stop = plan[".".join(map(str, path))]
-            rows = tensor.rows(start, stop)
-            flat[path] = flat[path].replace(jnp.array(rows, dtype=flat[path].dtype, copy=True))
-            del rows
+            name = ".".join(map(str, path))
+            tensor, start, stop = plan[name]
+            sharding = None if placement is None else placement(name)
+            flat[path] = flat[path].replace(_copy(tensor.rows(start, stop), flat[path].dtype, sharding))
             bar.advance(task, sizes[path])
     return nnx.from_flat_state(flat)
+
+
+def _copy(rows: np.ndarray, dtype, sharding: Sharding | None) -> jax.Array:
+    """The rows on their devices; nothing of the file stays mapped."""
+    if sharding is None:
+        return jnp.array(rows, dtype=dtype, copy=True)
+    return jax.make_array_from_callback(rows.shape, sharding, lambda part: np.array(rows[part], dtype))
 
 
 def _stop_tokens(folder: Path, fields: Fields) -> tuple[int, ...]:

@@ -17,6 +17,8 @@ def run_live(script: str, *arguments: str) -> str:
         probe = subprocess.run([sys.executable, "-c", "import torch, transformers"], capture_output=True)
         if probe.returncode:
             pytest.skip("PARITY_PYTHON is not set, and there is no torch here (extra `parity`)")
-    run = subprocess.run([python or sys.executable, script, *arguments], capture_output=True, text=True)
+    command = [python or sys.executable, script, *arguments]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # with more, tiny matrices cost three times the CPU time
+    run = subprocess.run(command, capture_output=True, text=True, env=one_thread)
     assert run.returncode == 0, run.stderr
     return run.stdout
