@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.pages import Pages, is_mapped, is_stacked, token_places
+from pallas_kernels.pages import Pages, is_mapped
 from pallas_kernels.reference import AttentionResult
 from pallas_kernels.tpu import attention
 from pallas_kernels.tpu.copy import copy_arrays
 from pallas_kernels.tpu.heads import LANES, SUBLANES
-from pallas_kernels.tpu.write import gather_new, rows_per_tile, tiles_of_step, write_tiles
+from pallas_kernels.tpu.write import tiles_of_step, write_tiles
 
 __all__ = ["copy_pages", "paged_attention", "refusal", "write_pages"]
 
@@ -23,8 +22,8 @@ def refusal(op: str, **arguments: Any) -> str | None:
     pages: Pages = arguments["pages"]
     if op == "copy_pages":
         return None
-    if pages.scales is not None and (op == "write_pages" or arguments["max_query_len"] > 1):
-        return "it takes int8 pages only for decoding (max_query_len=1)."
+    if op == "paged_attention" and pages.scales is not None and arguments["max_query_len"] > 1:
+        return f"it takes {pages.dtype.name} pages only for decoding (max_query_len=1)."
     tile_rows = SUBLANES * 4 // pages.dtype.itemsize
     if pages.page_size % tile_rows:
         return (
@@ -38,7 +37,7 @@ def refusal(op: str, **arguments: Any) -> str | None:
         )
     if pages.scales is not None and pages.scales.shape[2] % LANES:
         return (
-            f"it does not take int8 pages of {pages.page_size} tokens: XLA would copy all their scales, which do "
+            f"it does not take {pages.dtype.name} pages of {pages.page_size} tokens: XLA would copy all their scales, which do "
             "not fill 128 lanes; pages of 64 tokens or a multiple do."
         )
     return None
@@ -66,22 +65,21 @@ def paged_attention(
             q, k, v, pages, page_table, lengths, query_starts, shared_prefix,
             scale=scale, soft_cap=soft_cap, sinks=sinks, return_lse=return_lse,
         )  # fmt: skip
-    options: dict[str, Any] = dict(scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, return_lse=return_lse)
+    options: dict[str, Any] = dict(scale=scale, window=window, soft_cap=soft_cap, sinks=sinks)
+    if max_query_len == 1:
+        return attention.decode(
+            q, k, v, pages, page_table, lengths, query_starts, return_lse=return_lse, **options
+        )  # fmt: skip
     query_lens = query_starts[1:] - query_starts[:-1]
-    if max_query_len > 1 and k is not None and v is not None:
+    if k is not None and v is not None:
         # Decoding sequences append in their own pass.
         pages = write_pages(pages, k, v, page_table, jnp.where(query_lens > 1, lengths, 0), query_starts)
-    out, pages, lse = attention.decode(q, k, v, pages, page_table, lengths, query_starts, **options)
-    if max_query_len == 1:
-        return AttentionResult(out, pages, lse)
-    several, several_lse = attention.prefill(
-        q, pages, page_table, lengths, query_starts, max_query_len=max_query_len, **options
+    out, pages, lse = attention.decode_some(
+        q, k, v, pages, page_table, lengths, query_starts, return_lse=return_lse, **options
+    )  # fmt: skip
+    out, lse = attention.prefill(
+        q, out, lse, pages, page_table, lengths, query_starts, max_query_len=max_query_len, **options
     )
-    places = token_places(lengths, query_starts, q.shape[0])
-    is_several = ((query_lens > 1)[places.sequence] & (places.position >= 0))[:, None]
-    out = jnp.where(is_several[..., None], several, out)
-    if lse is not None and several_lse is not None:
-        lse = jnp.where(is_several, several_lse, lse)
     return AttentionResult(out, pages, lse)
 
 
@@ -93,13 +91,8 @@ def write_pages(
     lengths: Int32[Array, " B"],
     query_starts: Int32[Array, " B+1"],
 ) -> Pages:
-    tile_rows = rows_per_tile(pages.page_size, pages.dtype.itemsize)
     ids = jnp.where(is_mapped(page_table, pages), page_table, 0)
-    tiles = tiles_of_step(ids, lengths, query_starts, k.shape[0], pages.page_size, tile_rows)
-    k, v = k.astype(pages.dtype), v.astype(pages.dtype)
-    new = gather_new(tiles, k, v, is_stacked(pages), tile_rows)
-    data = write_tiles(tiles, new, pages.data, page_size=pages.page_size)
-    return dataclasses.replace(pages, data=data)
+    return write_tiles(tiles_of_step(ids, lengths, query_starts, k.shape[0], pages), k, v, pages)
 
 
 def copy_pages(pages: Pages, source: Int32[Array, " C"], target: Int32[Array, " C"]) -> Pages:

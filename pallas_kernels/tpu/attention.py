@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -13,7 +15,7 @@ from pallas_kernels.tpu import decode as kernel
 from pallas_kernels.tpu import prefill as prefill_kernel
 from pallas_kernels.tpu.blocks import decode_sizes, prefill_sizes
 from pallas_kernels.tpu.heads import LANES, SUBLANES, pack_heads, pack_queries, pad_group, unpack_rows
-from pallas_kernels.tpu.write import rows_per_tile, tiles_of_step
+from pallas_kernels.tpu.write import tiles_of_step
 
 
 def page_chunks(ids: Array) -> tuple[Array, int]:
@@ -74,40 +76,41 @@ def prefill_rows(lengths: Array, query_starts: Array, ids: Array, sizes: prefill
     """The scalars of each row that the prefill kernel needs; rows with fewer than two new tokens sit out."""
     num_tokens = query_starts[1:] - query_starts[:-1]
     active = (num_tokens > 1) & (lengths > 0)
+    inert = jnp.maximum(num_tokens - lengths, 0)  # tokens in front, with negative positions
     column = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :]
     needed = column * sizes.page_size < lengths[:, None]
     fields = {
         prefill_kernel.TABLE_ROW: jnp.arange(lengths.size, dtype=jnp.int32),
         prefill_kernel.LENGTH: lengths,
-        prefill_kernel.TOKEN: query_starts[:-1],
-        prefill_kernel.NUM_TASKS: -(-num_tokens // sizes.query_tokens),
+        prefill_kernel.TOKEN: query_starts[:-1] + inert,
+        prefill_kernel.NUM_TOKENS: num_tokens - inert,
         prefill_kernel.HOLES: jnp.any(needed & (ids == 0), axis=1).astype(jnp.int32),
-        prefill_kernel.FIRST_POSITION: lengths - num_tokens,
+        prefill_kernel.FIRST_POSITION: lengths - num_tokens + inert,
     }
     return active_first(jnp.stack([fields[i] for i in range(prefill_kernel.FIELDS)]), active)
 
 
 def prefill(
-    q: Array, pages: Pages, page_table: Array, lengths: Array, query_starts: Array, *, scale: float,
-    window: int | None, soft_cap: float | None, sinks: Array | None, return_lse: bool, max_query_len: int,
+    q: Array, out: Array, lse: Array | None, pages: Pages, page_table: Array, lengths: Array, query_starts: Array, *,
+    scale: float, window: int | None, soft_cap: float | None, sinks: Array | None, max_query_len: int,
     sizes: prefill_kernel.PrefillSizes | None = None,
 ) -> tuple[Array, Array | None]:  # fmt: skip
     """Attention for the tokens of sequences with several new tokens, which their pages hold already.
 
     Args:
+        out: `[T, N, H]`, what the others have; lse: float32 `[T, N]`, likewise, or None.
         sizes: None (the heuristic of blocks.py) or explicit block sizes.
 
     Returns:
-        out `[T, N, H]` and lse; other tokens hold anything.
+        out and lse, with those tokens' in them.
     """
     if sizes is None:
         sizes = prefill_sizes(pages, q.shape[1], max_query_len)
     lengths = jnp.minimum(lengths, page_table.shape[1] * pages.page_size)
     ids = jnp.where(is_mapped(page_table, pages), page_table, 0)
     rows = prefill_rows(lengths, query_starts, ids, sizes)
-    options = prefill_kernel.PrefillOptions(scale, window, soft_cap, sinks is not None, return_lse, True)
-    out, lse = _run_prefill(q, sinks, rows, ids, pages, sizes, options)
-    return out.astype(q.dtype), lse
+    options = prefill_kernel.PrefillOptions(scale, window, soft_cap, sinks is not None, lse is not None, causal=True)
+    return _run_prefill(q, out, lse, sinks, rows, ids, pages, sizes, options)
 
 
 def prefix_rows(ids: Array, prefix: Array, num_tokens: int, sizes: prefill_kernel.PrefillSizes) -> Array:
@@ -118,7 +121,7 @@ def prefix_rows(ids: Array, prefix: Array, num_tokens: int, sizes: prefill_kerne
         prefill_kernel.TABLE_ROW: zero,
         prefill_kernel.LENGTH: prefix[None],
         prefill_kernel.TOKEN: zero,
-        prefill_kernel.NUM_TASKS: zero + -(-num_tokens // sizes.query_tokens),
+        prefill_kernel.NUM_TOKENS: zero + num_tokens,
         prefill_kernel.HOLES: jnp.any((column * sizes.page_size < prefix) & (ids == 0), axis=1).astype(jnp.int32),
         prefill_kernel.FIRST_POSITION: zero,
     }
@@ -136,16 +139,17 @@ def attend_to_prefix(
         prefix: int32 scalar, how many keys.
 
     Returns:
-        out float32 `[T, N, H]` and lse.
+        out `[T, N, H]` and lse.
     """
     num_tokens = q.shape[0]
     if sizes is None:
         sizes = prefill_sizes(pages, q.shape[1], num_tokens)
     rows = prefix_rows(ids, prefix, num_tokens, sizes)
     options = prefill_kernel.PrefillOptions(scale, None, soft_cap, sinks=False, lse=True, causal=False)
-    out, lse = _run_prefill(q, None, rows, ids, pages, sizes, options)
+    nothing = jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
+    out, lse = _run_prefill(q, jnp.zeros_like(q), nothing, None, rows, ids, pages, sizes, options)
     assert lse is not None
-    return out, jnp.where(prefix > 0, lse, -jnp.inf)
+    return out, lse
 
 
 def decode_shared(
@@ -173,34 +177,34 @@ def decode_shared(
 
 
 def _run_prefill(
-    q: Array, sinks: Array | None, rows: Array, ids: Array, pages: Pages, sizes: prefill_kernel.PrefillSizes,
-    options: prefill_kernel.PrefillOptions,
+    q: Array, out: Array, lse: Array | None, sinks: Array | None, rows: Array, ids: Array, pages: Pages,
+    sizes: prefill_kernel.PrefillSizes, options: prefill_kernel.PrefillOptions,
 ) -> tuple[Array, Array | None]:  # fmt: skip
-    """The prefill kernel, from and to heads as the model has them; out is float32."""
+    """The prefill kernel, from and to heads as the model has them: where they fill registers, without a copy."""
     num_tokens, num_heads, head_dim = q.shape
-    lanes = pages.data.shape[3]
+    lanes, dtype = pages.data.shape[3], compute_dtype(q, pages)
     table, chunks = page_chunks(ids)
-    padded_heads = -(-num_heads // SUBLANES) * SUBLANES
-    padding = ((0, sizes.query_tokens), (0, padded_heads - num_heads), (0, lanes - head_dim))
-    q_rows = jnp.pad(q.astype(jnp.float32), padding).reshape(-1, lanes)
+    tile_rows = SUBLANES * 4 // dtype.itemsize
+    more_heads = -num_heads % tile_rows
+    q_rows = jnp.pad(q.astype(dtype), ((0, 0), (0, more_heads), (0, lanes - head_dim)))
+    out_rows = jnp.pad(out.astype(dtype), ((0, 0), (0, more_heads), (lanes - head_dim, 0)))
     if sinks is not None:
-        by_row = jnp.repeat(sinks.astype(jnp.float32), sizes.query_tokens).reshape(-1, sizes.rows_per_unit, 1)
+        by_head = sinks.astype(jnp.float32).reshape(-1, 1, sizes.interleave(dtype))
+        by_row = jnp.repeat(by_head, sizes.query_tokens, axis=1).reshape(-1, sizes.rows_per_unit, 1)
         sinks = jnp.broadcast_to(by_row, (*by_row.shape[:2], LANES))
-    out, lse = prefill_kernel.prefill(
-        q_rows, sinks, rows, table, pages.data, chunks=chunks, num_heads=num_heads,
-        dtype=compute_dtype(q, pages), sizes=sizes, options=options,
+    if lse is not None:
+        lse = jnp.pad(lse, ((0, 0), (0, -num_heads % LANES))).reshape(num_tokens, -1, LANES)
+    out_rows, lse_rows = prefill_kernel.prefill(
+        q_rows, out_rows, lse, sinks, rows, table, pages.data,
+        chunks=chunks, num_heads=num_heads, sizes=sizes, options=options,
     )  # fmt: skip
-    out = out.reshape(-1, padded_heads, lanes)[:num_tokens, :num_heads, lanes - head_dim :]
-    if not options.lse:
-        return out, None
-    return out, lse.reshape(-1, padded_heads, LANES)[:num_tokens, :num_heads, 0]
+    out = out_rows[:, :num_heads, lanes - head_dim :].astype(q.dtype)
+    return out, None if lse is None else lse_rows.reshape(num_tokens, -1)[:, :num_heads]
 
 
 def write_scalars(pages: Pages, ids: Array, lengths: Array, query_starts: Array, num_tokens: int) -> Array:
     """The scalars of the write kernel."""
-    tile_rows = rows_per_tile(pages.page_size, pages.dtype.itemsize)
-    tiles = tiles_of_step(ids, lengths, query_starts, num_tokens, pages.page_size, tile_rows)
-    return tiles.scalars
+    return tiles_of_step(ids, lengths, query_starts, num_tokens, pages).scalars
 
 
 def new_rows(k: Array, v: Array, pages: Pages) -> tuple[Array, Array | None]:
@@ -213,7 +217,7 @@ def new_rows(k: Array, v: Array, pages: Pages) -> tuple[Array, Array | None]:
         (k, k_scale), (v, v_scale) = (quantise(x, pages.dtype) for x in (k, v))
         scales = jnp.stack([k_scale, v_scale], axis=1)[..., None]
         scales = jnp.broadcast_to(scales, (*scales.shape[:-1], LANES))
-    k, v = k.astype(pages.dtype), v.astype(pages.dtype)
+    k, v = k.astype(pages.data.dtype), v.astype(pages.data.dtype)
     if is_stacked(pages):
         rows = jnp.stack([k, v], axis=2).reshape(k.shape[0], 2 * k.shape[1], k.shape[2])
     else:
@@ -270,3 +274,32 @@ def decode(
         lse = jnp.where(is_mine, unpack_rows(lse[..., 0], packing), -jnp.inf)
     new_pages = Pages(data, None if pages.scales is None else scales, pages.page_size)
     return AttentionResult(out, new_pages, lse if return_lse else None)
+
+
+def decode_some(
+    q: Array, k: Array | None, v: Array | None, pages: Pages, page_table: Array, lengths: Array, query_starts: Array,
+    *, return_lse: bool, **options: Any,
+) -> AttentionResult:  # fmt: skip
+    """`decode` where most tokens belong to other sequences: those of the sequences with one are gathered first."""
+    num_tokens, num_rows = q.shape[0], lengths.size
+    if num_tokens <= num_rows:
+        return decode(
+            q, k, v, pages, page_table, lengths, query_starts, return_lse=return_lse, **options
+        )  # fmt: skip
+    is_one = query_starts[1:] - query_starts[:-1] == 1
+    token = jnp.minimum(query_starts[:-1], num_tokens - 1)
+    q, k, v = (None if x is None else x[token] for x in (q, k, v))
+    assert q is not None
+    starts = jnp.arange(num_rows + 1, dtype=jnp.int32)
+    some = decode(
+        q, k, v, pages, page_table, jnp.where(is_one, lengths, 0), starts, return_lse=return_lse, **options
+    )  # fmt: skip
+    # Rows without a token of their own aim past the end, each at another place.
+    target = jnp.where(is_one, token, num_tokens + starts[:-1])
+
+    def spread(x: Array, fill: float | int) -> Array:
+        everyone = jnp.full((num_tokens, *x.shape[1:]), fill, x.dtype)
+        return everyone.at[target].set(x, mode="drop", unique_indices=True)
+
+    lse = None if some.lse is None else spread(some.lse, -jnp.inf)
+    return AttentionResult(spread(some.out, 0), some.pages, lse)

@@ -28,9 +28,11 @@ from pallas_kernels.tpu.memory import in_hbm
 MASKED = -1e30  # score of a key that is not visible
 FLOOR = -1e20  # the running maximum before the first key: exp2(MASKED - FLOOR) is 0
 LOG2E = 1.4426950408889634
+UPPER_HALF = -65536  # of a word
 IDS = 128  # page ids in a chunk of the page table: one row of lanes
 FIELDS = 6  # of a row in `rows`
-TABLE_ROW, LENGTH, TOKEN, NUM_TASKS, HOLES, FIRST_POSITION = range(FIELDS)
+TABLE_ROW, LENGTH, TOKEN, NUM_TOKENS, HOLES, FIRST_POSITION = range(FIELDS)
+WORDS_AT_ONCE = 256  # rows of 32-bit words that move between the layouts of a token and of a head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,11 @@ class PrefillSizes:
     def rows_per_unit(self) -> int:
         return self.query_tokens * self.heads_per_unit
 
+    def interleave(self, dtype) -> int:
+        """Heads whose rows alternate in a unit: those that share 32-bit words, if they are of one KV head."""
+        packed = 4 // dtype.itemsize
+        return packed if self.heads_per_unit % packed == 0 else 1
+
 
 @dataclasses.dataclass(frozen=True)
 class PrefillOptions:
@@ -78,10 +85,11 @@ def _dot(a: Array, b: Array, contract_b: int) -> Array:
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _kernel(rows, sinks, table, q_hbm, pages, out_hbm, lse_hbm, kv, task, due, ids, q_in, q, out, lse,
-            m_ref, l_ref, acc_ref, s_a, s_b, p_a, p_b, alpha_a, alpha_b,
+def _kernel(rows, sinks, table, q_hbm, pages, out_in, lse_in, out_hbm, lse_hbm, kv, task, due, ids, q_in, words, q,
+            out, lse, m_ref, l_ref, acc_ref, s_a, s_b, p_a, p_b, alpha_a, alpha_b,
             page_sem, id_sem, q_sem, out_sem, *, num_rows: int, chunks: int, num_heads: int,
             sizes: PrefillSizes, options: PrefillOptions):  # fmt: skip
+    del out_in, lse_in  # the same memory as `out_hbm` and `lse_hbm`
     S, NP, T, Q, R = (sizes.page_size, sizes.pages_per_block, sizes.tokens, sizes.query_tokens, sizes.rows_per_unit)
     ring = sizes.blocks_in_ring
     K = pages.shape[1]
@@ -91,7 +99,8 @@ def _kernel(rows, sinks, table, q_hbm, pages, out_hbm, lse_hbm, kv, task, due, i
     L = pages.shape[3]
     planes = pages.shape[2] // S  # 2: value rows below key rows; 1: side by side in the lanes
     value_row = (planes - 1) * S
-    padded_heads = q_in.shape[1] // Q  # rows of a token in q and out
+    packed, interleave = 4 // q.dtype.itemsize, sizes.interleave(q.dtype)
+    words_per_token = q_in.shape[1] // packed  # rows of words, each with `packed` heads
     num_active = rows[FIELDS * num_rows]
 
     def field(index, row):
@@ -120,7 +129,7 @@ def _kernel(rows, sinks, table, q_hbm, pages, out_hbm, lse_hbm, kv, task, due, i
     def advance():
         row, nth, block = task[0], task[1], task[2]
         more_blocks = block + 1 < num_blocks(row, nth)
-        more_tasks = nth + 1 < field(NUM_TASKS, row)
+        more_tasks = (nth + 1) * Q < field(NUM_TOKENS, row)
         task[2] = jnp.where(more_blocks, block + 1, 0)
         task[1] = jnp.where(more_blocks, nth, jnp.where(more_tasks, nth + 1, 0))
         task[0] = jnp.where(more_blocks | more_tasks, row, row + 1)
@@ -166,18 +175,20 @@ def _kernel(rows, sinks, table, q_hbm, pages, out_hbm, lse_hbm, kv, task, due, i
             start_pages(slot, left, column, low)
             advance()
 
-    def rows_of_task(row, nth):
-        """Its rows in q_hbm and out_hbm. A task writes whole blocks: what is behind its tokens is written later."""
-        start = (field(TOKEN, row) + nth * Q) * padded_heads
-        return pl.ds(pl.multiple_of(start, SUBLANES), Q * padded_heads)
+    def tokens_of_task(row, nth):
+        """Where its tokens are in q_hbm and out_hbm, and how many."""
+        count = jnp.minimum(field(NUM_TOKENS, row) - nth * Q, Q)
+        return pl.ds(field(TOKEN, row) + nth * Q, count), pl.ds(0, count)
 
-    def q_copy(row, nth, slot):
-        return pltpu.make_async_copy(q_hbm.at[rows_of_task(row, nth)], q_in.at[slot], q_sem.at[slot])
+    def q_copy(row, nth):
+        there, here = tokens_of_task(row, nth)
+        return pltpu.make_async_copy(q_hbm.at[there], q_in.at[here], q_sem)
 
     def out_copies(row, nth):
-        copies = [pltpu.make_async_copy(out, out_hbm.at[rows_of_task(row, nth)], out_sem)]
+        there, here = tokens_of_task(row, nth)
+        copies = [pltpu.make_async_copy(out.at[here], out_hbm.at[there], out_sem)]
         if options.lse:
-            copies.append(pltpu.make_async_copy(lse, lse_hbm.at[rows_of_task(row, nth)], out_sem))
+            copies.append(pltpu.make_async_copy(lse.at[here], lse_hbm.at[there], out_sem))
         return copies
 
     # ---- a block ---------------------------------------------------------------------------------------------
@@ -213,7 +224,8 @@ def _kernel(rows, sinks, table, q_hbm, pages, out_hbm, lse_hbm, kv, task, due, i
         return _dot(q[unit], keys, 1)  # [R, T]
 
     key = lax.broadcasted_iota(jnp.int32, (R, T), 1)
-    key_minus_token = key - (lax.broadcasted_iota(jnp.int32, (R, T), 0) & (Q - 1))
+    row_of_query = lax.broadcasted_iota(jnp.int32, (R, T), 0)
+    key_minus_token = key - (jnp.right_shift(row_of_query, interleave // 2) & (Q - 1))
     page_of_key = lax.convert_element_type(
         (lax.broadcasted_iota(jnp.int32, (1, T), 1).astype(jnp.float32) + 0.5) / S, jnp.int32
     )
@@ -251,44 +263,91 @@ def _kernel(rows, sinks, table, q_hbm, pages, out_hbm, lse_hbm, kv, task, due, i
 
     def wide(x):
         """A value held in all 128 lanes, in L lanes."""
-        return x if L == LANES else jnp.broadcast_to(x[:, :1], (R, L))
+        return x if L == LANES else jnp.broadcast_to(x[:, :1], (x.shape[0], L))
 
     # ---- a task ----------------------------------------------------------------------------------------------
-    def head_rows(n):
-        """The rows of a query head, one a token, in q and out."""
-        return pl.ds(n, Q, stride=padded_heads)
+    chunk = min(Q, WORDS_AT_ONCE // words_per_token)  # tokens
 
-    def load_queries(slot):
-        for n in range(num_heads):
-            head, rest = divmod(n, num_heads // K)
-            part, place = divmod(rest, sizes.heads_per_unit)
-            q[head * units_per_head + part, place * Q : (place + 1) * Q, :] = q_in[slot, head_rows(n), :].astype(
-                q.dtype
-            )
+    def to_words():
+        def body(i, _):
+            x = pltpu.bitcast(q_in[pl.ds(i * chunk, chunk)], jnp.int32).reshape(chunk * words_per_token, L)
+            here = pl.ds(pl.multiple_of(i * chunk * words_per_token, SUBLANES), chunk * words_per_token)
+            for c in range(0, L, LANES):
+                words[c // LANES, here, :] = x[:, c : c + LANES]
+            return 0
+
+        lax.fori_loop(0, Q // chunk, body, 0)
+
+    def from_words():
+        def body(i, _):
+            here = pl.ds(pl.multiple_of(i * chunk * words_per_token, SUBLANES), chunk * words_per_token)
+            x = jnp.concatenate([words[c, here, :] for c in range(L // LANES)], axis=1)
+            out[pl.ds(i * chunk, chunk)] = pltpu.bitcast(x.reshape(chunk, words_per_token, L), out.dtype)
+            return 0
+
+        lax.fori_loop(0, Q // chunk, body, 0)
+
+    def words_of_head(n):
+        """One row a token: head n, and those that share its words."""
+        return pl.ds(n // packed, Q, stride=words_per_token)
+
+    def rows_of_head(n):
+        """The unit of head n, and the first of its rows there."""
+        head, rest = divmod(n, num_heads // K)
+        part, place = divmod(rest, sizes.heads_per_unit)
+        return head * units_per_head + part, place * Q
+
+    def load_queries():
+        to_words()
+        for n in range(0, num_heads, interleave):
+            unit, first = rows_of_head(n)
+            x = jnp.concatenate([words[c, words_of_head(n), :] for c in range(L // LANES)], axis=1)
+            if interleave < packed:  # the head's half of each word is the upper half of a float32
+                x = jnp.left_shift(x, 16) if n % packed == 0 else x & UPPER_HALF
+                x = pltpu.bitcast(x, jnp.float32).astype(q.dtype)
+            q[unit, first : first + interleave * Q, :] = pltpu.bitcast(x, q.dtype)
+
+    def output_of_head(n):
+        unit, first = rows_of_head(n)
+        here = slice(first, first + interleave * Q)
+        total = l_ref[unit, here]
+        return (acc_ref[unit, here] / wide(jnp.where(total > 0, total, 1.0))).astype(q.dtype)
 
     def store_outputs():
-        for n in range(num_heads):
-            head, rest = divmod(n, num_heads // K)
-            part, place = divmod(rest, sizes.heads_per_unit)
-            unit, here = head * units_per_head + part, slice(place * Q, (place + 1) * Q)
-            total = l_ref[unit, here]
-            safe = jnp.where(total > 0, total, 1.0)
-            o = acc_ref[unit, here]
-            out[head_rows(n), :] = o / (safe if L == LANES else jnp.broadcast_to(safe[:, :1], (Q, L)))
-            if options.lse:
-                log = (m_ref[unit, here] + jnp.log2(safe)) * (1 / LOG2E)
-                lse[head_rows(n), :] = jnp.where(total > 0, log, -jnp.inf)
+        for n in range(0, num_heads, packed):
+            if interleave == packed:
+                x = pltpu.bitcast(output_of_head(n), jnp.int32)
+            else:
+                halves = [pltpu.bitcast(output_of_head(i).astype(jnp.float32), jnp.int32)
+                          for i in range(n, min(n + packed, num_heads))]  # fmt: skip
+                x = jnp.bitwise_or(lax.shift_right_logical(halves[0], 16), halves[-1] & UPPER_HALF)
+            for c in range(0, L, LANES):
+                words[c // LANES, words_of_head(n), :] = x[:, c : c + LANES]
+        from_words()
+
+    def store_lse():
+        """Puts each head's in a lane."""
+        lane = lax.broadcasted_iota(jnp.int32, (Q, LANES), 1)
+        for first in range(0, num_heads, LANES):
+            x = jnp.zeros((Q, LANES), jnp.float32)
+            for n in range(first, min(first + LANES, num_heads)):
+                unit, row = rows_of_head(n - n % interleave)
+                here = pl.ds(row + n % interleave, Q, stride=interleave) if interleave > 1 else pl.ds(row, Q)
+                total = l_ref[unit, here, :]
+                log = (m_ref[unit, here, :] + jnp.log2(jnp.where(total > 0, total, 1.0))) * (1 / LOG2E)
+                x = jnp.where(lane == n - first, jnp.where(total > 0, log, -jnp.inf), x)
+            lse[:, first // LANES, :] = x
 
     def run_task(row, nth, number, slot):
         """Args:
         number: of the task. slot: of its first block in the ring.
         """
         blocks = num_blocks(row, nth)
-        q_copy(row, nth, number & 1).wait()
-        load_queries(number & 1)
-        next_row = jnp.where(nth + 1 < field(NUM_TASKS, row), row, row + 1)
-        next_nth = jnp.where(nth + 1 < field(NUM_TASKS, row), nth + 1, 0)
-        pl.when(next_row < num_active)(lambda: q_copy(next_row, next_nth, 1 - (number & 1)).start())
+        q_copy(row, nth).wait()
+        load_queries()
+        more = (nth + 1) * Q < field(NUM_TOKENS, row)
+        next_row, next_nth = jnp.where(more, row, row + 1), jnp.where(more, nth + 1, 0)
+        pl.when(next_row < num_active)(lambda: q_copy(next_row, next_nth).start())
 
         def ring_slot(block):
             return (slot + block) & (ring - 1)
@@ -361,6 +420,8 @@ def _kernel(rows, sinks, table, q_hbm, pages, out_hbm, lse_hbm, kv, task, due, i
 
         pl.when(number > 0)(wait_for_last)
         store_outputs()
+        if options.lse:
+            store_lse()
         for copy in out_copies(row, nth):
             copy.start()
         task[4], task[5] = row, nth
@@ -369,7 +430,7 @@ def _kernel(rows, sinks, table, q_hbm, pages, out_hbm, lse_hbm, kv, task, due, i
     def run():
         for i in range(6):
             task[i] = jnp.int32(0)
-        q_copy(jnp.int32(0), jnp.int32(0), 0).start()
+        q_copy(jnp.int32(0), jnp.int32(0)).start()
         for slot in range(ring - 1):
             fetch(jnp.int32(slot))
         zero = jnp.int32(0)
@@ -380,27 +441,27 @@ def _kernel(rows, sinks, table, q_hbm, pages, out_hbm, lse_hbm, kv, task, due, i
     pl.when(num_active > 0)(run)
 
 
-def prefill(q: Array, sinks: Array | None, rows: Array, table: Array, pages: Array, *, chunks: int, num_heads: int,
-            dtype, sizes: PrefillSizes, options: PrefillOptions) -> tuple[Array, Array]:  # fmt: skip
+def prefill(q: Array, out: Array, lse: Array | None, sinks: Array | None, rows: Array, table: Array, pages: Array, *,
+            chunks: int, num_heads: int, sizes: PrefillSizes, options: PrefillOptions,
+            ) -> tuple[Array, Array]:  # fmt: skip
     """Attends; the pages hold the new tokens already.
 
     Args:
-        q: float32 `[(T + Q) * padded_heads, L]`, for each token a row a query head, padded to whole registers.
+        q: `[T, padded_heads, L]` in the dtype of the products, the heads of a token padded to whole registers.
+        out: as q; the tokens of rows that take part are overwritten.
+        lse: float32 `[T, ceil(N / 128), 128]`, a head a lane, likewise; or None.
         sinks: float32 `[units, R, 128]`, or None.
-        rows: int32 `[FIELDS * B + 1]`: the fields of each row that takes part, in the order of their tokens and
-            field by field, then the number of such rows.
+        rows: int32 `[FIELDS * B + 1]`: the fields of each row that takes part, field by field, then the number of
+            such rows.
         table: int32 `[B * chunks * 128]`, the page ids, of each row in so many chunks; 0: no page.
         pages: `[P, K, planes * S, L]`.
-        dtype: of the products.
 
     Returns:
-        out float32 as q, lse float32 `[(T + Q) * padded_heads, 128]`. Tokens of rows that take no part hold
-        anything.
+        out and lse.
     """
     L = pages.shape[3]
     Q, R, T = sizes.query_tokens, sizes.rows_per_unit, sizes.tokens
     units = num_heads * Q // R
-    padded_heads = -(-num_heads // SUBLANES) * SUBLANES
     num_rows = rows.shape[0] // FIELDS
     f32, vmem, smem = jnp.float32, pltpu.VMEM, pltpu.SMEM
     hbm, scalars = pl.BlockSpec(memory_space=pltpu.HBM), pl.BlockSpec(memory_space=smem)
@@ -408,37 +469,39 @@ def prefill(q: Array, sinks: Array | None, rows: Array, table: Array, pages: Arr
         sinks = jnp.zeros((1, SUBLANES, LANES), f32)
     else:
         sinks = jnp.concatenate([sinks, jnp.zeros((1, R, LANES), f32)])
-    q, table, pages = in_hbm(q), in_hbm(table.reshape(-1, 1, IDS)), in_hbm(pages)
-    task_rows = Q * padded_heads
-    lse_shape = (q.shape[0], LANES) if options.lse else (SUBLANES, LANES)
+    if lse is None:
+        lse = jnp.zeros((1, 1, LANES), f32)
+    q, table, pages, out, lse = (in_hbm(x) for x in (q, table.reshape(-1, 1, IDS), pages, out, lse))
     return pl.pallas_call(
         functools.partial(_kernel, num_rows=num_rows, chunks=chunks, num_heads=num_heads, sizes=sizes, options=options),
         name="paged_prefill",
-        out_shape=(pltpu.HBM(q.shape, f32), pltpu.HBM(lse_shape, f32)),
-        in_specs=[scalars, pl.BlockSpec(memory_space=vmem), hbm, hbm, hbm],
+        out_shape=(pltpu.HBM(out.shape, out.dtype), pltpu.HBM(lse.shape, f32)),
+        in_specs=[scalars, pl.BlockSpec(memory_space=vmem), hbm, hbm, hbm, hbm, hbm],
         out_specs=(hbm, hbm),
+        input_output_aliases={5: 0, 6: 1},
         scratch_shapes=[
             vmem((sizes.blocks_in_ring, sizes.pages_per_block, *pages.shape[1:]), pages.dtype),
             smem((6,), jnp.int32),
             smem((sizes.blocks_in_ring,), jnp.int32),
             smem((sizes.blocks_in_ring * IDS,), jnp.int32),
-            vmem((2, task_rows, L), f32),
-            vmem((units, R, L), dtype),
-            vmem((task_rows, L), f32),
-            vmem((task_rows if options.lse else SUBLANES, LANES), f32),
+            vmem((Q, *q.shape[1:]), q.dtype),
+            vmem((L // LANES, Q * q.shape[1] * q.dtype.itemsize // 4, LANES), jnp.int32),
+            vmem((units, R, L), q.dtype),
+            vmem((Q, *q.shape[1:]), q.dtype),
+            vmem((Q if options.lse else 1, *lse.shape[1:]), f32),
             vmem((units + 1, R, LANES), f32),
             vmem((units + 1, R, LANES), f32),
             vmem((units + 1, R, L), f32),
             vmem((R, T), f32),
             vmem((R, T), f32),
-            vmem((R, T), dtype),
-            vmem((R, T), dtype),
+            vmem((R, T), q.dtype),
+            vmem((R, T), q.dtype),
             vmem((R, LANES), f32),
             vmem((R, LANES), f32),
             pltpu.SemaphoreType.DMA((sizes.blocks_in_ring,)),
             pltpu.SemaphoreType.DMA((sizes.blocks_in_ring,)),
-            pltpu.SemaphoreType.DMA((2,)),
+            pltpu.SemaphoreType.DMA,
             pltpu.SemaphoreType.DMA,
         ],
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=56 << 20, disable_bounds_checks=True),
-    )(rows, sinks, table, q, pages)
+    )(rows, sinks, table, q, pages, out, lse)

@@ -1,8 +1,9 @@
 """Writes new keys and values to their pages, in place.
 
 Two bfloat16 rows share a 32-bit word, so a copy cannot address one token. The kernel therefore works tile by
-tile, `tile_rows` slots of one page: a tile that the new tokens fill is overwritten, any other is read, merged
-and written back.
+tile: a tile that the new tokens fill is overwritten, any other is read, merged and written back. The new tokens
+lie packed, at any offset from the tiles: the kernel copies the aligned window around a tile's tokens and shifts
+it into place, by rows of words and then within the words.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from pallas_kernels.tpu.heads import SUBLANES
+from pallas_kernels.pages import Pages, is_stacked, quantise
+from pallas_kernels.tpu.heads import LANES, SUBLANES
 from pallas_kernels.tpu.memory import WORD_PART, in_hbm
 
-RING = 8  # tiles under way
-LEAD = 4  # tiles between a read and its merge
+RING_BYTES = 8 << 20  # of VMEM for the tiles under way
 
 
 class Tiles(NamedTuple):
@@ -30,7 +31,7 @@ class Tiles(NamedTuple):
         page: int32 `[C]`, 0: nothing to write.
         row: int32 `[C]`, the slot of the page where the tile starts.
         first, end: int32 `[C]`, the rows of the tile that are new.
-        token: int32 `[C]`, the packed token that row 0 would hold.
+        token: int32 `[C]`, the packed token that row 0 would hold; negative where no token is new so early.
     """
 
     page: Array
@@ -42,22 +43,26 @@ class Tiles(NamedTuple):
     @property
     def scalars(self) -> Array:
         """What the kernel reads."""
-        return jnp.concatenate([self.page, self.row, self.first, self.end])
+        return jnp.concatenate(self)
 
 
-def rows_per_tile(page_size: int, itemsize: int) -> int:
-    """Slots of a page that a copy moves at least."""
-    return min(page_size, SUBLANES * 4 // itemsize)
+def rows_per_copy(pages: Pages) -> int:
+    """Rows of the pages that a copy moves at least."""
+    return SUBLANES * 4 // pages.data.dtype.itemsize
 
 
-def tiles_of_step(
-    ids: Array, lengths: Array, query_starts: Array, num_tokens: int, page_size: int, tile_rows: int
-) -> Tiles:
+def rows_per_tile(pages: Pages) -> int:
+    """Slots of a page in a tile: what a copy moves, or the whole page whose scales lie in the same rows of lanes."""
+    return pages.page_size if pages.scales is not None else rows_per_copy(pages)
+
+
+def tiles_of_step(ids: Array, lengths: Array, query_starts: Array, num_tokens: int, pages: Pages) -> Tiles:
     """Lists the tiles of all sequences.
 
     Args:
         ids: int32 `[B, M]`, the page table, 0 where there is no page.
     """
+    page_size, tile_rows = pages.page_size, rows_per_tile(pages)
     num_rows, max_pages = ids.shape
     num_tiles = min(num_tokens, num_tokens // tile_rows + 2 * num_rows)
     query_lens = query_starts[1:] - query_starts[:-1]
@@ -83,49 +88,90 @@ def tiles_of_step(
     )
 
 
-def _kernel(scalars, new_hbm, pages_in, pages, *scratch, planes: int, page_size: int):
-    del pages_in  # the same memory as `pages`
-    new, old = scratch[:RING], scratch[RING : 2 * RING]  # [K, planes, rows, L] each
-    in_sem, out_sem = scratch[2 * RING :]
-    num_tiles = new_hbm.shape[0]
-    rows, lanes = new[0].shape[2:]
-    packed = 4 // new[0].dtype.itemsize
+def _kernel(scalars, new_hbm, new_scales_hbm, pages_in, scales_in, pages, scales, *scratch,
+            page_size: int, rows: int, ring: int, quantised: bool):  # fmt: skip
+    del pages_in, scales_in  # the same memory as `pages` and `scales`
+    *refs, in_sem, out_sem = scratch
+    window, old, scale_window, old_scales = (refs[i * ring : (i + 1) * ring] for i in range(4))
+    num_tiles = scalars.shape[0] // len(Tiles._fields)
+    num_heads, planes, window_rows, lanes = window[0].shape
+    packed = 4 // pages.dtype.itemsize
+    word_bits, aligned, words = 32 // packed, SUBLANES * packed, rows // packed
+    lead = ring // 2  # tiles between a read and its merge
 
-    def field(index, n):
-        return scalars[index * num_tiles + jnp.clip(n, 0, num_tiles - 1)]
+    def field(name, n):
+        return scalars[Tiles._fields.index(name) * num_tiles + jnp.clip(n, 0, num_tiles - 1)]
 
     def is_real(n):
-        return (n >= 0) & (n < num_tiles) & (field(0, n) > 0)
+        return (n >= 0) & (n < num_tiles) & (field("page", n) > 0)
 
     def is_partial(n):
-        return field(3, n) - field(2, n) < rows
+        return field("end", n) - field("first", n) < rows
+
+    def in_window(n, unit):
+        """Where in the packed tokens the window of a tile starts, and where in the window the tile does."""
+        token = field("token", n) + front_rows(rows, unit)
+        return pl.multiple_of(token & -unit, unit), token & (unit - 1)
 
     def in_pages(n, plane):
-        start = plane * page_size + field(1, n)
-        return pages.at[field(0, n), :, pl.ds(pl.multiple_of(start, rows), rows), :]
+        start = plane * page_size + field("row", n)
+        return pages.at[field("page", n), :, pl.ds(pl.multiple_of(start, aligned), rows), :]
 
     def reads(n, slot, act):
-        pl.when(is_real(n))(lambda: act(pltpu.make_async_copy(new_hbm.at[n], new[slot], in_sem.at[slot])))
-        for e in range(planes):
-            copy = pltpu.make_async_copy(in_pages(n, e), old[slot].at[:, e], in_sem.at[slot])
+        start, _ = in_window(n, aligned)
+        copies = [(new_hbm.at[:, :, pl.ds(start, window_rows), :], window[slot])]
+        olds = [(in_pages(n, e), old[slot].at[:, e]) for e in range(planes)]
+        if quantised:
+            start, _ = in_window(n, LANES)
+            size = scale_window[slot].shape[2]
+            copies.append((new_scales_hbm.at[:, :, pl.ds(start, size)], scale_window[slot]))
+            olds.append((scales.at[field("page", n)], old_scales[slot]))
+        for source, target in copies:
+            pl.when(is_real(n))(functools.partial(act, pltpu.make_async_copy(source, target, in_sem.at[slot])))
+        for source, target in olds:
+            copy = pltpu.make_async_copy(source, target, in_sem.at[slot])
             pl.when(is_real(n) & is_partial(n))(functools.partial(act, copy))
 
     def writes(n, slot, act):
-        for e in range(planes):
-            copy = pltpu.make_async_copy(new[slot].at[:, e], in_pages(n, e), out_sem.at[slot])
+        copies = [(old[slot].at[:, e], in_pages(n, e)) for e in range(planes)]
+        if quantised:
+            copies.append((old_scales[slot], scales.at[field("page", n)]))
+        for source, target in copies:
+            copy = pltpu.make_async_copy(source, target, out_sem.at[slot])
             pl.when(is_real(n))(functools.partial(act, copy))
 
     def merge(n, slot):
-        row = packed * lax.broadcasted_iota(jnp.int32, (rows // packed, lanes), 0)
+        """Puts the new rows among the old."""
+        row = packed * lax.broadcasted_iota(jnp.int32, (words, lanes), 0)
         is_new = jnp.zeros_like(row)
         for part in range(packed):
-            inside = (row + part >= field(2, n)) & (row + part < field(3, n))
-            bits = jnp.int32(WORD_PART[packed]) << jnp.int32(part * (32 // packed))
-            is_new = is_new | jnp.where(inside, bits, 0)
-        for h in range(new[slot].shape[0]):
+            inside = (row + part >= field("first", n)) & (row + part < field("end", n))
+            own = jnp.int32(WORD_PART[packed]) << jnp.int32(part * word_bits)
+            is_new = is_new | jnp.where(inside, own, 0)
+        _, shift = in_window(n, aligned)
+        by_words, by_bits = lax.div(shift, packed), (shift & (packed - 1)) * word_bits
+        size = window_rows // packed
+        for h in range(num_heads):
             for e in range(planes):
-                x, y = (pltpu.bitcast(ref[slot][h, e], jnp.int32) for ref in (old, new))
-                new[slot][h, e] = pltpu.bitcast(x ^ ((x ^ y) & is_new), new[slot].dtype)
+                x = pltpu.bitcast(window[slot][h, e], jnp.int32)
+                x = pltpu.roll(x, lax.rem(size - by_words, size), 0)
+                if packed > 1:
+                    above = jnp.left_shift(jnp.left_shift(pltpu.roll(x, size - 1, 0), 31 - by_bits), 1)
+                    x = lax.shift_right_logical(x, jnp.full_like(x, by_bits)) | above
+                before = pltpu.bitcast(old[slot][h, e], jnp.int32)
+                old[slot][h, e] = pltpu.bitcast(before ^ ((before ^ x[:words]) & is_new), pages.dtype)
+
+    def merge_scales(n, slot):
+        _, shift = in_window(n, LANES)
+        size = scale_window[slot].shape[2]
+        lane = lax.broadcasted_iota(jnp.int32, (num_heads, 2 * rows), 1)
+        is_value = lane >= rows
+        key = pltpu.roll(scale_window[slot][0], lax.rem(size - shift, size), 1)[:, : 2 * rows]
+        value = pltpu.roll(scale_window[slot][1], lax.rem(size + rows - shift, size), 1)[:, : 2 * rows]
+        at = lane - jnp.where(is_value, rows, 0)
+        is_new = (at >= field("first", n)) & (at < field("end", n))
+        x = jnp.where(is_value, value, key)
+        old_scales[slot][...] = jnp.where(is_new, x, old_scales[slot][...])
 
     def start(copy):
         copy.start()
@@ -134,45 +180,68 @@ def _kernel(scalars, new_hbm, pages_in, pages, *scratch, planes: int, page_size:
         copy.wait()
 
     def lap(t, _):
-        for slot in range(RING):
-            n = t * RING + slot
-            writes(n - RING, slot, wait)
+        for slot in range(ring):
+            n = t * ring + slot
+            writes(n - ring, slot, wait)
             reads(n, slot, start)
-            ready, at = n - LEAD, (slot - LEAD) % RING
+            ready, at = n - lead, (slot - lead) % ring
             reads(ready, at, wait)
-            pl.when(is_real(ready) & is_partial(ready))(functools.partial(merge, ready, at))
+            pl.when(is_real(ready))(functools.partial(merge, ready, at))
+            if quantised:
+                pl.when(is_real(ready))(functools.partial(merge_scales, ready, at))
             writes(ready, at, start)
         return 0
 
-    # The last tile is written LEAD steps after its read and waited for a lap later.
-    lax.fori_loop(0, -(-(num_tiles + RING) // RING) + 1, lap, 0)
+    # The last tile is written `lead` steps after its read and waited for a lap later.
+    lax.fori_loop(0, -(-(num_tiles + ring) // ring) + 1, lap, 0)
 
 
-def write_tiles(tiles: Tiles, new: Array, pages: Array, *, page_size: int) -> Array:
-    """Writes the new rows of each tile.
+def front_rows(rows: int, unit: int) -> int:
+    """Rows in front of the packed tokens, so that no tile starts before them."""
+    return -(-rows // unit) * unit
+
+
+def packed_tokens(x: Array, axis: int, rows: int, unit: int, window: int) -> Array:
+    """Tokens with so many more around them that every window lies within."""
+    behind = window + unit - x.shape[axis] % unit
+    padding = [(front_rows(rows, unit), behind) if i == axis else (0, 0) for i in range(x.ndim)]
+    return jnp.pad(x, padding)
+
+
+def write_tiles(tiles: Tiles, k: Array, v: Array, pages: Pages) -> Pages:
+    """Writes the new tokens of each tile.
 
     Args:
-        new: `[C, K, planes, rows, L]`, the tiles with the new rows in place; other rows are not read.
-        pages: `[P, K, planes * S, L]`.
+        k, v: `[T, K, H]`, packed.
     """
-    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    new, pages = in_hbm(new), in_hbm(pages)
-    return pl.pallas_call(
-        functools.partial(_kernel, planes=new.shape[2], page_size=page_size),
+    rows, aligned, quantised = rows_per_tile(pages), rows_per_copy(pages), pages.scales is not None
+    new_scales, scales = jnp.zeros((1, 1, LANES)), jnp.zeros((1, LANES))
+    scale_window = 0
+    if pages.scales is not None:
+        (k, k_scale), (v, v_scale) = (quantise(x, pages.dtype) for x in (k, v))
+        scales = pages.scales
+        scale_window = -(-max(2 * rows, rows + LANES) // LANES) * LANES
+        new_scales = packed_tokens(jnp.stack([k_scale.T, v_scale.T]), 2, rows, LANES, scale_window)
+    k, v = (x.swapaxes(0, 1).astype(pages.data.dtype) for x in (k, v))
+    new = jnp.stack([k, v], axis=1) if is_stacked(pages) else jnp.concatenate([k, v], axis=-1)[:, None]
+    new = packed_tokens(new, 2, rows, aligned, rows + aligned)
+    num_heads, planes, _, lanes = new.shape
+    tile, window = (num_heads, planes, rows, lanes), (num_heads, planes, rows + aligned, lanes)
+    tile_bytes = num_heads * planes * (2 * rows + aligned) * lanes * new.dtype.itemsize
+    ring = next(n for n in (8, 4, 2) if n == 2 or n * tile_bytes <= RING_BYTES)
+    hbm, vmem = pl.BlockSpec(memory_space=pltpu.HBM), pltpu.VMEM
+    scratch = [vmem(window, new.dtype)] * ring + [vmem(tile, new.dtype)] * ring
+    scratch += [vmem((2, scales.shape[-2], scale_window) if quantised else (1, 1, LANES), jnp.float32)] * ring
+    scratch += [vmem(scales.shape[-2:], jnp.float32)] * ring
+    new, new_scales, data, scales = (in_hbm(x) for x in (new, new_scales, pages.data, scales))
+    data, scales = pl.pallas_call(
+        functools.partial(_kernel, page_size=pages.page_size, rows=rows, ring=ring, quantised=quantised),
         name="paged_write",
-        out_shape=pltpu.HBM(pages.shape, pages.dtype),
-        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), hbm, hbm],
-        out_specs=hbm,
-        input_output_aliases={2: 0},
-        scratch_shapes=[pltpu.VMEM(new.shape[1:], pages.dtype)] * (2 * RING) + [pltpu.SemaphoreType.DMA((RING,))] * 2,
+        out_shape=[pltpu.HBM(x.shape, x.dtype) for x in (data, scales)],
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), hbm, hbm, hbm, hbm],
+        out_specs=[hbm, hbm],
+        input_output_aliases={3: 0, 4: 1},
+        scratch_shapes=scratch + [pltpu.SemaphoreType.DMA((ring,))] * 2,
         compiler_params=pltpu.CompilerParams(has_side_effects=True),
-    )(tiles.scalars, new, pages)
-
-
-def gather_new(tiles: Tiles, k: Array, v: Array, is_stacked: bool, tile_rows: int) -> Array:
-    """The new keys and values of each tile, `[C, K, planes, rows, L]`."""
-    token = tiles.token[:, None] + jnp.arange(tile_rows, dtype=jnp.int32)[None, :]
-    token = jnp.clip(token, 0, k.shape[0] - 1)
-    if is_stacked:
-        return jnp.stack([x[token].swapaxes(1, 2) for x in (k, v)], axis=2)
-    return jnp.concatenate([k, v], axis=-1)[token].swapaxes(1, 2)[:, :, None]
+    )(tiles.scalars, new, new_scales, data, scales)
+    return Pages(data, scales if quantised else None, pages.page_size)

@@ -94,11 +94,15 @@ def test_a_neighbour_of_nan_changes_nothing(late_copies, small_blocks):
     np.testing.assert_array_equal(np.asarray(again)[[0, 2]], np.asarray(out)[[0, 2]])
 
 
-@pytest.mark.parametrize(("head_dim", "dtype"), [(128, "bfloat16"), (64, "float32")])
-def test_write(interpreter, head_dim, dtype):
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "page_size"),
+    [(128, "bfloat16", 16), (64, "float32", 16), (128, "int8", 64), (64, "float8_e4m3fn", 64)],
+)
+def test_write(interpreter, head_dim, dtype, page_size):
     # New tokens that start and end inside a tile, fill one, are none, are inert; the last row's page is missing.
     lengths, query_lens = (40, 5, 33, 16, 2, 17), (20, 5, 1, 0, 3, 17)
-    case = Case("write", lengths, query_lens, (2, 2), head_dim, 16, dtype, dtype, padding=3, holes=((5, 0),))
+    q_dtype = dtype if dtype in ("bfloat16", "float32") else "bfloat16"
+    case = Case("write", lengths, query_lens, (2, 2), head_dim, page_size, dtype, q_dtype, padding=3, holes=((5, 0),))
     inputs = make_inputs(case)
     assert inputs.k is not None and inputs.v is not None
     rest = (inputs.k, inputs.v, inputs.page_table, inputs.lengths, inputs.query_starts)
