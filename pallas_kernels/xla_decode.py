@@ -14,7 +14,7 @@ from pallas_kernels.xla_tiles import LOWEST, Options, Softmax, attend, compute_d
 # Gathered at once: XLA on a CPU page-faults large temporaries on every use; with much smaller ones the fixed cost of a
 # step shows. Measured with page size 16: 32/8/128 (N/K/H) and 8/2/64, batch 32, 0.25 to 4 MB.
 KEY_BYTES = 2 << 20  # of keys; as much again of values
-ROW_BYTES = 2 << 20  # of rows that hold both
+ROW_BYTES = 3 << 19  # of rows that hold both
 MOST_ITEMS = 32  # merging costs items squared
 
 

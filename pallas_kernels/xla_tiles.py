@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from pallas_kernels.pages import NULL_PAGE, Pages, gather_pages, is_mapped, is_stacked, numbers
 
 TILE_TOKENS = 128
+NARROW_BYTES = 512  # a token: tiles of such pages hold twice the tokens, or the fixed cost of an item shows
 FEW_QUERIES = 32  # a KV head: fewer, and splitting rows costs more than multiplying whole ones
 LOWEST = -1e30  # stands for -inf as the largest score so far: a difference of two of them is 0, not NaN
 
@@ -33,14 +34,16 @@ class Softmax(NamedTuple):
     out: Float[Array, "*n H"]  # sum of exp(score - top) * value
 
 
-def pages_per_tile(page_size: int) -> int:
-    """Whole pages in a tile of about 128 tokens."""
-    return max(1, TILE_TOKENS // page_size)
+def pages_per_tile(pages: Pages) -> int:
+    """Whole pages in a tile of about 128 tokens, or 256 where they are narrow."""
+    token_bytes = pages.num_kv_heads * 2 * pages.head_dim * pages.data.dtype.itemsize
+    tokens = TILE_TOKENS if token_bytes > NARROW_BYTES else 2 * TILE_TOKENS
+    return max(1, tokens // pages.page_size)
 
 
 def tiled_table(page_table: Int32[Array, "B M"], pages: Pages) -> Int32[Array, "B tiles pages_per_tile"]:
     """The page table by tiles, padded with the null page, every unmapped id replaced by it."""
-    per_tile = pages_per_tile(pages.page_size)
+    per_tile = pages_per_tile(pages)
     rows, columns = page_table.shape
     table = jnp.where(is_mapped(page_table, pages), page_table, NULL_PAGE)
     table = jnp.pad(table, ((0, 0), (0, -columns % per_tile)), constant_values=NULL_PAGE)
