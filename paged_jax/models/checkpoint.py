@@ -30,6 +30,7 @@ from paged_jax.pool import PagePool
 
 Stored = StoredTensor | PackedTensor
 DTYPES = ("float32", "bfloat16")
+STORED_DTYPES = ("F32", "F16", "BF16")
 PROGRESS_BYTES = 200_000_000  # a progress bar from this size on
 # Tensors that some checkpoints carry and that follow from the config or from other tensors.
 DERIVED = ("rotary_emb.inv_freq",)
@@ -217,12 +218,22 @@ def _plan(
         for name, shape in shapes.items()
         if name in stored and stored[name].shape != shape
     ]
-    problems = {"missing": missing, "not expected": extra, "of another shape": misshaped}
+    unsupported = [
+        f"{name} ({tensor.dtype})"
+        for name, tensor in stored.items()
+        if name in shapes and isinstance(tensor, StoredTensor) and tensor.dtype not in STORED_DTYPES
+    ]
+    problems = {
+        "missing": missing,
+        "not expected": extra,
+        "of another shape": misshaped,
+        f"not of {', '.join(STORED_DTYPES)}": unsupported,
+    }
     found = [f"{what}: {describe(names)}" for what, names in problems.items() if names]
     if found:
         raise ValueError(
             f"the tensors in {folder} are not those of its config.json. {'; '.join(found)}. "
-            "Correct config.json, or download the checkpoint again."
+            "Correct config.json, convert the weights, or download the checkpoint again."
         )
     return {path: (stored[place.name], place.start, place.stop) for path, place in places.items()}
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, NoReturn
 
 from paged_jax.models.config import DecoderConfig
+from paged_jax.models.experts import GATE_LIMIT, GATE_SHARPNESS
 from paged_jax.models.rope import KINDS, Rope
 
 # Our name of a tensor (within its layer) -> the name in Llama checkpoints (within model.layers.N).
@@ -90,6 +91,10 @@ def read_rope(fields: Fields, parameters: dict[str, Any], theta: float) -> Rope:
         # All tokens of a context must turn alike, so the set is chosen once, by the longest context.
         name = "long_factor" if (fields.run_length or length) > original else "short_factor"
         lane_factors = tuple(map(float, parameters.get(name) or ()))
+        head_dim = fields.get("head_dim", fields.get("hidden_size") // fields.get("num_attention_heads"))
+        if len(lane_factors) != int(head_dim * share) // 2:
+            where = "rope_parameters" if "rope_parameters" in fields.values else "rope_scaling"
+            fields.fail(where, f"longrope needs {int(head_dim * share) // 2} numbers in {name}.")
         magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
         magnitude = float(parameters.get("attention_factor") or magnitude)
     return Rope(
@@ -248,6 +253,9 @@ def phi3(fields: Fields) -> DecoderConfig:
 
 def gpt_oss(fields: Fields) -> DecoderConfig:
     """gpt-oss: experts, sinks, every other layer local."""
+    for name, value in (("swiglu_alpha", GATE_SHARPNESS), ("swiglu_limit", GATE_LIMIT)):
+        if fields.get(name, value) != value:
+            fields.fail(name, f"only {value} is supported.")
     return base_config(
         fields,
         qkv_bias=bool(fields.get("attention_bias")),

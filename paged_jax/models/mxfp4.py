@@ -56,7 +56,7 @@ def find_packed(stored: dict[str, StoredTensor], folder: Path) -> dict[str, Stor
     """The tensors of a checkpoint, with each pair of blocks and scales as one.
 
     Raises:
-        ValueError: blocks without scales, or of shapes that do not belong together.
+        ValueError: blocks without scales, or of dtypes or shapes that do not belong together.
     """
     found: dict[str, StoredTensor | PackedTensor] = dict(stored)
     for name in [name for name in stored if name.endswith("_blocks")]:
@@ -64,6 +64,11 @@ def find_packed(stored: dict[str, StoredTensor], folder: Path) -> dict[str, Stor
         blocks, scales = found.pop(name), found.pop(f"{base}_scales", None)
         if not isinstance(blocks, StoredTensor) or not isinstance(scales, StoredTensor):
             raise ValueError(f"{folder} has {name} but no {base}_scales: download the checkpoint again.")
+        if {blocks.dtype, scales.dtype} != {"U8"}:
+            raise ValueError(
+                f"{folder} has {name} of dtype {blocks.dtype} and {base}_scales of dtype {scales.dtype}, but MXFP4 is "
+                "U8. Download the checkpoint again."
+            )
         if len(blocks.shape) != 4 or blocks.shape[:3] != scales.shape:
             raise ValueError(
                 f"{folder} has {name} of shape {list(blocks.shape)} and {base}_scales of shape {list(scales.shape)}: "

@@ -28,12 +28,7 @@ class StoredTensor:
     offset: int
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows of the tensor as a memory map, which goes away with the array."""
-        if self.dtype not in DTYPES:
-            raise ValueError(
-                f"{self.path}: tensor {self.name!r} has dtype {self.dtype}; supported are {', '.join(DTYPES)}. "
-                "Convert the checkpoint to one of these."
-            )
+        """Rows of the tensor as a memory map, which goes away with the array; its dtype is one of DTYPES."""
         dtype = DTYPES[self.dtype]
         offset = self.offset + start * math.prod(self.shape[1:]) * dtype.itemsize
         return np.memmap(self.path, dtype=dtype, mode="r", offset=offset, shape=(stop - start, *self.shape[1:]))
@@ -43,7 +38,7 @@ def list_tensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file.
 
     Raises:
-        ValueError: the file is cut short or is no safetensors file.
+        ValueError: the file is cut short, contradicts itself or is no safetensors file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -56,21 +51,27 @@ def list_tensors(path: Path) -> dict[str, StoredTensor]:
         header_bytes = file.read(header_size)
     try:
         header = json.loads(header_bytes)
+        header.pop("__metadata__", None)
         begin = 8 + header_size
-        ends = [begin + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        spans = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
+        end = begin + max((stop for _, stop in spans.values()), default=0)
         tensors = {
-            name: StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]), begin + entry["data_offsets"][0])
+            name: StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]), begin + spans[name][0])
             for name, entry in header.items()
-            if name != "__metadata__"
         }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path} is no safetensors file: its header is not readable ({error}). Download it again."
         ) from error
-    if max(ends, default=begin) > size:
-        raise ValueError(
-            f"{path} is cut short: its header tells of {max(ends)} bytes, but it has {size}. Download it again."
-        )
+    if end > size:
+        raise ValueError(f"{path} is cut short: its header tells of {end} bytes, but it has {size}. Download it again.")
+    for name, tensor in tensors.items():
+        start, stop = spans[name]
+        if tensor.dtype in DTYPES and stop - start != math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize:
+            raise ValueError(
+                f"{path} contradicts itself: {name} is {tensor.dtype} {list(tensor.shape)} in {stop - start} bytes. "
+                "Download it again."
+            )
     return tensors
 
 

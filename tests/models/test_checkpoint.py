@@ -115,7 +115,7 @@ def test_all_that_does_not_fit_is_in_one_error(tmp_path):
         "missing: model.layers.1.mlp.up_proj.weight, model.norm.weight; "
         "not expected: model.layers.2.mlp.up_proj.weight; "
         "of another shape: model.layers.0.self_attn.q_proj.weight is [32, 15] instead of [32, 16]. "
-        "Correct config.json, or download the checkpoint again."
+        "Correct config.json, convert the weights, or download the checkpoint again."
     )
 
 
@@ -143,21 +143,29 @@ def garble_header(folder: Path):
     path.write_bytes(path.read_bytes().replace(b'"dtype"', b'"dtipe"', 1))
 
 
-def store_float8(folder: Path):
-    path = folder / "model.safetensors"
-    data = path.read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    for name, entry in header.items():
-        if name != "__metadata__":
-            entry["dtype"] = "F8_E4M3"
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+def in_header(**changes):
+    """Says something else of every tensor, and leaves the data as it is."""
+
+    def edit(folder: Path):
+        path = folder / "model.safetensors"
+        data = path.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])
+        text = json.dumps({name: entry | changes for name, entry in header.items() if name != "__metadata__"}).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+    return edit
 
 
 def drop_shard(folder: Path):
     make(folder, num_shards=3)
     (folder / "model-00002-of-00003.safetensors").unlink()
+
+
+def cut_shard(folder: Path):
+    make(folder, num_shards=3)
+    path = folder / "model-00003-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
 
 
 def config(**changes):
@@ -168,7 +176,12 @@ BROKEN = [
     (cut, r"model.safetensors is cut short: its header tells of \d+ bytes, but it has \d+\. Download it again"),
     (cut_header, r"is cut short or is no safetensors file: it has 100 bytes and says that its header has \d+"),
     (garble_header, r"model.safetensors is no safetensors file: its header is not readable .*Download it again"),
-    (store_float8, r"tensor .* has dtype F8_E4M3; supported are F32, F16, BF16, U8\. Convert the checkpoint"),
+    (
+        in_header(dtype="F8_E4M3"),
+        r"json\. not of F32, F16, BF16: lm_head.weight \(F8_E4M3\), .*and \d+ more\. .*conv",
+    ),
+    (in_header(dtype="U8", shape=[8]), r"model.safetensors contradicts itself: \S+ is U8 \[8\] in \d+ bytes\. Downl"),
+    (cut_shard, r"model-00003-of-00003.safetensors is cut short: its header tells of \d+ bytes, but it has \d+\. Down"),
     (drop_shard, r"index.json names 'model-00002-of-00003.safetensors', which is not in .*: download that file"),
     (lambda f: (f / "model.safetensors").unlink(), r"has neither model.safetensors nor model.safetensors.index"),
     (lambda f: (f / "config.json").unlink(), r"config.json does not exist: give the folder of a Hugging Face"),
@@ -181,6 +194,15 @@ BROKEN = [
     (config(num_key_value_heads=3), r"num_heads=4 is not a multiple of num_kv_heads=3: every KV head serves"),
     (config(quantization_config={"bits": 4}), r"has quantization_config=.*: only gpt_oss in mxfp4 may be quantised"),
     (config(rope_scaling={"type": "dynamic"}), r"has rope_scaling=.*its rope_type 'dynamic' is not supported"),
+    (
+        config(rope_scaling={"type": "longrope", "short_factor": [1.0] * 3, "factor": 1.0}),
+        r"has rope_scaling=.*: longrope needs 4 numbers in short_factor",
+    ),
+    (config(model_type="gpt_oss", swiglu_limit=5.0), r"config.json has swiglu_limit=5.0: only 7.0 is supported"),
+    (
+        config(model_type="qwen3_moe"),
+        r"config.json has model_type='qwen3_moe': supported are .*qwen3",
+    ),
     (
         config(model_type="gemma2", sliding_window=8, layer_types=["linear_attention"] * 2),
         r"has layer_types=.*: it must name full_attention or sliding_attention for 2 layers",

@@ -69,6 +69,10 @@ def test_packed_tensors_that_do_not_belong_together_are_refused(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="has .*down_proj_blocks but no .*down_proj_scales: download"):
         models.load(tmp_path)
+    wide = {f"{LAYER}.down_proj_scales": scales.astype(np.float32)}
+    save_file(tensors | wide, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"_blocks of dtype U8 and .*_scales of dtype F32, but MXFP4 is U8. Download"):
+        models.load(tmp_path)
     save_file(tensors | {f"{LAYER}.down_proj_scales": scales[:, :3]}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"of shape \[2, 64, 1, 16\] and .* of shape \[2, 3, 1\]: the scales must"):
         models.load(tmp_path)
