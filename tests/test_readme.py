@@ -1,11 +1,13 @@
 """What the README shows is true: its code runs, its commands exist."""
 
+import difflib
 import pathlib
 import re
 
 import pytest
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S), ids=lambda code: code.split("\n")[0])
@@ -17,5 +19,22 @@ def test_the_commands_of_the_readme_name_modules_that_exist():
     modules = set(re.findall(r"python -m ((?:benchmarks|paged_jax)[\w.]*)", README))
     assert modules
     for module in modules:
-        path = pathlib.Path(__file__).parent.parent / module.replace(".", "/")
+        path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+
+
+def test_each_way_in_has_a_row_with_an_example_of_under_30_lines():
+    rows = dict(re.findall(r"^\| .*\*\*(nnx|linen|pytree)\*\*.* \| \[.*\]\((\S+)\) \|$", README, re.M))
+    assert rows.keys() == {"nnx", "linen", "pytree"}
+    for name, path in rows.items():
+        assert path == f"tests/flax/{name}_paged.py"  # which tests/flax/test_adapters.py runs
+        assert len((ROOT / path).read_text().splitlines()) < 30
+
+
+def test_the_diff_that_is_shown_makes_the_stock_decoder_paged():
+    stock, paged = ((ROOT / f"tests/flax/nnx_{kind}.py").read_text().splitlines() for kind in ("stock", "paged"))
+    real = [line for line in list(difflib.unified_diff(stock, paged, lineterm=""))[2:] if line[0] in "+- "]
+    shown = [line for line in re.findall(r"```diff\n(.*?)```", README, re.S)[0].splitlines() if line]
+    assert [line for line in shown if line[0] in "+-"] == [line for line in real if line[0] in "+-" and line[1:]]
+    assert {line for line in shown if line[0] == " "} <= set(real)
+    assert 0 < sum(line[0] in "+-" for line in real) <= 15
