@@ -298,40 +298,54 @@ import jax
 from paged_jax import models
 jax.numpy.zeros(8).block_until_ready()
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+mesh = jax.make_mesh((4,), ("model",)) if sys.argv[2] == "split" else None
 before = peak()
-models.load(sys.argv[1])
+models.load(sys.argv[1], sharding=mesh)
 print(peak() - before)
 """
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 
 
-def peak_of_loading(folder: Path, hidden_size: int, num_layers: int) -> float:
+def peak_of_loading(folder: Path, where: str, hidden_size: int, num_layers: int, num_shards: int) -> float:
     """Peak host memory that loading adds, as a multiple of the checkpoint's size."""
     shape = dict(hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=num_layers)
-    hf_config = TINY | shape | dict(vocab_size=16 * hidden_size)
+    hf_config = TINY | shape | dict(vocab_size=16 * hidden_size, num_key_value_heads=4)
     graph, abstract = nnx.split(nnx.eval_shape(lambda: models.Decoder(decoder_config(hf_config), rngs=nnx.Rngs(0))))
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, jnp.bfloat16), abstract)
-    models.save(folder, hf_config, params)
+    models.save(folder, hf_config, params, num_shards=num_shards)
     del params
-    size = (folder / "model.safetensors").stat().st_size
-    command = [sys.executable, "-c", MEASURE, str(folder)]
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    command = [sys.executable, "-c", MEASURE, str(folder), where]
     out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     shutil.rmtree(folder)
-    print(f"{size / 1e6:.0f} MB: peak {float(out.stdout) / size:.3f} of it")
+    print(f"{size / 1e6:.0f} MB in {num_shards} file(s), {where}: peak {float(out.stdout) / size:.3f} of it")
     assert float(out.stdout) > 0.9 * size  # the weights themselves
     return float(out.stdout) / size
 
 
 @needs_proc
-def test_loading_holds_little_more_than_the_weights(tmp_path):
-    assert peak_of_loading(tmp_path, hidden_size=768, num_layers=6) <= 1.3
+@pytest.mark.parametrize("where, num_shards", [("whole", 1), ("split", 3)])
+def test_loading_holds_little_more_than_the_weights(tmp_path, where, num_shards):
+    assert peak_of_loading(tmp_path, where, hidden_size=768, num_layers=10, num_shards=num_shards) <= 1.3
 
 
 @needs_proc
 @pytest.mark.long
-def test_loading_a_gigabyte_holds_little_more_than_the_weights(tmp_path):
-    assert peak_of_loading(tmp_path, hidden_size=2048, num_layers=8) <= 1.3
+@pytest.mark.parametrize("where", ["whole", "split"])
+def test_loading_a_gigabyte_holds_little_more_than_the_weights(tmp_path, where):
+    assert peak_of_loading(tmp_path, where, hidden_size=2048, num_layers=8, num_shards=1) <= 1.3
+
+
+def test_loading_shows_its_progress(tmp_path, capsys, monkeypatch):
+    make(tmp_path)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    models.load(tmp_path)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("paged_jax.models.checkpoint.PROGRESS_BYTES", 1)
+    models.load(tmp_path)
+    out, err = capsys.readouterr()
+    assert "loading weights" in err and "100%" in err and out == ""
 
 
 def test_a_sharded_checkpoint_lists_the_tensors_of_all_files(tmp_path):
