@@ -114,12 +114,12 @@ def with_nnx_jit(model: Decoder, pool: PagePool):
     def run(model, tokens, metadata):
         return model(tokens, metadata)
 
-    for cache, pages in zip(caches, pool.layers, strict=True):
-        cache.pages.set_value(LayerPages(pages))
+    for i, (cache, pages) in enumerate(zip(caches, pool.layers, strict=True)):
+        cache.pages.set_value(LayerPages(pages, i))
 
     def step(tokens, metadata):
-        for cache in caches:
-            cache.pages.set_value(LayerPages(cache.pages.get_value().pages))
+        for i, cache in enumerate(caches):
+            cache.pages.set_value(LayerPages(cache.pages.get_value().pages, i))
         return run(model, tokens, metadata)
 
     return step

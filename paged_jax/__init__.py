@@ -11,9 +11,10 @@ from paged_jax.decoding import DecodeState, decode_loop, decode_step, prefill
 from paged_jax.generator import Completion, Generator, generate
 from paged_jax.handle_book import HandleBook
 from paged_jax.handles import PageHandle
-from paged_jax.memory import MemoryReport
+from paged_jax.memory import CacheReport, MemoryReport
 from paged_jax.metadata import AttentionMetadata
 from paged_jax.page_table import PageTable, Reservation
+from paged_jax.page_tables import PageTables, Reservations
 from paged_jax.pool import PagePool
 from paged_jax.prefix import PrefixCache
 from paged_jax.sampling import SamplingParams
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionMetadata",
     "CacheConfig",
+    "CacheReport",
     "Completion",
     "DecodeState",
     "Generator",
@@ -31,9 +33,11 @@ __all__ = [
     "PageHandle",
     "PagePool",
     "PageTable",
+    "PageTables",
     "Pages",
     "PrefixCache",
     "Reservation",
+    "Reservations",
     "SamplingParams",
     "decode_loop",
     "decode_step",

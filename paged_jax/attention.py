@@ -27,7 +27,7 @@ def paged_attention(
         k: their keys; None, with v: attend without writing.
         v: their values.
         pages: the layer's pages.
-        metadata: where each token stands; see `AttentionMetadata`.
+        metadata: where each token stands, as this layer sees it; see `AttentionMetadata.layer`.
         scale: factor on the scores; None: H ** -0.5.
         window: a query at position p sees the keys in (p - window, p]; None: all before it.
         soft_cap: c in c * tanh(score / c); None: no cap.
@@ -41,6 +41,17 @@ def paged_attention(
         ValueError: at trace time, for shapes or options that do not fit together.
         NotImplementedError: the named implementation cannot do this.
     """
+    if isinstance(metadata.page_table, tuple):
+        raise ValueError(
+            f"the metadata is that of {len(metadata.groups)} groups of layers: give layer i its metadata.layer(i)"
+        )
+    given_up = metadata.groups[0].window if metadata.groups else None
+    if given_up is not None and (window is None or window > given_up):
+        sees = "everything" if window is None else f"{window} tokens"
+        raise ValueError(
+            f"this layer sees {sees}, but its cache gives up pages behind a window of {given_up}: the windows of the "
+            "cache config must be those of the layers"
+        )
     result = pallas_kernels.paged_attention(
         q,
         k,

@@ -1,5 +1,6 @@
 """The sizes of a cache."""
 
+import bisect
 import dataclasses
 from typing import Any
 
@@ -7,6 +8,22 @@ import jax.numpy as jnp
 
 QUANTISED = ("int8", "float8_e4m3fn")
 DTYPES = ("float32", "bfloat16", *QUANTISED)
+STEP_TOKENS = 512  # of a prefill step, for which `window_pages` leaves room unless it is given
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerGroup:
+    """Layers that share a page table, because they see equally far.
+
+    Args:
+        layers: their numbers.
+        window: positions that their tokens see, the own one included, behind which pages are given up; None: all.
+        num_pages: P of these layers.
+    """
+
+    layers: tuple[int, ...]
+    window: int | None
+    num_pages: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,15 +34,19 @@ class CacheConfig:
         num_layers: L, attention layers that keep keys and values.
         num_kv_heads: K, KV heads of a layer.
         head_dim: H.
-        num_pages: P, pages of each layer, the null page included; P - 1 can be used.
+        num_pages: P, pages of each layer that sees everything, the null page included; P - 1 can be used.
         max_sequences: B, slots of the page table.
         max_pages_per_sequence: M, columns of the page table.
         page_size: S, tokens in a page.
         dtype: "float32", "bfloat16", or one of the quantised "int8" and "float8_e4m3fn" (with one scale a token,
             head and key or value).
+        windows: for each layer the positions that a token sees, its own included, None for all; empty: all layers see
+            everything. Layers give up the pages behind their window.
+        window_pages: P of each layer with a window; None: enough for B sequences and a prefill step of 512 tokens.
 
     Raises:
-        ValueError: a size that is no positive whole number, fewer than two pages, or another dtype.
+        ValueError: a size that is no positive whole number, fewer than two pages, another dtype, or windows of another
+            number of layers.
     """
 
     num_layers: int
@@ -36,15 +57,25 @@ class CacheConfig:
     max_pages_per_sequence: int
     page_size: int = 16
     dtype: str = "bfloat16"
+    windows: tuple[int | None, ...] = ()
+    window_pages: int | None = None
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            size = getattr(self, field.name)
-            if field.name != "dtype" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-                raise ValueError(f"{field.name} must be a whole number of at least 1, got {size!r}")
-        if self.num_pages < 2:
+        sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del sizes["dtype"], sizes["windows"]
+        sizes |= {f"windows[{i}]": window for i, window in enumerate(self.windows) if window is not None}
+        if self.window_pages is None:
+            del sizes["window_pages"]
+        for name, size in sizes.items():
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
+        for name in ("num_pages", "window_pages"):
+            if sizes.get(name) == 1:
+                raise ValueError(f"{name} must be at least 2 (page 0 is the null page, which holds nothing), got 1")
+        if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(
-                f"num_pages must be at least 2 (page 0 is the null page, which holds nothing), got {self.num_pages}"
+                f"windows has {len(self.windows)} entries for num_layers={self.num_layers}: give one a layer (None for "
+                "a layer that sees everything), or leave it empty"
             )
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
@@ -55,16 +86,54 @@ class CacheConfig:
         return self.max_pages_per_sequence * self.page_size
 
     @property
-    def page_bytes(self) -> int:
-        """Bytes of one page in all layers: its keys and values, and their scales where they are quantised."""
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """The layers by how far they see: those that see everything, then from the widest window to the narrowest.
+
+        A window as long as the longest sequence is none.
+        """
+        windows = [None if w is None or w >= self.max_length else w for w in self.windows or [None] * self.num_layers]
+        ordered = sorted(set(windows), key=lambda w: float("inf") if w is None else w, reverse=True)
+        layers = {w: tuple(i for i, own in enumerate(windows) if own == w) for w in ordered}
+        return tuple(LayerGroup(layers[w], w, self._num_pages(w)) for w in ordered)
+
+    def pages_mapped(self, window: int | None, num_tokens: int, new_tokens: int = 1) -> int:
+        """The most pages that a sequence maps at once in layers of this window while it grows to a length.
+
+        Args:
+            window: of the layers; None: they see everything.
+            num_tokens: the length.
+            new_tokens: the most that it grows by in a step.
+        """
+        pages = -(-num_tokens // self.page_size)
+        if window is None:
+            return pages
+        # a step reads window - 1 tokens and writes the new ones; so many in a row touch at most
+        return min(pages, -(-(window + new_tokens - 2) // self.page_size) + 1)
+
+    def _num_pages(self, window: int | None) -> int:
+        if window is None:
+            return self.num_pages
+        if self.window_pages is not None:
+            return self.window_pages
+        each = self.pages_mapped(window, self.max_length) + 1  # one more, for a chunk that starts in mid-page
+        return min(self.num_pages, self.max_sequences * each + -(-STEP_TOKENS // self.page_size) + 1)
+
+    @property
+    def layer_page_bytes(self) -> int:
+        """Bytes of one page in one layer: its keys and values, and their scales where they are quantised."""
         scale_bytes = 4 if self.dtype in QUANTISED else 0
         row_bytes = self.head_dim * jnp.dtype(self.dtype).itemsize + scale_bytes
-        return self.num_layers * self.num_kv_heads * 2 * self.page_size * row_bytes
+        return self.num_kv_heads * 2 * self.page_size * row_bytes
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page in all layers."""
+        return self.num_layers * self.layer_page_bytes
 
     @property
     def pool_bytes(self) -> int:
         """Bytes of the whole pool."""
-        return self.num_pages * self.page_bytes
+        return sum(len(group.layers) * group.num_pages for group in self.groups) * self.layer_page_bytes
 
     @classmethod
     def for_budget(cls, *, pool_bytes: int, **sizes: Any) -> "CacheConfig":
@@ -77,10 +146,12 @@ class CacheConfig:
         Raises:
             ValueError: the budget holds fewer than two pages, or a size is wrong.
         """
-        page_bytes = cls(num_pages=2, **sizes).page_bytes
-        if pool_bytes < 2 * page_bytes:
+        smallest = cls(num_pages=2, **sizes)
+        if pool_bytes < smallest.pool_bytes:
             raise ValueError(
-                f"pool_bytes={pool_bytes} holds fewer than 2 pages of {page_bytes} bytes "
-                f"(one is the null page): give at least {2 * page_bytes} bytes, or use smaller pages"
+                f"pool_bytes={pool_bytes} holds fewer than 2 pages of {smallest.page_bytes} bytes "
+                f"(one is the null page): give at least {smallest.pool_bytes} bytes, or use smaller pages"
             )
-        return cls(num_pages=pool_bytes // page_bytes, **sizes)
+        num_pages = range(2, pool_bytes)
+        fitting = bisect.bisect_right(num_pages, pool_bytes, key=lambda p: cls(num_pages=p, **sizes).pool_bytes)
+        return cls(num_pages=num_pages[fitting - 1], **sizes)

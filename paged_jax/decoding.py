@@ -1,4 +1,4 @@
-"""Decoding inside one XLA program: reserve, copy on write, forward, sample, stop, release, step after step.
+"""Decoding inside one XLA program: slide, reserve, copy on write, forward, sample, stop, release, step after step.
 
     state = DecodeState.create(config, capacity=256)
     state = prefill(forward, params, state, tokens, query_lens)     # all tokens of a prompt but its last
@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from paged_jax.config import CacheConfig
 from paged_jax.metadata import AttentionMetadata
-from paged_jax.page_table import PageTable
+from paged_jax.page_tables import PageTables
 from paged_jax.pool import PagePool
 from paged_jax.sampling import Sampler, sample
 
@@ -49,7 +49,7 @@ class DecodeState:
     """
 
     pool: PagePool
-    table: PageTable
+    tables: PageTables
     tokens: Int32[Array, "B C"]
     num_tokens: Int32[Array, " B"]
     feed: Int32[Array, " B"]
@@ -65,7 +65,7 @@ class DecodeState:
         zeros = lambda *shape: jnp.zeros(shape, jnp.int32)  # noqa: E731  distinct buffers: each is donated
         return cls(
             pool=PagePool.create(config),
-            table=PageTable.create(config),
+            tables=PageTables.create(config),
             tokens=zeros(num_rows, capacity),
             num_tokens=zeros(num_rows),
             feed=zeros(num_rows),
@@ -99,13 +99,13 @@ def prefill(
     Returns:
         The state, and which rows were granted their pages. A refused row is as it was.
     """
-    table, reservation = state.table.reserve(query_lens)
+    tables, reservation = state.tables.slide().reserve(query_lens)
     pool = state.pool.copy(reservation)
     metadata = AttentionMetadata.ragged(
-        table, query_lens, len(tokens), max_query_len=max_query_len, active=reservation.granted
+        tables, query_lens, len(tokens), max_query_len=max_query_len, active=reservation.granted
     )
     _, pool = forward(params, tokens, pool, metadata)
-    return dataclasses.replace(state, pool=pool, table=table), reservation.granted
+    return dataclasses.replace(state, pool=pool, tables=tables), reservation.granted
 
 
 def start(
@@ -132,7 +132,7 @@ def start(
 
 def stop(state: DecodeState, rows: Bool[Array, " B"]) -> DecodeState:
     """End some rows now and free their pages: aborted, preempted, or ended by something only the host can see."""
-    return dataclasses.replace(state, active=state.active & ~rows, table=state.table.release(rows))
+    return dataclasses.replace(state, active=state.active & ~rows, tables=state.tables.release(rows))
 
 
 def decode_step(forward: Forward, params: Any, state: DecodeState) -> tuple[DecodeState, Bool[Array, " B"]]:
@@ -144,14 +144,14 @@ def decode_step(forward: Forward, params: Any, state: DecodeState) -> tuple[Deco
         The state, and which active rows were refused.
     """
     rows = jnp.arange(len(state.active))
-    full = state.active & (state.table.lengths >= state.table.max_length)
+    full = state.active & (state.tables.lengths >= state.tables.max_length)
     wants = state.active & ~full
-    table, reservation = state.table.reserve(wants.astype(jnp.int32))
+    tables, reservation = state.tables.slide().reserve(wants.astype(jnp.int32))
     granted = wants & reservation.granted
     count = granted.astype(jnp.int32)
     pool = state.pool.copy(reservation)
-    logits, pool = forward(params, state.feed, pool, AttentionMetadata.decode(table, granted))
-    drawn = sample(logits, state.sampler, table.lengths)
+    logits, pool = forward(params, state.feed, pool, AttentionMetadata.decode(tables, granted))
+    drawn = sample(logits, state.sampler, tables.lengths)
 
     capacity = state.tokens.shape[1]
     tokens = state.tokens.at[rows, jnp.where(granted, state.num_tokens, capacity)].set(drawn, mode="drop")
@@ -165,7 +165,7 @@ def decode_step(forward: Forward, params: Any, state: DecodeState) -> tuple[Deco
     return dataclasses.replace(
         state,
         pool=pool,
-        table=table.release(ended),
+        tables=tables.release(ended),
         tokens=tokens,
         num_tokens=state.num_tokens + count,
         feed=jnp.where(granted, drawn, state.feed),

@@ -80,9 +80,10 @@ def run(model: Model, console: Console, *, samples: int = 3, max_new_tokens: int
             progress.advance(task, len(chunk.tokens))
             if chunk.finish:
                 progress.advance(task, max_new_tokens - len(drawn[chunk.request, chunk.sample]))
-            report = MemoryReport.measure(generator.state.table)
+            (table,) = generator.state.tables.groups  # the model has no windows
+            report = MemoryReport.measure(table)
             if fullest is None or report.pages_in_use > fullest.pages_in_use:
-                fullest, picture = report, page_map(generator.state.table)
+                fullest, picture = report, page_map(table)
             seconds = time.perf_counter() - began
             count = sum(map(len, drawn.flat))
             progress.update(task, note=f"{count / seconds:.0f} tokens/s, {report.pages_in_use} pages in use")

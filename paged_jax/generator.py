@@ -11,6 +11,8 @@ import numpy as np
 
 from paged_jax.config import CacheConfig
 from paged_jax.decoding import DecodeState, Finish, Forward, decode_loop, prefill, start, stop
+from paged_jax.page_table import PageTable
+from paged_jax.page_tables import PageTables
 from paged_jax.prefix import PrefixCache
 from paged_jax.sampling import Sampler, SamplingParams
 
@@ -68,7 +70,7 @@ class Generator:
         config: sizes of the cache.
         prefill_tokens: T of a prefill step; prompts are cut at its multiples.
         steps_per_visit: decode steps between two visits of the host, and so tokens in a chunk.
-        prefix_cache: keep the pages of prompts for later prompts that begin alike.
+        prefix_cache: keep the pages of prompts for later prompts that begin alike; None: unless layers have windows.
         decode_text: from tokens to text; needed for `SamplingParams.stop_strings` alone.
 
     Example:
@@ -89,15 +91,22 @@ class Generator:
         *,
         prefill_tokens: int = 256,
         steps_per_visit: int = 16,
-        prefix_cache: bool = True,
+        prefix_cache: bool | None = None,
         decode_text: Callable[[Sequence[int]], str] | None = None,
     ):
         for name, value in (("prefill_tokens", prefill_tokens), ("steps_per_visit", steps_per_visit)):
             if value < 1:
                 raise ValueError(f"Generator({name}={value}): {name} must be at least 1")
+        has_windows = any(group.window is not None for group in config.groups)
+        if prefix_cache and has_windows:
+            raise ValueError(
+                "prefix_cache=True, but some layers give up the pages behind their windows: leave it False"
+            )
         self.config = config
         self.params = params
-        self.cache = PrefixCache(config.page_size) if prefix_cache else None
+        self.cache = (
+            PrefixCache(config.page_size) if prefix_cache or (prefix_cache is None and not has_windows) else None
+        )
         self.state = DecodeState.create(config, steps_per_visit, self.max_stop_tokens)
         self._prefill_tokens = prefill_tokens
         self._decode_text = decode_text
@@ -116,19 +125,20 @@ class Generator:
         if not prompt:
             raise ValueError("the prompt has 0 tokens; it needs at least 1 (for example a begin-of-text token)")
         longest = len(prompt) + sampling.max_new_tokens - 1  # the last token drawn is never cached
-        pages = -(-longest // self.config.page_size)
         sizes = f"a prompt of {len(prompt)} tokens with max_new_tokens={sampling.max_new_tokens}"
         if longest > self.config.max_length:
             raise ValueError(
                 f"{sizes} needs a row of {longest} tokens, but max_pages_per_sequence="
                 f"{self.config.max_pages_per_sequence} pages of {self.config.page_size} hold {self.config.max_length}: "
-                f"shorten it or raise max_pages_per_sequence to {pages}"
+                f"shorten it or raise max_pages_per_sequence to {-(-longest // self.config.page_size)}"
             )
-        if pages > self.config.num_pages - 1:
-            raise ValueError(
-                f"{sizes} needs {pages} pages, but the pool has {self.config.num_pages - 1} besides the null page: "
-                f"shorten it or raise num_pages to {pages + 1}"
-            )
+        for group, pages in zip(self.config.groups, self._count_pages(longest).tolist(), strict=True):
+            if pages > group.num_pages - 1:
+                name, of = ("num_pages", "") if group.window is None else ("window_pages", " of layers with a window")
+                raise ValueError(
+                    f"{sizes} needs {pages} pages{of}, but the pool has {group.num_pages - 1} besides the null page: "
+                    f"shorten it or raise {name} to {pages + 1}"
+                )
         if len(sampling.stop_tokens) > self.max_stop_tokens:
             raise ValueError(f"{len(sampling.stop_tokens)} stop tokens; at most {self.max_stop_tokens} are supported")
         if sampling.stop_strings and self._decode_text is None:
@@ -191,7 +201,7 @@ class Generator:
         """Give rows to the next samples: leaders compute their context, followers fork a leader of the same tokens."""
         page_size = self.config.page_size
         rows = [row for row in range(self.config.max_sequences) if row not in self._running]
-        planned = 0  # pages that those chosen before will take
+        planned = np.zeros(len(self.config.groups), int)  # pages that those chosen before will take in each group
         leaders: list[_Sample] = []
         followers: list[tuple[_Sample, _Sample]] = []
         while self._waiting and rows:
@@ -202,9 +212,9 @@ class Generator:
             sample.row = rows[0]
             if leader is None:
                 self._match(sample)
-            own = 1 if leader else -(-len(sample.tokens) // page_size) - sample.num_cached // page_size
+            own = np.array(1) if leader else self._count_pages(len(sample.tokens)) - sample.num_cached // page_size
             need = planned + own + len(self._running)  # whoever runs may take one page more before it must wait
-            if self._evict(need) < need:
+            if np.any(self._evict(need) < need):
                 self._release([sample])
                 break
             planned += own
@@ -214,6 +224,11 @@ class Generator:
                 leaders.append(sample)
             self._running[rows.pop(0)] = self._waiting.popleft()
         return leaders, followers
+
+    def _count_pages(self, num_tokens: int) -> np.ndarray:
+        """The most pages that a sequence of this length maps at once in each group while it is prefilled; [G]."""
+        step = self._prefill_tokens
+        return np.array([self.config.pages_mapped(group.window, num_tokens, step) for group in self.config.groups])
 
     def _will_share(self, sample: _Sample, leader: _Sample) -> bool:
         """Whether `leader` is about to compute pages that `sample` could then find in the prefix cache."""
@@ -231,7 +246,7 @@ class Generator:
         """Attach what the prefix cache knows of the sample's context to its row."""
         sample.num_cached = 0
         if self.cache is not None:
-            table, sample.num_cached = self.cache.match(self.state.table, sample.row, sample.tokens)
+            table, sample.num_cached = self.cache.match(self._table, sample.row, sample.tokens)
             self._set_table(table)
 
     def _compute_contexts(self, samples: list[_Sample]) -> None:
@@ -256,7 +271,7 @@ class Generator:
             left = [s for s in left if done[s.row] < len(s.context)]
         if self.cache is not None:
             for sample in samples:
-                self._set_table(self.cache.insert(self.state.table, sample.row, sample.context))
+                self._set_table(self.cache.insert(self._table, sample.row, sample.context))
 
     def _begin(self, samples: list[_Sample]) -> None:
         num_rows = self.config.max_sequences
@@ -308,20 +323,19 @@ class Generator:
 
     def _make_room(self, num_pages: int) -> None:
         """Free some pages: cached prefixes first, then the newest samples, which will be computed again."""
-        free = self._evict(num_pages)
-        while free < num_pages and len(self._running) > 1:
+        need = np.full(len(self.config.groups), num_pages)
+        while np.any(self._evict(need) < need) and len(self._running) > 1:
             row, sample = self._running.popitem()
             self._release([sample])
             self._waiting.appendleft(sample)
-            free = self._evict(num_pages)
-        self._set_table(self.state.table.clear_fault())
+        self._set_tables(self.state.tables.clear_fault())
 
-    def _evict(self, num_pages: int) -> int:
-        """Evict cached prefixes until that many pages are free, or none is left; returns how many are free."""
-        free = int(self.state.table.num_free)
-        if self.cache is not None and free < num_pages:
-            self._set_table(self.cache.evict(self.state.table, num_pages - free))
-            free = int(self.state.table.num_free)
+    def _evict(self, need: np.ndarray) -> np.ndarray:
+        """Evict cached prefixes until so many pages are free in each group, or none is left; returns how many are."""
+        free = np.asarray(self.state.tables.num_free)
+        if self.cache is not None and np.any(free < need):
+            self._set_table(self.cache.evict(self._table, int(np.max(need - free))))
+            free = np.asarray(self.state.tables.num_free)
         return free
 
     def _release(self, samples: list[_Sample]) -> None:
@@ -334,8 +348,17 @@ class Generator:
                 sample.row = -1
             self.state = _stop(self.state, rows)
 
-    def _set_table(self, table) -> None:
-        self.state = dataclasses.replace(self.state, table=table)
+    @property
+    def _table(self) -> PageTable:
+        """The table of the only group, where prefixes are cached."""
+        (table,) = self.state.tables.groups
+        return table
+
+    def _set_table(self, table: PageTable) -> None:
+        self._set_tables(dataclasses.replace(self.state.tables, groups=(table,)))
+
+    def _set_tables(self, tables: PageTables) -> None:
+        self.state = dataclasses.replace(self.state, tables=tables)
 
 
 def generate(
@@ -385,5 +408,5 @@ def _decode(forward: Forward, params: Any, state: DecodeState) -> tuple[DecodeSt
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _fork(state: DecodeState, parents: jax.Array, children: jax.Array) -> DecodeState:
-    table, _ = state.table.fork(parents, children)
-    return dataclasses.replace(state, table=table)
+    tables, _ = state.tables.fork(parents, children)
+    return dataclasses.replace(state, tables=tables)

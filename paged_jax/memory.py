@@ -4,7 +4,9 @@ import dataclasses
 
 import numpy as np
 
+from paged_jax.config import CacheConfig
 from paged_jax.page_table import PageTable
+from paged_jax.page_tables import PageTables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +15,7 @@ class MemoryReport:
 
     `num_pages` leaves out the null page. `pages_mapped` counts a page once for every row that maps it, `pages_in_use`
     once; `pages_cached` are those that only handles hold. `tokens` adds up the rows' lengths, `slots_filled` counts the
-    distinct slots in which they stand.
+    distinct slots in which they stand. `pages_given_up` counts the columns behind a window, once for every row.
     """
 
     page_size: int
@@ -26,6 +28,7 @@ class MemoryReport:
     pages_shared: int
     pages_mapped: int
     slots_filled: int
+    pages_given_up: int
 
     @classmethod
     def measure(cls, table: PageTable) -> "MemoryReport":
@@ -50,6 +53,7 @@ class MemoryReport:
             pages_shared=int(np.sum(owners > 1)),
             pages_mapped=len(page),
             slots_filled=int(np.sum(fill)),
+            pages_given_up=int(np.sum(np.asarray(table.first_column))),
         )
 
     @property
@@ -71,3 +75,33 @@ class MemoryReport:
     def contiguous_slots(self, reserved_per_sequence: int) -> int:
         """Slots that a contiguous cache holds for the same sequences, each with a reservation of that many tokens."""
         return self.num_sequences * reserved_per_sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheReport:
+    """The memory of all layers, group by group; `page_bytes` are those of one page in the layers of each group."""
+
+    groups: tuple[MemoryReport, ...]
+    page_bytes: tuple[int, ...]
+
+    @classmethod
+    def measure(cls, tables: PageTables, config: CacheConfig) -> "CacheReport":
+        """Count the tables of a cache; this waits for the device and copies them to the host."""
+        reports = tuple(MemoryReport.measure(table) for table in tables.groups)
+        return cls(reports, tuple(len(group.layers) * config.layer_page_bytes for group in config.groups))
+
+    @property
+    def bytes_in_use(self) -> tuple[int, ...]:
+        """Bytes of the pages that each group owns."""
+        return tuple(report.pages_in_use * size for report, size in zip(self.groups, self.page_bytes, strict=True))
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes that all groups would own had they given up nothing; at most, where rows share what they gave up."""
+        pairs = zip(self.groups, self.page_bytes, strict=True)
+        return sum((report.pages_in_use + report.pages_given_up) * size for report, size in pairs)
+
+    @property
+    def saved_by_windows(self) -> float:
+        """Share of the full bytes that need no memory, because no later token sees them."""
+        return 1 - sum(self.bytes_in_use) / self.full_bytes if self.full_bytes else 0.0

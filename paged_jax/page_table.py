@@ -71,7 +71,15 @@ class PageTable:
 
     @classmethod
     def create(cls, config: CacheConfig) -> "PageTable":
-        """An empty table."""
+        """An empty table.
+
+        Raises:
+            ValueError: the config has layers with windows, whose pages are not those of the others.
+        """
+        if any(group.window is not None for group in config.groups):
+            raise ValueError(
+                "some layers of the config have windows, and need tables of their own: use PageTables, or no windows"
+            )
         return cls._empty(config.num_pages, config.max_sequences, config.max_pages_per_sequence, config.page_size)
 
     @classmethod
@@ -200,10 +208,13 @@ class PageTable:
         """
         if window < 1:
             raise ValueError(f"window must be at least 1 (a token sees itself), got {window}")
-        first_seen = jnp.maximum(self.lengths - window + 1, 0) // self.page_size
-        first_column = jnp.maximum(self.first_column, first_seen)
+        first_column = jnp.maximum(self.first_column, self.first_seen(self.lengths, window))
         table = self._unmap(first_column > self.first_column, self.first_column, first_column)
         return table._next(first_column=first_column)
+
+    def first_seen(self, lengths: Array, window: int) -> Array:
+        """The first column that the next token sees through a window, in rows of these lengths."""
+        return jnp.maximum(lengths - window + 1, 0) // self.page_size
 
     def fork(self, parents: Int32[Array, " C"], children: Int32[Array, " C"]) -> tuple["PageTable", Bool[Array, " C"]]:
         """Make empty rows share all pages of other rows; who appends first gets a copy of the last page.

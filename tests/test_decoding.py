@@ -112,10 +112,10 @@ def test_chunks_of_a_prompt_give_the_tokens_of_one_prefill():
 def test_a_finished_row_is_released_in_the_step_that_ends_it():
     state = begun(toy.config(), prompts(6, 10), [SamplingParams(max_new_tokens=1), SamplingParams(max_new_tokens=3)])
     state, _ = decode_step(PARAMS, state)
-    assert int(state.table.lengths[0]) == 0 and not np.any(state.table.pages[0])
-    assert int(state.table.lengths[1]) == 10 and bool(state.active[1])
+    assert int(state.tables.lengths[0]) == 0 and not np.any(state.tables.groups[0].pages[0])
+    assert int(state.tables.lengths[1]) == 10 and bool(state.active[1])
     state, _ = decode_loop(PARAMS, state)
-    assert int(state.table.num_free) == toy.config().num_pages - 1
+    assert int(state.tables.num_free[0]) == toy.config().num_pages - 1
 
 
 def test_a_stop_token_ends_a_row_alone_and_in_a_batch():
@@ -144,7 +144,7 @@ def test_a_full_row_finishes():
     state, _ = decode_loop(PARAMS, begun(config, prompts(10)))
     # 9 tokens are cached, 3 more fit: the row draws three tokens after the ones it computes, then is full.
     assert len(drawn(state, 0)) == 3 and int(state.finish[0]) == Finish.ROW_FULL
-    assert int(state.table.num_free) == config.num_pages - 1
+    assert int(state.tables.num_free[0]) == config.num_pages - 1
 
 
 def test_out_of_pages_returns_with_every_sequence_intact_and_goes_on_after_pages_were_freed():
@@ -153,11 +153,11 @@ def test_out_of_pages_returns_with_every_sequence_intact_and_goes_on_after_pages
     config = toy.config(num_pages=1 + 16)  # 2 pages each at the start, 8 each at the end
     state, refused = decode_loop(PARAMS, begun(config, texts))
     assert np.any(refused) and np.all(np.asarray(state.active)[np.asarray(refused)])
-    assert int(state.table.fault) != 0
+    assert int(state.tables.fault) != 0
     for row in range(4):
         so_far = drawn(state, row)
         assert 0 < len(so_far) < 24 and so_far == expected[row][: len(so_far)]
-        assert int(state.table.lengths[row]) == 8 + len(so_far)
+        assert int(state.tables.lengths[row]) == 8 + len(so_far)
     # Give up the last two; the others go on as if nothing had happened.
     state = stop(state, jnp.array([False, False, True, True]))
     state, refused = decode_loop(PARAMS, state)
@@ -171,7 +171,7 @@ def test_refused_prefill_leaves_the_other_rows_their_tokens():
     state = DecodeState.create(config, 32)
     state, granted = prefill(PARAMS, state, *pack({b: p[:-1] for b, p in enumerate(texts)}, 4))
     assert np.asarray(granted)[:2].tolist() == [True, False]
-    assert int(state.table.lengths[1]) == 0
+    assert int(state.tables.lengths[1]) == 0
     rows = np.arange(4) == 0
     state = begin(state, rows, np.full(4, texts[0][-1], np.int32), np.full(4, 8, np.int32), Sampler.create(4))
     state, _ = decode_loop(PARAMS, state)
@@ -184,11 +184,11 @@ def test_forked_samples_share_the_prompt_and_copy_on_write(prompt_length):
     config = toy.config()
     state = DecodeState.create(config, 32)
     state, _ = prefill(PARAMS, state, *pack({0: prompt[:-1]}, 4))
-    pages_of_prompt = config.num_pages - 1 - int(state.table.num_free)
-    table, ok = state.table.fork(jnp.array([0, 0, 0, -1], jnp.int32), jnp.array([1, 2, 3, -1], jnp.int32))
+    pages_of_prompt = config.num_pages - 1 - int(state.tables.num_free[0])
+    tables, ok = state.tables.fork(jnp.array([0, 0, 0, -1], jnp.int32), jnp.array([1, 2, 3, -1], jnp.int32))
     assert np.all(ok[:3])
-    state = dataclasses.replace(state, table=table)
-    assert config.num_pages - 1 - int(state.table.num_free) == pages_of_prompt
+    state = dataclasses.replace(state, tables=tables)
+    assert config.num_pages - 1 - int(state.tables.num_free[0]) == pages_of_prompt
     params = [SamplingParams(max_new_tokens=12)] * 2 + [SamplingParams(max_new_tokens=12, temperature=1.0, seed=2)] * 2
     state = begin(
         state, np.full(4, True), np.full(4, prompt[-1], np.int32), np.full(4, 12, np.int32),
@@ -201,7 +201,7 @@ def test_forked_samples_share_the_prompt_and_copy_on_write(prompt_length):
     for row in (2, 3):
         alone, _ = decode_loop(PARAMS, _alone(config, prompt, params[row], row))
         assert drawn(alone, 0) == drawn(state, row), "and repeat"
-    assert int(state.table.num_free) == config.num_pages - 1
+    assert int(state.tables.num_free[0]) == config.num_pages - 1
 
 
 def _alone(config, prompt, params, number):
@@ -220,7 +220,7 @@ def test_one_program_allocates_copies_finishes_and_releases_for_64_sequences():
 
     loop64 = jax.jit(functools.partial(loop, forward), donate_argnums=1)
     prefill64 = jax.jit(functools.partial(compute, toy.forward), donate_argnums=1)
-    fork64 = jax.jit(lambda table, parents, children: table.fork(parents, children)[0])
+    fork64 = jax.jit(lambda tables, parents, children: tables.fork(parents, children)[0])
     for batch in range(3):
         rng = np.random.default_rng(batch)
         state = DecodeState.create(config, 32)
@@ -230,7 +230,7 @@ def test_one_program_allocates_copies_finishes_and_releases_for_64_sequences():
         parents, children = np.full((2, 64), -1, np.int32)
         parents[:56] = np.repeat(np.arange(8) * 8, 7)
         children[:56] = [row for row in range(64) if row % 8]
-        state = dataclasses.replace(state, table=fork64(state.table, parents, children))
+        state = dataclasses.replace(state, tables=fork64(state.tables, parents, children))
         feed = np.repeat(text[np.arange(8), lens - 1], 8)
         limits = rng.integers(1, 25, 64).astype(np.int32)
         params = [(SamplingParams(temperature=float(row % 2), seed=batch), row) for row in range(64)]
@@ -246,5 +246,5 @@ def test_one_program_allocates_copies_finishes_and_releases_for_64_sequences():
         for row in (0, 10, 34):  # the greedy ones
             prompt = text[row // 8, : lens[row // 8]].tolist()
             assert drawn(state, row) == toy.dense_greedy(PARAMS, prompt, int(limits[row]))
-        assert int(state.table.num_free) == config.num_pages - 1
+        assert int(state.tables.num_free[0]) == config.num_pages - 1
     assert not traces, "one compilation served all batches"

@@ -30,8 +30,8 @@ def tokens(completions):
 def pool_is_empty(generator):
     """After the cache let go of its pages, nothing is left."""
     if generator.cache is not None:
-        generator._evict(generator.config.num_pages)
-    return int(generator.state.table.num_free) == generator.config.num_pages - 1
+        generator._evict(np.array([generator.config.num_pages]))
+    return int(generator.state.tables.num_free[0]) == generator.config.num_pages - 1
 
 
 def test_more_prompts_than_rows_each_get_their_own_tokens():
@@ -85,7 +85,7 @@ def test_samples_of_a_prompt_share_its_pages_and_equal_those_drawn_alone():
     g = generator()
     g.submit(prompt, params)
     g._admit()
-    in_use = g.config.num_pages - 1 - int(g.state.table.num_free)
+    in_use = g.config.num_pages - 1 - int(g.state.tables.num_free[0])
     assert in_use == 6, "22 tokens of context in pages of 4, once"
     together = tokens(generator().run([prompt], params))[0]
     assert len({tuple(sample) for sample in together}) == 4

@@ -1,5 +1,7 @@
 """A decoder small enough for tests, as a plain pytree: once over the paged cache, once over the whole context."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,12 @@ from paged_jax import AttentionMetadata, CacheConfig, PagePool, paged_attention
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, WIDTH, VOCAB = 2, 4, 2, 16, 32, 61
 
 
-def config(num_pages=64, max_sequences=4, max_pages_per_sequence=16, page_size=4, dtype="float32") -> CacheConfig:
+def config(
+    num_pages=64, max_sequences=4, max_pages_per_sequence=16, page_size=4, dtype="float32", **windows
+) -> CacheConfig:
     return CacheConfig(
         num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, num_pages=num_pages, max_sequences=max_sequences,
-        max_pages_per_sequence=max_pages_per_sequence, page_size=page_size, dtype=dtype,
+        max_pages_per_sequence=max_pages_per_sequence, page_size=page_size, dtype=dtype, **windows,
     )  # fmt: skip
 
 
@@ -45,40 +49,43 @@ def _block(layer, x, attend):
     return x + jnp.tanh(x @ layer["up"]) @ layer["down"]
 
 
-def forward(params, tokens, pool: PagePool, metadata: AttentionMetadata):
+def forward(params, tokens, pool: PagePool, metadata: AttentionMetadata, windows=(None,) * LAYERS):
     x = params["embed"][tokens] + params["position"][metadata.positions]
     layers = list(pool.layers)
     for i, layer in enumerate(params["layers"]):
 
         def attend(q, k, v, i=i):
-            out, layers[i] = paged_attention(q, k, v, layers[i], metadata)
+            out, layers[i] = paged_attention(q, k, v, layers[i], metadata.layer(i), window=windows[i])
             return out
 
         x = _block(layer, x, attend)
     return x[metadata.last_tokens] @ params["head"], PagePool(tuple(layers))
 
 
-@jax.jit
-def dense_logits(params, tokens):
+@functools.partial(jax.jit, static_argnums=2)
+def dense_logits(params, tokens, windows=(None,) * LAYERS):
     """Logits [T, V] of a whole context, without a cache."""
     x = params["embed"][tokens] + params["position"][: len(tokens)]
+    position = jnp.arange(len(tokens))
+    distance = position[:, None] - position[None, :]
 
-    def attend(q, k, v):
+    def attend(q, k, v, window):
         k, v = (jnp.repeat(a, HEADS // KV_HEADS, axis=1) for a in (k, v))
         scores = jnp.einsum("tnh,snh->nts", q, k) * HEAD_DIM**-0.5
-        scores = jnp.where(jnp.tril(jnp.ones((len(tokens), len(tokens)), bool))[None], scores, -jnp.inf)
+        is_seen = (distance >= 0) & (distance < (window or len(tokens)))
+        scores = jnp.where(is_seen[None], scores, -jnp.inf)
         return jnp.einsum("nts,snh->tnh", jax.nn.softmax(scores, axis=-1), v)
 
-    for layer in params["layers"]:
-        x = _block(layer, x, attend)
+    for layer, window in zip(params["layers"], windows, strict=True):
+        x = _block(layer, x, functools.partial(attend, window=window))
     return x @ params["head"]
 
 
-def dense_greedy(params, prompt, num_tokens: int) -> list[int]:
+def dense_greedy(params, prompt, num_tokens: int, windows=(None,) * LAYERS) -> list[int]:
     """Greedy continuation, the whole context computed again for each token."""
     tokens = list(prompt)
     padded = np.zeros(128, np.int32)  # one shape, one compilation
     for _ in range(num_tokens):
         padded[: len(tokens)] = tokens
-        tokens.append(int(np.argmax(np.asarray(dense_logits(params, padded))[len(tokens) - 1])))
+        tokens.append(int(np.argmax(np.asarray(dense_logits(params, padded, windows))[len(tokens) - 1])))
     return tokens[len(prompt) :]

@@ -127,7 +127,7 @@ def paged_step(module: nn.Module, variables: Any, call: Call = _call) -> Step:
 
     def forward(params, tokens: Int32[Array, " T"], pool: PagePool, metadata: AttentionMetadata):
         check_pool(pool, [_name(path) for path in paths])
-        pages = {path: LayerPages(pages) for path, pages in zip(paths, pool.layers, strict=True)}
+        pages = {path: LayerPages(pages, i) for i, (path, pages) in enumerate(zip(paths, pool.layers, strict=True))}
         variables = {**params, "cache": unflatten_dict(pages)}
         logits, new = module.apply(variables, tokens, metadata, method=call, mutable=["cache"])
         written: dict[tuple[str, ...], Any] = flatten_dict(new["cache"])

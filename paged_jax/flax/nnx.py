@@ -117,8 +117,8 @@ def paged_step(model: nnx.Module, call: Call = lambda model, tokens, metadata: m
         model = nnx.merge(graph, params)
         caches = _caches(model)
         check_pool(pool, list(caches))
-        for cache, pages in zip(caches.values(), pool.layers, strict=True):
-            cache.pages.set_value(LayerPages(pages))
+        for i, (cache, pages) in enumerate(zip(caches.values(), pool.layers, strict=True)):
+            cache.pages.set_value(LayerPages(pages, i))
         logits = call(model, tokens, metadata)
         return finish(logits, {name: cache.pages.get_value() for name, cache in caches.items()}, metadata)
 

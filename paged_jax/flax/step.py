@@ -44,12 +44,13 @@ class Step:
         return jax.jit(self.forward, donate_argnums=2)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["pages"], meta_fields=["is_written"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["pages"], meta_fields=["index", "is_written"])
 @dataclasses.dataclass(frozen=True)
 class LayerPages:
     """The pages of one layer in the course of one step."""
 
     pages: Pages
+    index: int  # static: the layer's number
     is_written: bool = False  # static: a layer that runs twice in a step would overwrite its own keys
 
     def attend(
@@ -67,7 +68,7 @@ class LayerPages:
                 "to the attention layer as its mask (and leave decode=False: with decode=True, Flax makes a mask of "
                 "its own for a dense cache of its own)."
             )
-        num_tokens, pages = len(metadata.positions), self.pages
+        num_tokens, pages, metadata = len(metadata.positions), self.pages, metadata.layer(self.index)
         if query.shape[:-2] != key.shape[:-2] or np.prod(query.shape[:-2], dtype=int) != num_tokens:
             raise ValueError(
                 f"query {query.shape} and key {key.shape} must both hold the {num_tokens} tokens that the metadata "
@@ -86,7 +87,7 @@ class LayerPages:
             )
         q, k, v = (x.reshape(num_tokens, *x.shape[-2:]) for x in (query, key, value))
         out, pages = paged_attention(q, k, v, pages, metadata, **options)
-        return out.reshape(query.shape), LayerPages(pages, is_written=True)
+        return out.reshape(query.shape), LayerPages(pages, self.index, is_written=True)
 
 
 def refuse(dropout: bool, weights: bool) -> None:

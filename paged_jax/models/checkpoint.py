@@ -58,19 +58,19 @@ class Model:
         self,
         params: Any,
         tokens: Int[Array, " T"],
-        pool: PagePool | tuple[PagePool, ...],
-        metadata: AttentionMetadata | tuple[AttentionMetadata, ...],
+        pool: PagePool,
+        metadata: AttentionMetadata,
     ):
         """Runs the packed new tokens of many sequences against a paged cache; see `Decoder.__call__`.
 
         Args:
             params: the weights, as in `self.params`.
             tokens: the new tokens of all sequences, packed; padding behind them.
-            pool: one pool, or one for each of `config.layer_groups`.
-            metadata: where each token stands; one, or one for each pool.
+            pool: the pages of every layer.
+            metadata: where each token stands.
 
         Returns:
-            float32 logits [B, V] at each sequence's last new token, and the pool or pools.
+            float32 logits [B, V] at each sequence's last new token, and the pool.
         """
         return nnx.merge(self.graph, params)(tokens, pool, metadata)
 
@@ -91,6 +91,7 @@ class Model:
             "num_kv_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
             "dtype": self.dtype,
+            "windows": config.windows,
         }
         return CacheConfig(**(fields | sizes))
 

@@ -82,13 +82,3 @@ class DecoderConfig:
     def window(self, layer: int) -> int | None:
         """Tokens that a query of this layer sees, itself included; None: all."""
         return self.windows[layer] if self.windows else None
-
-    @property
-    def layer_groups(self) -> tuple[tuple[int | None, tuple[int, ...]], ...]:
-        """The layers that can share one page table, as (window, layers): a table can drop what a window passed.
-
-        Layers without a window come first, then the windows from the widest to the narrowest.
-        """
-        windows = {self.window(i) for i in range(self.num_layers)}
-        ordered = sorted(windows, key=lambda w: float("inf") if w is None else w, reverse=True)
-        return tuple((w, tuple(i for i in range(self.num_layers) if self.window(i) == w)) for w in ordered)

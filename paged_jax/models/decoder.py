@@ -92,52 +92,38 @@ class Decoder(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, " T"],
-        pool: PagePool | tuple[PagePool, ...],
-        metadata: AttentionMetadata | tuple[AttentionMetadata, ...],
+        pool: PagePool,
+        metadata: AttentionMetadata,
         *,
         all_logits: bool = False,
-    ):
+    ) -> tuple[Float[Array, "_ V"], PagePool]:
         """Runs the packed new tokens of many sequences against a paged cache.
 
         Args:
             tokens: the new tokens of all sequences, packed; padding behind them.
-            pool: one pool with the pages of every layer; or one pool for each of `config.layer_groups`, with the
-                pages of that group's layers in their order.
-            metadata: where each token stands; with several pools, one for each, from that group's page table.
+            pool: the pages of every layer.
+            metadata: where each token stands.
             all_logits: logits at every token instead of at each sequence's last one.
 
         Returns:
             float32 logits [B, V] at each sequence's last new token (anything finite for a sequence without one), or
-            [T, V] with `all_logits`; and the pool or pools with the new keys and values in them.
+            [T, V] with `all_logits`; and the pool with the new keys and values in it.
         """
-        if isinstance(pool, PagePool) and isinstance(metadata, AttentionMetadata):
-            pools, steps, groups = (pool,), (metadata,), (tuple(range(self.config.num_layers)),)
-        else:
-            pools, steps, groups = pool, metadata, tuple(layers for _, layers in self.config.layer_groups)
-        if not (isinstance(pools, tuple) and isinstance(steps, tuple) and len(pools) == len(steps) == len(groups)):
+        layers = list(pool.layers)
+        if len(layers) != self.config.num_layers:
             raise ValueError(
-                f"{_count(pool)} pool(s) and {_count(metadata)} metadata for {len(groups)} layer group(s): give one "
-                "of each for the whole decoder, or tuples with one of each for every group in config.layer_groups."
+                f"the pool has pages for {len(layers)} layers, but the decoder has {self.config.num_layers}: create it "
+                f"with num_layers={self.config.num_layers}."
             )
-        for one, layers in zip(pools, groups, strict=True):
-            if len(one.layers) != len(layers):
-                raise ValueError(
-                    f"a pool has pages for {len(one.layers)} layers, but {len(layers)} layers use it: create it with "
-                    f"num_layers={len(layers)}."
-                )
-        place = {layer: (g, i) for g, layers in enumerate(groups) for i, layer in enumerate(layers)}
-        pages = [list(one.layers) for one in pools]
 
-        def attend(layer, q, k, v, sinks):
-            group, i = place[layer]
-            options = self._attention_options(layer)
-            out, pages[group][i] = paged_attention(q, k, v, pages[group][i], steps[group], sinks=sinks, **options)
+        def attend(i, q, k, v, sinks):
+            options = self._attention_options(i)
+            out, layers[i] = paged_attention(q, k, v, layers[i], metadata.layer(i), sinks=sinks, **options)
             return out
 
-        x = self._hidden(tokens, steps[0].positions, attend)
-        logits = self._logits(x if all_logits else x[steps[0].last_tokens])
-        new = tuple(PagePool(tuple(layers)) for layers in pages)
-        return logits, (new[0] if isinstance(pool, PagePool) else new)
+        x = self._hidden(tokens, metadata.positions, attend)
+        logits = self._logits(x if all_logits else x[metadata.last_tokens])
+        return logits, PagePool(tuple(layers))
 
     def dense(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T V"]:
         """Logits at every token of whole sequences, without a cache: for training, and to check the paged path.
@@ -180,7 +166,3 @@ class Decoder(nnx.Module):
         logits = (self.embed if self.head is None else self.head)(self.norm(x)).astype(jnp.float32)
         cap = self.config.logit_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
-
-
-def _count(one_or_several) -> int:
-    return len(one_or_several) if isinstance(one_or_several, tuple) else 1

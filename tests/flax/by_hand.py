@@ -4,13 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged_jax import AttentionMetadata, CacheConfig, PagePool, PageTable
+from paged_jax import AttentionMetadata, CacheConfig, PagePool, PageTable, PageTables
 
 NUM_TOKENS = 32
 
 
+slide = jax.jit(PageTables.slide)
+
+
 @jax.jit
-def reserve(table: PageTable, query_lens):
+def reserve(table: PageTable | PageTables, query_lens):
     table, _ = table.reserve(query_lens)
     return table, AttentionMetadata.ragged(table, query_lens, num_tokens=NUM_TOKENS)
 
@@ -27,10 +30,10 @@ def lengths(pieces) -> jax.Array:
 def serve(step, config: CacheConfig, prompts: list[list[int]], num_tokens: int) -> list[tuple[int, ...]]:
     """The greedy continuations of one prompt for each row of the table."""
     assert len(prompts) == config.max_sequences
-    table, pool = PageTable.create(config), PagePool.create(config)
+    tables, pool = PageTables.create(config), PagePool.create(config)
     feed, drawn = prompts, []
     for _ in range(num_tokens):
-        table, metadata = reserve(table, lengths(feed))
+        tables, metadata = reserve(slide(tables), lengths(feed))
         logits, pool = step(pack(feed), pool, metadata)
         drawn.append(np.argmax(np.asarray(logits), axis=-1))
         feed = [[token] for token in drawn[-1].tolist()]

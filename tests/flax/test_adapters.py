@@ -167,6 +167,37 @@ def test_a_paged_layer_is_within_2e_6_of_dense_attention(name, options):
     assert np.std(expected) > 0.1, "outputs so small that the bound says little"
 
 
+# ---- layers with windows ---------------------------------------------------------------------------------------------
+
+
+class Hybrid(nnx.Module):
+    """Attention layers that see a window and all; the same metadata goes down to both."""
+
+    def __init__(self, rngs):
+        self.embed, self.head = nnx.Embed(VOCAB, WIDTH, rngs=rngs), nnx.Linear(WIDTH, VOCAB, rngs=rngs)
+        caches = [paged_nnx.PagedCache(window=5), paged_nnx.PagedCache()]
+        self.layers = nnx.List([one_attention(cache, rngs) for cache in caches])
+
+    def __call__(self, tokens, metadata):
+        x = self.embed(tokens) * 8
+        for layer in self.layers:
+            x = x + layer(x, mask=metadata)
+        return self.head(x[metadata.last_tokens]) * 8
+
+
+def one_attention(cache, rngs):
+    return nnx.MultiHeadAttention(4, WIDTH, num_kv_heads=2, decode=False, attention_fn=cache, rngs=rngs)
+
+
+def test_layers_with_windows_keep_few_pages_and_give_the_same_tokens():
+    step, config = paged_nnx.paged_step(Hybrid(nnx.Rngs(0))), way("nnx").config()
+    expected = by_hand.serve(step, config, PROMPTS, 16)
+    # 5 tokens touch at most 2 pages, and a prefilled prompt holds all of its own.
+    hybrid = dataclasses.replace(config, windows=(5, None), window_pages=1 + 2 * 4)
+    assert by_hand.serve(step, hybrid, PROMPTS, 16) == expected
+    assert len({token for tokens in expected for token in tokens}) > 12, "greedy tokens that say little"
+
+
 # ---- the step --------------------------------------------------------------------------------------------------------
 
 

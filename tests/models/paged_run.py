@@ -6,18 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged_jax import AttentionMetadata, PagePool, PageTable
+from paged_jax import AttentionMetadata, PagePool, PageTables
 
 PAGE_SIZE = 16
 COMPILE_FAST = {"xla_backend_optimization_level": 0}  # halves the compile time, which is most of these tests
 
 
 @functools.partial(jax.jit, static_argnames=("num_tokens", "max_query_len"), donate_argnums=0)
-def grant(table, query_lens, num_tokens, max_query_len=None):
-    """Reserves the new tokens of every row: the table, the copies to make, the metadata of the step."""
-    table, reservation = table.reserve(query_lens)
-    metadata = AttentionMetadata.ragged(table, query_lens, num_tokens, max_query_len)
-    return table, reservation, metadata
+def grant(tables, query_lens, num_tokens, max_query_len=None):
+    """Reserves the new tokens of every row: the tables, the copies to make, the metadata of the step."""
+    tables, reservation = tables.slide().reserve(query_lens)
+    metadata = AttentionMetadata.ragged(tables, query_lens, num_tokens, max_query_len)
+    return tables, reservation, metadata
 
 
 class PagedRun:
@@ -44,7 +44,7 @@ class PagedRun:
             dtype=dtype,
         )
         self.model, self.step_tokens = model, step_tokens
-        self.pool, self.table = PagePool.create(config), PageTable.create(config)
+        self.pool, self.tables = PagePool.create(config), PageTables.create(config)
         self.num_traces = 0
 
         def forward(*step):
@@ -59,7 +59,7 @@ class PagedRun:
         flat = [token for row in tokens for token in row]
         packed[: len(flat)] = flat
         lens = jnp.asarray([len(row) for row in tokens], jnp.int32)
-        self.table, reservation, metadata = grant(self.table, lens, num_tokens, max_query_len)
+        self.tables, reservation, metadata = grant(self.tables, lens, num_tokens, max_query_len)
         assert bool(jnp.all(reservation.granted | (lens == 0)))
         logits, self.pool = self.forward(self.model.params, jnp.asarray(packed), self.pool, metadata)
         return np.asarray(logits)

@@ -10,7 +10,16 @@ import pytest
 from flax import nnx
 from paged_run import COMPILE_FAST, PAGE_SIZE, PagedRun, grant
 
-from paged_jax import AttentionMetadata, CacheConfig, PagePool, PageTable, models
+from paged_jax import (
+    AttentionMetadata,
+    CacheConfig,
+    CacheReport,
+    Generator,
+    PagePool,
+    PageTable,
+    SamplingParams,
+    models,
+)
 from paged_jax.models.rope import Rope
 
 SMALL = models.DecoderConfig(
@@ -101,7 +110,7 @@ def test_a_step_writes_the_donated_pool_in_place():
     model, _ = load_demo("bfloat16")
     run = PagedRun(model, 4, max_length=16 * 1024, step_tokens=4)
     lens = jnp.ones(4, jnp.int32)
-    _, _, metadata = grant(run.table, lens, 4, 1)
+    _, _, metadata = grant(run.tables, lens, 4, 1)
     arguments = (model.params, jnp.zeros(4, jnp.int32), run.pool, metadata)
     analysis = run.forward.lower(*arguments).compile().memory_analysis()
     assert analysis is not None and run.pool.num_bytes > 60_000_000
@@ -109,81 +118,46 @@ def test_a_step_writes_the_donated_pool_in_place():
     assert analysis.temp_size_in_bytes < 0.1 * run.pool.num_bytes
 
 
-class GroupRun:
-    """One sequence over a table and a pool for each layer group, dropping what the windows have passed."""
-
-    def __init__(self, decoder: models.Decoder, num_pages: tuple[int, ...], max_length: int):
-        config = decoder.config
-        graph, self.params = nnx.split(decoder)
-        self.windows = [window for window, _ in config.layer_groups]
-        configs = [
-            CacheConfig(
-                num_layers=len(layers),
-                num_kv_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
-                num_pages=pages,
-                max_sequences=1,
-                max_pages_per_sequence=max_length // PAGE_SIZE,
-                dtype="float32",
-            )
-            for pages, (_, layers) in zip(num_pages, config.layer_groups, strict=True)
-        ]
-        self.pools = tuple(PagePool.create(c) for c in configs)
-        self.tables = tuple(PageTable.create(c) for c in configs)
-        self.forward = jax.jit(
-            lambda params, *step: nnx.merge(graph, params)(*step),
-            donate_argnums=2,
-            compiler_options=COMPILE_FAST,
-        )
-        self.slide = jax.jit(lambda table, window: table.slide(window), static_argnums=1)
-
-    def step(self, tokens: np.ndarray) -> np.ndarray:
-        lens = jnp.asarray([len(tokens)], jnp.int32)
-        granted = [grant(table, lens, len(tokens)) for table in self.tables]
-        assert all(bool(reservation.granted[0]) for _, reservation, _ in granted)
-        steps = tuple(metadata for _, _, metadata in granted)
-        logits, self.pools = self.forward(self.params, jnp.asarray(tokens), self.pools, steps)
-        self.tables = tuple(
-            table if window is None else self.slide(table, window)
-            for (table, _, _), window in zip(granted, self.windows, strict=True)
-        )
-        return np.asarray(logits[0])
-
-    def pages_held(self) -> list[int]:
-        return [int((np.asarray(table.pages) > 0).sum()) for table in self.tables]
-
-
-def test_local_layers_hold_only_the_pages_of_their_window():
+def test_a_hybrid_holds_the_pages_of_its_window_and_draws_the_tokens_of_one_table():
+    """Context 4096, window 512, in the generator: prefill in chunks, then decode steps."""
     length, window, chunk = 4096, 512, 256
-    decoder = make_decoder(SMALL)
-    tokens = np.random.default_rng(0).integers(0, 64, length + 8).astype(np.int32)
-    most = window // PAGE_SIZE + 1
-    # The local group's pool holds a window and one chunk, an eighth of the sequence.
-    run = GroupRun(decoder, (length // PAGE_SIZE + 3, most + chunk // PAGE_SIZE + 2), length + PAGE_SIZE)
-    for start in range(0, length, chunk):
-        run.step(tokens[start : start + chunk])
-        held = run.pages_held()
-        assert held[0] == (start + chunk) // PAGE_SIZE
-        assert held[1] <= most
-    logits = []
-    for token in tokens[length:]:
-        logits.append(run.step(np.asarray([token])))
-        assert run.pages_held()[1] <= most
-    dense = jax.jit(lambda params, tokens: nnx.merge(nnx.graphdef(decoder), params).dense(tokens))
-    expected = np.asarray(dense(run.params, jnp.asarray(tokens)))[length:]
-    assert np.abs(np.stack(logits) - expected).max() < 1e-4 * np.ptp(expected)
+    graph, params = nnx.split(make_decoder(SMALL))
+
+    def forward(params, *step):
+        return nnx.merge(graph, params)(*step)
+
+    def generator(**windows):
+        config = CacheConfig(
+            3, 1, 8, num_pages=length // PAGE_SIZE + 1, max_sequences=1, max_pages_per_sequence=length // PAGE_SIZE,
+            page_size=PAGE_SIZE, dtype="float32", **windows,
+        )  # fmt: skip
+        return Generator(forward, params, config, prefill_tokens=chunk, steps_per_visit=1)
+
+    sampling = SamplingParams(max_new_tokens=40)
+    prompt = np.random.default_rng(0).integers(0, 64, length - 39).tolist()
+    hybrid = generator(windows=SMALL.windows)
+    hybrid.submit(prompt, sampling)
+    most, drawn = -(-window // PAGE_SIZE) + 1, []
+    for drawn_now in hybrid.stream():
+        drawn += drawn_now.tokens
+        if not drawn_now.finish:
+            report = CacheReport.measure(hybrid.state.tables, hybrid.config)
+            everything, local = report.groups
+            assert everything.pages_in_use == -(-everything.tokens // PAGE_SIZE) and local.pages_in_use <= most
+            assert report.full_bytes == 3 * everything.pages_in_use * hybrid.config.layer_page_bytes
+    assert report.saved_by_windows > 0.57  # two layers of three keep 33 pages of 256
+    # The pool of the local layers holds a window and a prefill step, a quarter of the sequence.
+    assert hybrid.config.groups[1].num_pages < 0.27 * length / PAGE_SIZE
+    ((whole,),) = generator().run([prompt], sampling)
+    assert list(whole.tokens) == drawn and len(set(drawn)) > 10
 
 
-def test_pools_and_metadata_that_do_not_fit_the_layers_are_refused():
+def test_a_pool_that_does_not_fit_the_layers_is_refused():
     decoder = make_decoder(SMALL)
     config = CacheConfig(2, num_kv_heads=1, head_dim=8, num_pages=4, max_sequences=1, max_pages_per_sequence=2)
     metadata = AttentionMetadata.ragged(PageTable.create(config), jnp.ones(1, jnp.int32), 1)
-    pool = PagePool.create(config)
-    tokens = jnp.zeros(1, jnp.int32)
-    with pytest.raises(ValueError, match="2 pool.s. and 1 metadata for 2 layer group.s.: give one of each"):
-        decoder(tokens, (pool, pool), metadata)
-    with pytest.raises(ValueError, match="a pool has pages for 2 layers, but 3 layers use it: create it with num_lay"):
-        decoder(tokens, pool, metadata)
+    with pytest.raises(ValueError, match="the pool has pages for 2 layers, but the decoder has 3: create it"):
+        decoder(jnp.zeros(1, jnp.int32), PagePool.create(config), metadata)
 
 
 def test_a_config_that_contradicts_itself_is_refused():

@@ -1,0 +1,184 @@
+"""The page tables of all layers: one for each group of layers that see equally far.
+
+A layer with a sliding window never reads what lies behind it. So layers of one window share a table and pages of their
+own, and give up the pages behind it, while layers that see everything keep theirs. A model without windows has one
+group, and everything here is then what its one `PageTable` does.
+
+    tables = PageTables.create(config)
+    tables = tables.slide()                             # pages behind the windows are free
+    tables, reservations = tables.reserve(new_tokens)   # all groups, or none
+    pool = pool.copy(reservations)
+
+All tables have the same rows and lengths: a transition that one of them must refuse changes none of them.
+"""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Iterable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int32
+
+from paged_jax.config import CacheConfig, LayerGroup
+from paged_jax.handles import PageHandle
+from paged_jax.page_table import PageTable, Reservation
+
+Handles = tuple[PageHandle, ...]
+"""One handle for each group, to the same tokens."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["granted", "groups"], meta_fields=["layers"])
+@dataclasses.dataclass(frozen=True)
+class Reservations:
+    """What `PageTables.reserve` granted, and the copies that each group's layers must make."""
+
+    granted: Bool[Array, " B"]
+    groups: tuple[Reservation, ...]
+    layers: tuple[tuple[int, ...], ...]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["groups"], meta_fields=["layout"])
+@dataclasses.dataclass(frozen=True)
+class PageTables:
+    """One page table for each group of layers, in step with each other.
+
+    Args:
+        groups: their tables.
+        layout: which layers they are, and the window behind which their pages are given up.
+    """
+
+    groups: tuple[PageTable, ...]
+    layout: tuple[LayerGroup, ...]
+
+    @classmethod
+    def create(cls, config: CacheConfig) -> "PageTables":
+        """Empty tables for `config.groups`."""
+        layout, config = config.groups, dataclasses.replace(config, windows=(), window_pages=None)
+        groups = (PageTable.create(dataclasses.replace(config, num_pages=group.num_pages)) for group in layout)
+        return cls(tuple(groups), layout)
+
+    @property
+    def lengths(self) -> Int32[Array, " B"]:
+        """Tokens of each row."""
+        return self.groups[0].lengths
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return self.groups[0].num_rows
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a row can hold."""
+        return self.groups[0].max_length
+
+    @property
+    def num_free(self) -> Int32[Array, " G"]:
+        """Free pages of each group."""
+        return jnp.stack([table.num_free for table in self.groups])
+
+    @property
+    def fault(self) -> Int32[Array, ""]:
+        """Bits of `Fault` that stand in any table."""
+        return functools.reduce(operator.or_, (table.fault for table in self.groups))
+
+    def reserve(
+        self, new_tokens: Int32[Array, " B"], priority: Int32[Array, " B"] | None = None
+    ) -> tuple["PageTables", Reservations]:
+        """Make room for the next tokens of every row, in all groups or in none; see `PageTable.reserve`.
+
+        Returns:
+            The tables, and the reservations. Make their copies (`PagePool.copy`) before anything is written.
+        """
+        asked, faults = new_tokens, [table.fault for table in self.groups]
+        granted: Array = jnp.ones(self.num_rows, bool)
+        if len(self.groups) > 1:
+            # What each would grant; XLA drops the rest of it. Of the rows that all grant none is refused then: what
+            # the others asked for is not needed, so no total of pages up to a row has grown.
+            tried = [table.reserve(new_tokens, priority) for table in self.groups]
+            granted = functools.reduce(operator.and_, (reservation.granted for _, reservation in tried))
+            asked, faults = jnp.where(granted, new_tokens, 0), [table.fault for table, _ in tried]
+        made = [table.reserve(asked, priority) for table in self.groups]
+        groups = (dataclasses.replace(t, fault=t.fault | fault) for (t, _), fault in zip(made, faults, strict=True))
+        reservations = tuple(reservation for _, reservation in made)
+        layers = tuple(group.layers for group in self.layout)
+        return self._with(groups), Reservations(granted & reservations[0].granted, reservations, layers)
+
+    def slide(self) -> "PageTables":
+        """Give up the pages that no later token sees through its group's window; see `PageTable.slide`.
+
+        Do it before `reserve`: until then the tokens of the last step can be taken back by `truncate`, and published.
+        """
+        pairs = zip(self.groups, self.layout, strict=True)
+        return self._with(table if group.window is None else table.slide(group.window) for table, group in pairs)
+
+    def release(self, mask: Bool[Array, " B"]) -> "PageTables":
+        """Empty some rows; pages that nobody else owns are free."""
+        return self._with(table.release(mask) for table in self.groups)
+
+    def truncate(self, lengths: Int32[Array, " B"]) -> "PageTables":
+        """Shorten rows to `lengths`; see `PageTable.truncate`.
+
+        A row is left alone whose tokens at its new end would see what is given up.
+        """
+        gone = [(lengths > 0) & (lengths < self.lengths) & ~whole for whole in self._whole(slice(None), lengths)]
+        asked = jnp.where(functools.reduce(operator.or_, gone), -1, lengths)  # which every table refuses
+        return self._with(table.truncate(asked) for table in self.groups)
+
+    def fork(self, parents: Int32[Array, " C"], children: Int32[Array, " C"]) -> tuple["PageTables", Bool[Array, " C"]]:
+        """Make empty rows share all pages of other rows; see `PageTable.fork`."""
+        made = [table.fork(parents, children) for table in self.groups]
+        return self._with(table for table, _ in made), made[0][1]
+
+    def permute(self, parents: Int32[Array, " B"]) -> "PageTables":
+        """Make each row b a share of what row `parents[b]` was; see `PageTable.permute`."""
+        return self._with(table.permute(parents) for table in self.groups)
+
+    def publish(self, slot: Int32[Array, ""] | int, num_tokens: Int32[Array, ""] | int) -> tuple["PageTables", Handles]:
+        """Share the first tokens of a row through handles, of each group the pages that the next token sees.
+
+        Returns:
+            The tables, and the handles: of no tokens where the row has fewer, or gave up pages that the next one sees.
+        """
+        slot, num_tokens = jnp.asarray(slot, jnp.int32), jnp.asarray(num_tokens, jnp.int32)
+        is_whole = functools.reduce(operator.and_, self._whole(slot, num_tokens))
+        slot = jnp.where(is_whole, slot, -1)
+        made = []
+        for table, group in zip(self.groups, self.layout, strict=True):
+            made.append(table.publish(slot, num_tokens, _first_seen(table, group, num_tokens)))
+        return self._with(table for table, _ in made), tuple(handle for _, handle in made)
+
+    def attach(self, slot: Int32[Array, ""] | int, handles: Handles) -> tuple["PageTables", Bool[Array, ""]]:
+        """Make an empty row share the tokens of the handles of one `publish`; see `PageTable.attach`."""
+        made = [table.attach(slot, handle) for table, handle in zip(self.groups, handles, strict=True)]
+        return self._with(table for table, _ in made), made[0][1]
+
+    def drop(self, handles: Handles) -> "PageTables":
+        """Give up the handles of one `publish`, exactly once."""
+        return self._with(table.drop(handle) for table, handle in zip(self.groups, handles, strict=True))
+
+    def clear_fault(self) -> "PageTables":
+        """Forget what was refused so far."""
+        return self._with(table.clear_fault() for table in self.groups)
+
+    def reset(self) -> "PageTables":
+        """Empty everything; handles from before are stale."""
+        return self._with(table.reset() for table in self.groups)
+
+    def _with(self, groups: Iterable[PageTable]) -> "PageTables":
+        return PageTables(tuple(groups), self.layout)
+
+    def _whole(self, rows, lengths: Array) -> list[Array]:
+        """For each group whether rows, cut to these lengths, hold all that their next token sees."""
+        pairs = zip(self.groups, self.layout, strict=True)
+        return [table.first_column[rows] <= _first_seen(table, group, lengths) for table, group in pairs]
+
+
+def _first_seen(table: PageTable, group: LayerGroup, lengths: Array) -> Array:
+    """The first column that the next token of rows of these lengths sees."""
+    if group.window is None:
+        return jnp.zeros_like(lengths)
+    return table.first_seen(lengths, group.window)
