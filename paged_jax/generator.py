@@ -100,7 +100,8 @@ class Generator:
         has_windows = any(group.window is not None for group in config.groups)
         if prefix_cache and has_windows:
             raise ValueError(
-                "prefix_cache=True, but some layers give up the pages behind their windows: leave it False"
+                "prefix_cache=True, but some layers of the cache config give up the pages behind their windows, where a "
+                "later prompt would look: leave it out, or set windows=() to keep all pages"
             )
         self.config = config
         self.params = params
