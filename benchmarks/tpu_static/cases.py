@@ -66,6 +66,8 @@ def shapes() -> list[StaticCase]:
         StaticCase("decode, lengths 1 to 4096", ragged),
         StaticCase("decode, int8, context 1024", (1024,) * 32, dtype="int8", page_size=64),
         StaticCase("decode, int8, context 4096", (4096,) * 32, dtype="int8", page_size=64),
+        StaticCase("decode, fp8, context 1024", (1024,) * 32, dtype="float8_e4m3fn", page_size=64),
+        StaticCase("decode, fp8, context 4096", (4096,) * 32, dtype="float8_e4m3fn", page_size=64),
         StaticCase("decode, 64 sequences share 2048 of 2176", (2176,) * 64, shared_prefix=2048),
         StaticCase("prefill, 512 on 4096", (4096,), (512,)),
         StaticCase("mixed, 31 decodes on 2048 and 512 on 4096", (2048,) * 31 + (4096,), (1,) * 31 + (512,)),

@@ -14,7 +14,7 @@ from pallas_kernels.reference import AttentionResult
 from pallas_kernels.tpu import decode as kernel
 from pallas_kernels.tpu import prefill as prefill_kernel
 from pallas_kernels.tpu.blocks import decode_sizes, prefill_sizes
-from pallas_kernels.tpu.heads import LANES, SUBLANES, pack_heads, pack_queries, pad_group, unpack_rows
+from pallas_kernels.tpu.heads import LANES, SUBLANES, pack_heads, pack_queries, pad_group, unpack_outputs, unpack_rows
 from pallas_kernels.tpu.write import tiles_of_step
 
 
@@ -269,7 +269,7 @@ def decode(
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     takes_part = (query_starts[1:] - query_starts[:-1] == 1) & (lengths > 0)
     is_mine = jnp.any((query_starts[None, :-1] == token[:, None]) & takes_part[None, :], axis=1)[:, None]
-    out = jnp.where(is_mine[..., None], unpack_rows(out, packing)[..., -head_dim:], 0).astype(q.dtype)
+    out = jnp.where(is_mine[..., None], unpack_outputs(out, packing), 0).astype(q.dtype)
     if return_lse:
         lse = jnp.where(is_mine, unpack_rows(lse[..., 0], packing), -jnp.inf)
     new_pages = Pages(data, None if pages.scales is None else scales, pages.page_size)

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels.pages import Pages
 from pallas_kernels.tpu.decode import DecodeSizes
 from pallas_kernels.tpu.heads import LANES, HeadPacking
 from pallas_kernels.tpu.prefill import PrefillSizes
 
-RING_BYTES = 12 << 20  # in flight or in use: more than a microsecond of any chip's bandwidth
+ITEM_BYTES = 1 << 20
+AHEAD_BYTES = 6 << 20  # more than a microsecond of any chip's bandwidth
 MAX_PAGES = 32  # of an item: one bit each in a scalar
 
 
 def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking) -> DecodeSizes:
     """Sizes of the decode kernel.
 
-    An item holds about 256 tokens (with fewer KV heads more, so that its scalar work pays), a group as many items
-    as make 4096 rows of 128 lanes a basic block can overlap, the ring what the bandwidth needs in flight.
+    An item holds about 1 MiB, but at most what the page table can hold: 256 tokens of 8 heads of 128 bfloat16 numbers.
+    A group is a basic block, at whose end the matrix unit idles: it has 2 MiB, or 4 MiB where a byte of the pages takes
+    twice the work. The ring holds a group and what the bandwidth needs in flight.
     """
-    width = pages.num_kv_heads * -(-packing.lanes // LANES)  # registers of a token's key
-    target = max(128, min(1024, 2048 // width))
+    width = pages.num_kv_heads * -(-packing.lanes // LANES)  # registers of a token's row
+    rows = pages.data.shape[2] // pages.page_size  # of a token
+    token_bytes = width * rows * LANES * jnp.dtype(pages.dtype).itemsize
+    longest = pl.next_power_of_2(max_pages * pages.page_size)
+    target = max(LANES, min(1024, longest, ITEM_BYTES // token_bytes))
     pages_per_item = 1
     while pages_per_item < MAX_PAGES and (
         pages_per_item * pages.page_size < target or pages_per_item * pages.page_size % LANES
     ):
         pages_per_item *= 2
-    tokens = pages_per_item * pages.page_size
-    items_per_group = max(1, min(8, 4096 // (width * tokens)))
-    item_bytes = tokens * 2 * width * LANES * jnp.dtype(pages.dtype).itemsize
-    groups = max(4, min(8, RING_BYTES // (item_bytes * items_per_group)))
+    item_bytes = pages_per_item * pages.page_size * token_bytes
+    items_per_mib = max(1, ITEM_BYTES // item_bytes)
+    is_dense = pages.scales is not None or packing.shares_lanes
+    items_per_group = min(8, items_per_mib * (4 if is_dense else 2)) if item_bytes <= ITEM_BYTES else 1
+    groups = 1 + max(2, min(3, -(-AHEAD_BYTES // (items_per_group * item_bytes))))
     return DecodeSizes(pages.page_size, pages_per_item, items_per_group, groups * items_per_group)
 
 

@@ -27,12 +27,14 @@ from jaxtyping import Array
 
 from pallas_kernels.tpu.heads import LANES, SUBLANES, HeadPacking
 from pallas_kernels.tpu.memory import WORD_PART, in_hbm
+from pallas_kernels.tpu.products import Products
 
 MASKED = -1e30  # score of a key that does not exist
 FLOOR = -1e20  # the running maximum before the first key: exp2(MASKED - FLOOR) is 0
 LOG2E = 1.4426950408889634
 IDS = 128  # page ids in a chunk of the page table: one row of lanes
 ID_GROUPS = 16  # groups whose page ids can be under way; a power of two
+LAG = 2  # items between an item's scores and its values
 FIELDS = 9  # of a row in `rows`
 TABLE_ROW, LENGTH, TOKEN, FIRST_KEY, FIRST_BLOCK, FIRST_PAGE, LAST_PAGE, LAST_SLOT, HOLES = range(FIELDS)
 RESIDENT_BYTES = 256 << 10  # a page table up to this size lies in scalar memory, a larger one streams
@@ -61,7 +63,7 @@ class DecodeSizes:
     @property
     def ahead(self) -> int:
         """Items between an item's fetch and its scores."""
-        return self.items_in_ring - 2 * self.items_per_group
+        return self.items_in_ring - max(self.items_per_group, LAG)
 
     @property
     def plan_ahead(self) -> int:
@@ -92,12 +94,6 @@ class DecodeOptions:
     quantised: bool
 
 
-def _dot(a: Array, b: Array, contract_b: int) -> Array:
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = (((1,), (contract_b,)), ((), ()))
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, scales_in,
             out_hbm, lse_hbm, pages, scales, *scratch,
             num_rows: int, chunks: int, streams: bool, sizes: DecodeSizes, packing: HeadPacking,
@@ -117,12 +113,14 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
     tile_rows = SUBLANES * packed  # what a copy can address
     # Keys and values have a tile each, unless a page of 8-bit values is so small that they share one.
     share_tile = planes == 2 and tile_rows == 2 * S
+    products = Products(q_hbm.dtype, S, value_row, tile_rows, packing)
     tiles_per_token = 1 if share_tile else planes
     slots, scratch = scratch[:U], scratch[U:]
     scale_slots, scratch = (scratch[:U], scratch[U:]) if quantised else ([], scratch)
     (cursor, row_of, left_of, low_of, bits_of, count_of, dirty_of, first_of, sequence_of, ids_of,
      pages_due, rows_due, outs_due, tiles_due,
-     ids, q, new, new_scales, out, lse, tile, scale_tile, m_ref, l_ref, acc_ref, s_ref, p_ref, alpha_ref, l_out, m_out,
+     ids, q, new, new_scales, out, lse, tile, scale_tile,
+     m_ref, l_ref, acc_ref, s_ref, p_ref, alpha_ref, d_ref, top_ref,
      page_sem, row_sem, id_sem, out_sem, tile_sem) = scratch  # fmt: skip
     ids = ids if streams else table
 
@@ -331,16 +329,7 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
             copy = pltpu.make_async_copy(scale_tile.at[sequence], scales.at[page_id(r, j)], tile_sem.at[group])
             pl.when(ends)(copy.start)
 
-    # ---- the three stages ----------------------------------------------------------------------------------
-    def head_rows(slot, head, first_row):
-        if S % tile_rows == 0:
-            return slots[slot][:, head, first_row : first_row + S, :].astype(q.dtype).reshape(T, L)
-        x = slots[slot][:, head].astype(q.dtype)  # keys and values share a register and part on widening
-        return x[:, first_row : first_row + S].reshape(T, L)
-
-    def side_by_side(slot, n, first_row):
-        return jnp.concatenate([head_rows(slot, n * E + e, first_row) for e in range(E)], axis=1)  # [T, E * L]
-
+    # ---- the softmax between the products -------------------------------------------------------------------
     head_of_row = lax.broadcasted_iota(jnp.int32, (R, 1), 0)
 
     def scales_of_rows(slot, first):
@@ -353,12 +342,6 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
                 y = jnp.where(head_of_row >= e * G, x[n * E + e : n * E + e + 1], y)
             passes.append(y)
         return jnp.concatenate(passes, axis=0)
-
-    def scores(r, slot):
-        sequence = sequence_of[r]
-        return jnp.concatenate(
-            [_dot(q[sequence, n], side_by_side(slot, n, 0), 1) for n in range(packing.num_passes)], axis=0
-        )  # [rows, T]
 
     column = lax.broadcasted_iota(jnp.int32, (1, T), 1)
     page_of_column = lax.convert_element_type((lax.convert_element_type(column, jnp.float32) + 0.5) / S, jnp.int32)
@@ -385,63 +368,63 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
             p = jnp.where(exists, p * scales_of_rows(slot, S), 0.0)
         return p.astype(q.dtype), alpha, m, total
 
-    def values(slot, p):
-        outs = []
-        for n in range(packing.num_passes):
-            wide = _dot(p[n * R : (n + 1) * R], side_by_side(slot, n, value_row), 0)  # [R, E * L]
-            o = wide[:, :L]
-            for e in range(1, E):
-                o = jnp.where(head_of_row >= e * G, wide[:, e * L : (e + 1) * L], o)
-            outs.append(o)
-        return jnp.concatenate(outs, axis=0)  # [rows, L]
-
     def lanes(x):
         """A value held in all 128 lanes, `[rows, 128]`, in L lanes."""
         return x if L == LANES else jnp.broadcast_to(x[:, :1], (num_rows_q, L))
 
     # ---- the pipeline --------------------------------------------------------------------------------------
-    def group(first, u0):
+    def send(r, slot, p, alpha, d, top, acc, at):
+        """Adds an item's values and writes the output, which counts where the item is its sequence's last."""
+        acc = jnp.where(first_of[r] > 0, 0.0, acc * lanes(alpha)) + products.values(p, slots[slot])
+        out[sequence_of[r]] = (acc / lanes(jnp.where(d > 0, d, 1.0))).astype(out.dtype)
+        if options.lse:
+            log = (top + jnp.log2(jnp.where(d > 0, d, 1.0))) * (1 / LOG2E)
+            lse[sequence_of[r]] = jnp.where(d > 0, log, -jnp.inf)
+        send_output(r, at)
+        return acc
+
+    def group(first, u0, is_last_group=False):
+        """The stages of W items; behind the last items only what is left to do for those before."""
         at = u0 // W
-        behind = [((first + w - 2 * W) & last_record, (u0 + w - 2 * W) % U) for w in range(W)]
-        arrive(at)
+        steps = LAG if is_last_group else W
+        records = [(first + w) & last_record for w in range(steps)]
         leave(at)
-        if streams:
-            ids_arrive(first + ahead)
+        if not is_last_group:
+            arrive(at)
+            if streams:
+                ids_arrive(first + ahead)
 
-        @pl.when(add([dirty_of[(first + w) & last_record] for w in range(W)]) > 0)
-        def _():
-            for w in range(W):
-                clean((first + w) & last_record, u0 + w)
+            @pl.when(add([dirty_of[r] for r in records]) > 0)
+            def _():
+                for w, r in enumerate(records):
+                    clean(r, u0 + w)
 
-        for w in range(W):
-            put_new_token((first + w) & last_record, u0 + w, at)
-        m, total, acc = m_ref[...], l_ref[...], acc_ref[...]
-        for w, (r, slot) in enumerate(behind):
-            o = values(slot, p_ref[w])
-            acc = jnp.where(first_of[r] > 0, 0.0, acc * lanes(alpha_ref[w])) + o
-            d = l_out[w]
-            out[sequence_of[r]] = (acc / lanes(jnp.where(d > 0, d, 1.0))).astype(out.dtype)
-            if options.lse:
-                log = (m_out[w] + jnp.log2(jnp.where(d > 0, d, 1.0))) * (1 / LOG2E)
-                lse[sequence_of[r]] = jnp.where(d > 0, log, -jnp.inf)
-            send_output(r, at)
-            plan(first + w + ahead + plan_ahead)
+            for w, r in enumerate(records):
+                put_new_token(r, u0 + w, at)
+        carried = (s_ref, p_ref, alpha_ref, d_ref, top_ref, m_ref, l_ref, acc_ref)
+        s, p, alpha, d, top, m, total, acc = (ref[...] for ref in carried)
+        for w, r in enumerate(records):
+            acc = send((first + w - LAG) & last_record, (u0 + w - LAG) % U, p, alpha, d, top, acc, at)
+            for ready in () if is_last_group else ((0, 1) if w == 0 else (w + 1,)):
+                if ready < W:  # a step before its keys are needed
+                    products.prepare(slots[u0 + ready])
+            following = s if is_last_group else products.scores(q[sequence_of[r]], slots[u0 + w])
+            p, alpha, m, total = softmax((first + w - 1) & last_record, (u0 + w - 1) % U, s, m, total)
+            s, d, top = following, total, m if options.lse else top
+            if not is_last_group:
+                plan(first + w + ahead + plan_ahead)
+        outs_due[at] = add([jnp.where(is_last((r - LAG) & last_record), 1, 0) for r in records])
+        if is_last_group:
+            tiles_due[at] = jnp.int32(0)
+            return
+        tiles_due[at] = add([jnp.where(ends_here(r), 1, 0) for r in records])
         fetch_group(first + ahead, (u0 + ahead) % U)
-        outs_due[at] = add([jnp.where(is_last(r), 1, 0) for r, _ in behind])
-        tiles_due[at] = add([jnp.where(ends_here((first + w) & last_record), 1, 0) for w in range(W)])
-        s = [scores((first + w) & last_record, u0 + w) for w in range(W)]
-        for w in range(W):
-            p, alpha, m, total = softmax((first + w - W) & last_record, (u0 + w - W) % U, s_ref[w], m, total)
-            p_ref[w], alpha_ref[w], l_out[w] = p, alpha, total
-            if options.lse:
-                m_out[w] = m
-        for w in range(W):
-            s_ref[w] = s[w]
-        m_ref[...], l_ref[...], acc_ref[...] = m, total, acc
+        for ref, x in zip(carried, (s, p, alpha, d, top, m, total, acc), strict=True):
+            ref[...] = x
 
     def run():
         cursor[0], cursor[1] = jnp.int32(0), field(FIRST_BLOCK, 0)
-        for item in range(-2 * W, 0):  # nothing came before
+        for item in range(-LAG, 0):  # nothing came before
             r = item & last_record
             row_of[r] = left_of[r] = first_of[r] = bits_of[r] = jnp.int32(0)
             sequence_of[r] = jnp.int32(last_sequence + 1)
@@ -458,18 +441,19 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
                 ids_arrive(jnp.int32(first))
             fetch_group(jnp.int32(first), first)
         m_ref[...] = jnp.full_like(m_ref, FLOOR)
-        for ref in (l_ref, acc_ref, s_ref, p_ref, alpha_ref, l_out, m_out):
+        for ref in (l_ref, acc_ref, s_ref, p_ref, alpha_ref, d_ref, top_ref):
             ref[...] = jnp.zeros_like(ref)
 
-        num_groups = lax.div(num_items + (W - 1), W) + 2
+        num_groups = lax.div(num_items + (W - 1), W)
 
         def lap(g0):
             for u0 in range(0, U, W):
                 g = g0 + u0 // W
                 pl.when(g < num_groups)(functools.partial(group, g * W, u0))
+                pl.when(g == num_groups)(functools.partial(group, g * W, u0, is_last_group=True))
             return g0 + num_groups_in_ring
 
-        lax.while_loop(lambda g0: g0 < num_groups, lap, jnp.int32(0))
+        lax.while_loop(lambda g0: g0 <= num_groups, lap, jnp.int32(0))
         for at in range(num_groups_in_ring):
             leave(at)
         for g in range(plan_ahead // W):  # planned, never fetched
@@ -539,11 +523,11 @@ def decode(q: Array, new: Array | None, new_scales: Array | None, sinks: Array |
         vmem((N, LANES), f32),
         vmem((N, LANES), f32),
         vmem((N, L), f32),
-        vmem((W, N, sizes.tokens), f32),
-        vmem((W, N, sizes.tokens), q.dtype),
-        vmem((W, N, LANES), f32),
-        vmem((W, N, LANES), f32),
-        vmem((W, N, LANES) if options.lse else (1, SUBLANES, LANES), f32),
+        vmem((N, sizes.tokens), f32),
+        vmem((N, sizes.tokens), q.dtype),
+        vmem((N, LANES), f32),
+        vmem((N, LANES), f32),
+        vmem((N, LANES) if options.lse else (SUBLANES, LANES), f32),
     ] + [pltpu.SemaphoreType.DMA((n,)) for n in (U // W, U // W, ID_GROUPS, U // W, U // W)]
     q, new, new_scales, pages, scales = (in_hbm(x) for x in (q, new, new_scales, pages, scales))
     if streams:

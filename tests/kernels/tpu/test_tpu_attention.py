@@ -53,9 +53,17 @@ def test_equals_the_oracle_whatever_unowned_slots_and_ids_hold(interpreter, smal
     check(case, make_inputs(case))
 
 
-def test_int8(interpreter, small_blocks):
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_quantised(interpreter, small_blocks, dtype):
     lengths = (0, 1, 64, 65, 130, 300)
-    case = Case("int8", lengths, (0, 1, 1, 1, 1, 1), (8, 2), 128, 64, "int8", "bfloat16", holes=((5, 1),))
+    case = Case(dtype, lengths, (0, 1, 1, 1, 1, 1), (8, 2), 128, 64, dtype, "bfloat16", holes=((5, 1),))
+    check(case, make_inputs(case))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_two_heads_of_size_64_side_by_side(interpreter, small_blocks, dtype):
+    page_size = 16 if dtype == "bfloat16" else 64
+    case = Case("pairs", (0, 1, 16, 17, 40, 130), (0, 1, 1, 1, 1, 1), (8, 4), 64, page_size, dtype, "bfloat16")
     check(case, make_inputs(case))
 
 

@@ -1,0 +1,100 @@
+"""The two products of an item of decode, on the matrix unit: queries with its keys, weights with its values.
+
+Scales of quantised pages are applied to scores and to weights, never to keys or values. float8 pages enter the matrix
+unit as they are, beside bfloat16 queries and weights; int8 pages are widened to the queries' dtype.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from pallas_kernels.pages import FP8, numbers
+from pallas_kernels.tpu.heads import LANES, HeadPacking
+
+
+def dot(a: Array, b: Array, contract_b: int) -> Array:
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((1,), (contract_b,)), ((), ()))
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def swap_halves(a: Array, b: Array) -> tuple[Array, Array]:
+    """Rows of a key and its value, of two heads, as rows of two keys and rows of two values; `[T, 128]`."""
+    words = [pltpu.bitcast(x, jnp.int32) for x in (a, b)]
+    is_left = lax.broadcasted_iota(jnp.int32, words[0].shape, 1) < LANES // 2
+    turned = pltpu.roll(jnp.where(is_left, words[1], words[0]), LANES // 2, 1)  # value of a, key of b
+    keys, values = jnp.where(is_left, words[0], turned), jnp.where(is_left, turned, words[1])
+    return pltpu.bitcast(keys, a.dtype), pltpu.bitcast(values, a.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """Static sizes of the products.
+
+    Args:
+        dtype: of queries and weights.
+        page_size: S.
+        value_row: of a page, the first row of values.
+        tile_rows: rows that share a register.
+    """
+
+    dtype: Any
+    page_size: int
+    value_row: int
+    tile_rows: int
+    packing: HeadPacking
+
+    def _numbers(self, x: Array) -> Array:
+        """Stored rows as the matrix unit takes them."""
+        x = numbers(x)
+        return x if x.dtype == FP8 and self.dtype == jnp.bfloat16 else x.astype(self.dtype)
+
+    def _rows(self, slot, head: int, first: int) -> Array:
+        """A head's keys or values, or both side by side, from row `first` of each page: `[T, L]`."""
+        S, L = self.page_size, self.packing.lanes
+        if S % self.tile_rows == 0:
+            return self._numbers(slot[:, head, first : first + S, :].reshape(-1, L))
+        x = numbers(slot[:, head]).astype(self.dtype)  # keys and values share a register and part on widening
+        return x[:, first : first + S].reshape(-1, L)
+
+    def prepare(self, slot) -> None:
+        """Puts the keys of two heads side by side in the first's rows, their values in the second's, where H is 64."""
+        for head in range(0, self.packing.num_kv_heads if self.packing.shares_lanes else 0, 2):
+            rows = [slot[:, e].reshape(-1, LANES) for e in (head, head + 1)]
+            for e, x in enumerate(swap_halves(*rows)):
+                slot[:, head + e] = x.reshape(-1, self.page_size, LANES)
+
+    def _operand(self, slot, n: int, is_value: bool) -> Array:
+        """The keys or values of the heads of pass n, side by side: `[T, E * width]`."""
+        E = self.packing.heads_per_pass
+        heads = range(n * E, (n + 1) * E)
+        if self.packing.shares_lanes:
+            heads = heads[is_value::2]
+        first = self.value_row if is_value else 0
+        return jnp.concatenate([self._rows(slot, head, first) for head in heads], axis=1)
+
+    def scores(self, q: Array, slot) -> Array:
+        """Packed queries `[passes, R, E * width]` with the keys of an item: `[rows, T]`."""
+        return jnp.concatenate(
+            [dot(q[n], self._operand(slot, n, False), 1) for n in range(self.packing.num_passes)], axis=0
+        )
+
+    def values(self, p: Array, slot) -> Array:
+        """Weights `[rows, T]` with the values of an item: `[rows, L]`, of each row the register of its head."""
+        packing = self.packing
+        R, G, L = packing.rows_per_pass, packing.padded_group, packing.lanes
+        head = lax.broadcasted_iota(jnp.int32, (R, 1), 0)
+        outs = []
+        for n in range(packing.num_passes):
+            wide = dot(p[n * R : (n + 1) * R], self._operand(slot, n, True), 0)  # [R, E * width]
+            out = wide[:, :L]
+            for first in range(L, wide.shape[1], L):
+                out = jnp.where(head >= first // packing.width * G, wide[:, first : first + L], out)
+            outs.append(out)
+        return jnp.concatenate(outs, axis=0)
