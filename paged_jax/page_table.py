@@ -209,7 +209,20 @@ class PageTable:
         if window < 1:
             raise ValueError(f"window must be at least 1 (a token sees itself), got {window}")
         first_column = jnp.maximum(self.first_column, self.first_seen(self.lengths, window))
-        table = self._unmap(first_column > self.first_column, self.first_column, first_column)
+        num_gone = first_column - self.first_column
+        row = jnp.arange(self.num_rows, dtype=jnp.int32)
+        page = self.pages.at[row, self.first_column].get(mode="clip")
+        is_own = (num_gone == 1) & (self.refcounts[page] == 1)
+
+        def give_up_own(table: PageTable) -> PageTable:
+            column = jnp.where(is_own, self.first_column, self.pages.shape[1])
+            table = table._drop_references(jnp.where(is_own, page, NULL_PAGE))
+            pages = table.pages.at[row, column].set(NULL_PAGE, mode="drop", unique_indices=True)
+            return dataclasses.replace(table, pages=pages)
+
+        # nearly always a row gives up one page, which is its own: all of these rows at once
+        table = lax.cond(jnp.any(is_own), give_up_own, lambda table: table, self)
+        table = table._unmap((num_gone > 0) & ~is_own, self.first_column, first_column)
         return table._next(first_column=first_column)
 
     def first_seen(self, lengths: Array, window: int) -> Array:

@@ -30,6 +30,7 @@ MUTANTS = {
     "release leaves the last page": ("nothing + self.pages.shape[1]", "nothing + self.pages.shape[1] - 1", ["release"]),
     "truncate frees the page it ends in": ("self._columns(lengths), self", "lengths // 4, self", ["truncate"]),
     "slide frees a page still seen": ("- window + 1, 0)", "- window + 2, 0)", ["slide"]),
+    "slide treats a shared page as its own": ("(self.refcounts[page] == 1)", "(self.refcounts[page] > 0)", ["slide"]),
     "fork gives a child two parents": ("axis=1) == 1)", "axis=1) >= 1)", ["fork"]),
     "attach overwrites a row": ('(self.lengths.at[slot].get(mode="clip") == 0)', "(slot >= 0)", ["attach"]),
     "reset leaves handles alive": ("epoch=self.epoch + 1", "epoch=self.epoch", ["reset"]),
