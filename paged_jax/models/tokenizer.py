@@ -62,6 +62,9 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of a conversation, for a model that was trained to answer.
 
+        Special tokens that stand in a message count as such, as they do in transformers: take them out of texts that
+        you do not trust.
+
         Args:
             messages: what was said, such as `{"role": "user", "content": "Hello"}`.
             add_generation_prompt: end with the beginning of the model's next message.
