@@ -58,8 +58,7 @@ def paged_attention(
     group = q.shape[1] // pages.num_kv_heads
     if max_query_len == 1 and group <= MOST_DECODE_GROUP:
         rows = (q, pages, page_table, places.sequence, places.position)
-        is_wide = pages.dtype == jnp.int8 and pages.head_dim == 256  # the rows kernel does not take these
-        if shared_prefix is None or window is not None or is_wide:
+        if shared_prefix is None or window is not None:
             out, lse = decode(*rows, jnp.zeros_like(places.position), options)
         else:
             out, lse = decode_behind_prefix(*rows, shared_prefix, options)
@@ -125,8 +124,7 @@ def attend_queries(
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = pages.num_kv_heads
     group = num_heads // num_kv_heads if is_packed else 1
-    shape = (head_dim, pages.page_size, page_table.shape[1], pages.dtype)
-    tile = row_tile(*shape, group, hardware.is_interpreted())
+    tile = row_tile(head_dim, pages.page_size, page_table.shape[1], pages.dtype, group)
     num_items = max_row_items(queries.num.size, num_tokens, group)
     columns = num_heads // group
     num_parts = max(1, min(hardware.num_multiprocessors() // (num_items * columns), MOST_PARTS))
@@ -257,25 +255,18 @@ def pad_axis(x: Array, axis: int, amount: int) -> Array:
     return jnp.pad(x, [(0, amount if i == axis else 0) for i in range(x.ndim)])
 
 
-def refusal(q: Array, pages: Pages, max_query_len: int, **arguments: Any) -> str | None:
+def refusal(q: Array, pages: Pages, **arguments: Any) -> str | None:
     """Why the kernels cannot run these arguments, or None."""
     del arguments
     if q.dtype != jnp.bfloat16:
         return f"the GPU kernels take bfloat16 queries, got {q.dtype.name}."
-    if pages.dtype not in (jnp.bfloat16, jnp.int8):
-        return f"the GPU kernels take bfloat16 or int8 pages, got {pages.dtype.name}."
+    if pages.dtype == jnp.float32:
+        return "the GPU kernels take bfloat16, int8 or float8_e4m3fn pages, got float32."
     if pages.page_size % 64 and pages.page_size not in (8, 16, 32):
         return f"the GPU kernels take pages of 8, 16, 32 or a multiple of 64 tokens, got {pages.page_size}."
-    if pages.dtype == jnp.int8:
-        group = q.shape[1] // pages.num_kv_heads
-        if pages.head_dim == 64 or pages.page_size == 8:
-            return (
-                "the GPU kernels take int8 pages of head size 128 or 256 and at least 16 tokens, "
-                f"got {pages.head_dim} and {pages.page_size}."
-            )
-        if pages.head_dim == 256 and (max_query_len > 1 or group > MOST_DECODE_GROUP):
-            return (
-                "the GPU kernels take int8 pages of head size 256 for one query a sequence and up to "
-                f"{MOST_DECODE_GROUP} query heads a KV head, got max_query_len {max_query_len} and {group}."
-            )
+    if pages.scales is not None and pages.page_size == 8 and pages.num_kv_heads % 2:
+        return (
+            "the GPU kernels take quantised pages of 8 tokens with an even number of KV heads, "
+            f"got {pages.num_kv_heads}."
+        )
     return None

@@ -18,8 +18,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpu.hardware import shared_memory_per_block
-from pallas_kernels.gpu.layout import ACC, drain, swizzled
-from pallas_kernels.gpu.quantised import load_scales, read_scales, widen
+from pallas_kernels.gpu.layout import ACC, clear, drain, swizzled
+from pallas_kernels.gpu.quantised import load_scales, read_scales, scale_buffer, view_scales, widen
 from pallas_kernels.gpu.schedule import Schedule
 
 LOG2E = math.log2(math.e)
@@ -60,7 +60,7 @@ def decode_tile(group: int, head_dim: int, page_size: int, max_pages: int, dtype
     stage = 2 * itemsize * tokens * head_dim
     if itemsize == 1:
         fixed += 2 * tokens * head_dim  # a tile widened for the tensor core
-        stage += 2 * 4 * 2 * tokens  # scales
+        stage += 4 * math.prod(scale_buffer(page_size, tokens))
     stages = (shared_memory_per_block(blocks) - fixed) // stage
     return DecodeTile(tokens, min(stages, 6), min(256, -(-max_pages // 32) * 32), blocks)
 
@@ -113,7 +113,7 @@ def attend_segments(
     is_quantised = scales is not None
     scale_copies = (copies if page_size <= tokens else 2) if is_quantised else 0
     inputs = [q, data, page_table, rows, schedule.segments, schedule.share_starts]
-    inputs += [] if scales is None else [scales]
+    inputs += [] if scales is None else [view_scales(scales)]
 
     def kernel(q_ref, data_ref, table_ref, rows_ref, segments_ref, starts_ref, *refs):
         scales_ref, refs = (None, refs) if scales is None else (refs[0], refs[1:])
@@ -176,7 +176,8 @@ def attend_segments(
                         target = smem.at[slot, pl.ds(j * copy_tokens, copy_tokens)]
                         plgpu.copy_gmem_to_smem(source, target, bar.at[slot])
                 if scales_ref is not None and scale_smem is not None:
-                    load_scales(scales_ref, scale_smem.at[slot], k_bar.at[slot], pages, head, first_slot)
+                    bar = k_bar.at[slot]
+                    load_scales(scales_ref, scale_smem.at[slot], bar, page_size, pages, head, first_slot)
 
             return step + num_tiles
 
@@ -195,7 +196,7 @@ def attend_segments(
                 k_scale = v_scale = None
                 if scale_smem is not None and wide_smem is not None:
                     k_scale, v_scale = (
-                        read_scales(scale_smem.at[slot], part, copy_tokens, tokens) for part in range(2)
+                        read_scales(scale_smem.at[slot], part, page_size, tokens, head) for part in range(2)
                     )
                     keys = widen(keys, wide_smem)
 
@@ -212,9 +213,11 @@ def attend_segments(
                 else:
                     s = jnp.tanh(s * (scale / soft_cap)) * (soft_cap * LOG2E)
 
-                token = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=plgpu.Layout.WGMMA)
-                visible = (token >= begin - position) & (token < end - position)
-                visible &= (lax.shift_right_logical(mapped, token // copy_tokens) & 1) == 1
+                def exists(token):
+                    is_mapped = (lax.shift_right_logical(mapped, token // copy_tokens) & 1) == 1
+                    return is_mapped & (token >= begin - position) & (token < end - position)
+
+                visible = exists(plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=plgpu.Layout.WGMMA))
                 s = jnp.where(visible, s, MASKED)
                 new_top = jnp.maximum(top, s.max(axis=0))
                 decay = jnp.exp2(top - new_top)
@@ -227,12 +230,9 @@ def attend_segments(
                 plgpu.barrier_wait(v_bar.at[slot])
 
                 if wide_smem is not None:
-                    values = widen(values, wide_smem)  # an int8 is never NaN
-                else:
-                    is_whole = (begin <= position) & (position + tokens <= end) & (mapped == all_mapped)
-                    pl.when(jnp.logical_not(is_whole))(
-                        lambda: clear(values, begin - position, end - position, mapped, copy_tokens)
-                    )
+                    values = widen(values, wide_smem)
+                is_whole = (begin <= position) & (position + tokens <= end) & (mapped == all_mapped)
+                pl.when(jnp.logical_not(is_whole))(lambda: clear(values, exists))
 
                 def weigh(acc_ref):
                     plgpu.wgmma(acc_ref, values.transpose((1, 0)), p_smem.transpose((1, 0)))
@@ -289,7 +289,7 @@ def attend_segments(
     ]
     if is_quantised:
         scratch_types.append(swizzled((tokens, head_dim), q.dtype))
-        scratch_types.append(plgpu.SMEM((stages, 2, tokens + copy_tokens), jnp.float32))
+        scratch_types.append(plgpu.SMEM((stages, *scale_buffer(page_size, tokens)), jnp.float32))
     return plgpu.kernel(
         kernel,
         out_type=(
@@ -304,16 +304,6 @@ def attend_segments(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_decode",
     )(*inputs)
-
-
-def clear(values: Any, begin: Any, end: Any, mapped: Any, copy_tokens: int) -> None:
-    """Zeros the rows of a tile that hold no token: a weight of 0 would not silence a NaN."""
-    token = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA)
-    exists = (token >= begin) & (token < end)
-    exists &= (lax.shift_right_logical(mapped, token // copy_tokens) & 1) == 1
-    v = plgpu.load(values, layout=plgpu.Layout.WGMMA)
-    values[...] = jnp.where(exists, v, jnp.zeros_like(v))
-    plgpu.commit_smem()
 
 
 def merge_segments(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -9,9 +10,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 ACC = plgpu.WGMMAAccumulatorRef
-
-
-LANES = 64  # of a tile: 128 bytes of bfloat16
+ROWS = 64  # of what a warpgroup takes at a time
+LANES = 64  # likewise, and those of a tile: 128 bytes of bfloat16
 
 
 def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -21,6 +21,23 @@ def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
         plgpu.SwizzleTransform(LANES * jnp.dtype(dtype).itemsize),  # pyright: ignore[reportAbstractUsage]
     )
     return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def parts(shape: tuple[int, ...]) -> list[tuple[Any, Any]]:
+    """The rows and lanes of a tile in pieces that take few registers."""
+    return [
+        (pl.ds(row, ROWS), pl.ds(lane, LANES)) for row in range(0, shape[0], ROWS) for lane in range(0, shape[1], LANES)
+    ]
+
+
+def clear(tile: Any, exists: Callable[[Any], Any]) -> None:
+    """Zeros the rows of a tile of values that hold no token: a weight of 0 would not silence a NaN."""
+    row = plgpu.broadcasted_iota(jnp.int32, (ROWS, LANES), 0, layout=plgpu.Layout.WGMMA)
+    for rows, lanes in parts(tile.shape):
+        part = tile.at[rows, lanes]
+        x = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+        part[...] = jnp.where(exists(row + rows.start), x, jnp.zeros_like(x))
+    plgpu.commit_smem()
 
 
 def drain(free: Any, num_slots: int, num_used: Any) -> None:

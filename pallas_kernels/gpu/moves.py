@@ -26,36 +26,36 @@ def write_pages(
     lengths: Int32[Array, " B"],
     query_starts: Int32[Array, " B+1"],
 ) -> Pages:
-    """As `pallas_kernels.write_pages`: one block a token, one copy for its keys and one for its values."""
+    """As `pallas_kernels.write_pages`: one block a token, one copy for its keys and one for its values.
+
+    Where a page's rows hold keys and values side by side, one copy for both.
+    """
     places = token_places(lengths, query_starts, k.shape[0])
     page, slot = token_slots(pages, page_table, places)
     scales = []
     if pages.scales is not None:
         (k, k_scale), (v, v_scale) = (quantise(x, pages.dtype) for x in (k, v))
         scales = [jnp.stack([k_scale, v_scale])]  # [2, T, K]
-    num_tokens, num_heads, head_dim = k.shape
+    num_tokens, num_heads, _ = k.shape
     page_size = pages.page_size
+    tokens = jnp.stack([k, v]) if is_stacked(pages) else jnp.concatenate([k, v], axis=-1)[None]  # [parts, T, K, lanes]
+    parts = tokens.shape[0]
 
-    def kernel(k_ref, v_ref, page_ref, slot_ref, *refs):
+    def kernel(tokens_ref, page_ref, slot_ref, *refs):
         new_scales_ref = refs[0] if scales else None
         data_ref, *refs = refs[len(scales) :]
         scales_ref = refs[0] if scales else None
-        k_smem, v_smem, bar = refs[len(scales) :]
+        smem, bar = refs[len(scales) :]
         token = lax.axis_index("token")
         page, slot = page_ref[token], slot_ref[token]
 
         @pl.when(page != NULL_PAGE)
         def _():
-            plgpu.copy_gmem_to_smem(k_ref.at[token], k_smem, bar)
-            plgpu.copy_gmem_to_smem(v_ref.at[token], v_smem, bar)
+            for part in range(parts):
+                plgpu.copy_gmem_to_smem(tokens_ref.at[part, token], smem.at[part], bar)
             plgpu.barrier_wait(bar)
-            if is_stacked(pages):
-                k_target, v_target = data_ref.at[page, :, slot], data_ref.at[page, :, page_size + slot]
-            else:
-                row = data_ref.at[page, :, slot]
-                k_target, v_target = row.at[:, pl.ds(0, head_dim)], row.at[:, pl.ds(head_dim, head_dim)]
-            plgpu.copy_smem_to_gmem(k_smem, k_target)
-            plgpu.copy_smem_to_gmem(v_smem, v_target)
+            for part in range(parts):
+                plgpu.copy_smem_to_gmem(smem.at[part], data_ref.at[page, :, part * page_size + slot])
             if scales_ref is not None and new_scales_ref is not None:
                 for part in range(2):
                     for head in range(num_heads):
@@ -69,12 +69,11 @@ def write_pages(
         grid=(num_tokens,),
         grid_names=("token",),
         scratch_types=[
-            plgpu.SMEM((num_heads, head_dim), pages.dtype),
-            plgpu.SMEM((num_heads, head_dim), pages.dtype),
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.SMEM((parts, num_heads, tokens.shape[3]), pages.data.dtype),
+            plgpu.Barrier(num_arrivals=parts),
         ],
         kernel_name="write_pages",
-    )(k.astype(pages.dtype), v.astype(pages.dtype), page, slot, *scales, data_ref, *scales_refs)
+    )(tokens.astype(pages.data.dtype), page, slot, *scales, data_ref, *scales_refs)
     return dataclasses.replace(
         pages, data=jax.freeze(data_ref), scales=jax.freeze(scales_refs[0]) if scales_refs else None
     )
@@ -133,9 +132,6 @@ def move_pages(source: Array, target: Any, ids: Int32[Array, " C"], *, is_gather
 def refusal(pages: Pages, **arguments: Any) -> str | None:
     """Why these kernels cannot move such pages, or None."""
     del arguments
-    token_bytes = pages.num_kv_heads * pages.head_dim * jnp.dtype(pages.dtype).itemsize
     if pages.head_dim not in (64, 128, 256):
         return f"the GPU kernels take head sizes 64, 128 and 256, got {pages.head_dim}."
-    if token_bytes % 128:
-        return f"the GPU kernels write a token's keys in units of 128 bytes, got {token_bytes}."
     return None

@@ -17,16 +17,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.gpu.hardware import shared_memory_per_block
-from pallas_kernels.gpu.layout import ACC, LANES, drain, swizzled
-from pallas_kernels.gpu.quantised import dequantise, load_scales, read_scales
+from pallas_kernels.gpu.hardware import is_interpreted, shared_memory_per_block
+from pallas_kernels.gpu.layout import ACC, clear, drain, swizzled
+from pallas_kernels.gpu.quantised import dequantise, load_scales, read_scales, scale_buffer, view_scales
 from pallas_kernels.gpu.schedule import BLOCK_ROWS, RowItems
 
 LOG2E = math.log2(math.e)
 WARPGROUPS = 2  # that compute
 WARPGROUP_ROWS = 64
 assert BLOCK_ROWS == WARPGROUPS * WARPGROUP_ROWS
-RAW_STAGES = 2  # int8 tiles on their way
+RAW_STAGES = 2  # 8-bit tiles on their way
 OUT_LANES = 32  # of the result that are staged at a time
 LSE_LANES = 8  # of the log-sum-exp in memory: the narrowest tile that a warpgroup can hold
 
@@ -40,8 +40,6 @@ class RowTile(NamedTuple):
         ids: page ids staged at a time.
         registers: of a thread of the warpgroups that compute, and of the one that moves: what three start with.
         rows_per_query: consecutive rows that stand for heads of one query.
-        is_staged: take the weights through shared memory to the tensor core and add its results up outside: slower,
-            but the interpreter can run it.
     """
 
     tokens: int
@@ -49,24 +47,30 @@ class RowTile(NamedTuple):
     ids: int
     registers: tuple[int, int]
     rows_per_query: int
-    is_staged: bool
 
 
-def row_tile(
-    head_dim: int, page_size: int, max_pages: int, dtype: Any, rows_per_query: int, is_staged: bool
-) -> RowTile:
+class Keys(NamedTuple):
+    """The keys of an item, as in `RowItems`."""
+
+    sequence: Any
+    first_tile: Any
+    num_tiles: Any
+    end: Any
+
+
+def row_tile(head_dim: int, page_size: int, max_pages: int, dtype: Any, rows_per_query: int) -> RowTile:
     """The sizes for head size H, pages of S tokens of a dtype and M columns of the table: as many stages as fit."""
     is_whole = 128 % page_size == 0 or page_size % 128 == 0
-    is_quantised = jnp.dtype(dtype) == jnp.int8
+    is_quantised = jnp.dtype(dtype).itemsize == 1
     tokens = 128 if head_dim <= 128 and is_whole and not is_quantised else 64
     fixed = BLOCK_ROWS * (2 * head_dim + 4 * OUT_LANES + 4 * LSE_LANES)  # queries, result, log-sum-exp
     fixed += 8192  # ids, sums across warps, barriers, alignment
     if is_quantised:
-        fixed += RAW_STAGES * 2 * tokens * (head_dim + 8)
+        fixed += RAW_STAGES * (2 * tokens * head_dim + 4 * math.prod(scale_buffer(page_size, tokens)))
     stages = (shared_memory_per_block(1) - fixed) // (2 * 2 * tokens * head_dim)
     registers = (224, 56) if head_dim == 256 else (208, 88)
     ids = min(256, -(-max_pages // 32) * 32)
-    return RowTile(tokens, min(stages, 4), ids, registers, rows_per_query, is_staged)
+    return RowTile(tokens, min(stages, 4), ids, registers, rows_per_query)
 
 
 def attend_rows(
@@ -119,25 +123,30 @@ def attend_rows(
     def kernel(q_ref, data_ref, table_ref, items_ref, *refs):
         sinks_ref, refs = (None, refs) if sinks is None else (refs[0], refs[1:])
         scales_ref, refs = (None, refs) if scales is None else (refs[0], refs[1:])
-        (out_ref, lse_ref, q_smem, k_smem, v_smem, p_smem, ids_smem, mapped_smem, out_smem, lse_smem,
-         q_bar, k_bar, v_bar, ids_bar, tail_bar, k_free, v_free, *raw_refs) = refs  # fmt: skip
+        (out_ref, lse_ref, q_smem, k_smem, v_smem, ids_smem, mapped_smem, out_smem, lse_smem,
+         q_bar, k_bar, v_bar, ids_bar, tail_bar, turn_bar, k_free, v_free, *raw_refs) = refs  # fmt: skip
         head, item = lax.axis_index("head"), lax.axis_index("item")
         warpgroup = lax.axis_index("warpgroup")
-        words = RowItems(*(items_ref[item, field] for field in range(len(RowItems._fields))))
-        first_tile, num_tiles, end = words.first_tile, words.num_tiles, words.end
+
+        def word(field):
+            """A field of the item, read where it is used: that keeps it out of the registers until then."""
+            return items_ref[item, RowItems._fields.index(field)]
+
+        def find_keys():
+            return Keys(*(word(field) for field in Keys._fields))
 
         kv_head = lax.div(head, jnp.int32(num_heads // num_kv_heads))
 
-        def find_pages(i):
+        def find_pages(i, keys):
             """The pages of tile i (the null page where there is none), a bit for each that exists, the first slot."""
-            tile_position = (first_tile + i) * tokens
+            tile_position = (keys.first_tile + i) * tokens
             column = lax.div(tile_position, jnp.int32(page_size))
             id_block = lax.div(column, jnp.int32(tile.ids))
 
             @pl.when((i == 0) | (tile_position == id_block * (tile.ids * page_size)))
             def _():
                 plgpu.commit_smem()  # all warps have read the old ids
-                source = table_ref.at[words.sequence, pl.ds(id_block * tile.ids, tile.ids)]
+                source = table_ref.at[keys.sequence, pl.ds(id_block * tile.ids, tile.ids)]
                 plgpu.copy_gmem_to_smem(source, ids_smem, ids_bar)
                 plgpu.barrier_wait(ids_bar)
 
@@ -158,62 +167,56 @@ def attend_rows(
                     source = data_ref.at[page, kv_head, pl.ds(first_slot, copy_tokens), lanes]
                 plgpu.copy_gmem_to_smem(source, target.at[pl.ds(j * copy_tokens, copy_tokens)], bar)
 
-        def exists(token, i, mapped):
+        def exists(token, i, keys, mapped):
             """Which tokens of tile i exist."""
             is_mapped = (lax.shift_right_logical(mapped, token // copy_tokens) & 1) == 1
-            return is_mapped & (token < end - (first_tile + i) * tokens)
+            return is_mapped & (token < keys.end - (keys.first_tile + i) * tokens)
 
         def wait_for_room(i, free):
             @pl.when(i >= stages)
             def _():
                 plgpu.barrier_wait(free.at[lax.rem(i, jnp.int32(stages))])
 
-        def move_tile(i):
+        def move_tile(i, keys):
             slot = lax.rem(i, jnp.int32(stages))
-            pages, mapped, first_slot = find_pages(i)
+            pages, mapped, first_slot = find_pages(i, keys)
             wait_for_room(i, k_free)
             mapped_smem[slot] = mapped
             load(0, pages, first_slot, k_smem.at[slot], k_bar.at[slot])
             wait_for_room(i, v_free)
-            exists_all = ((first_tile + i + 1) * tokens <= end) & (mapped == all_mapped)
+            exists_all = ((keys.first_tile + i + 1) * tokens <= keys.end) & (mapped == all_mapped)
 
             @pl.when(exists_all)
             def _():
                 load(1, pages, first_slot, v_smem.at[slot], v_bar.at[slot])
 
             @pl.when(jnp.logical_not(exists_all))
-            def _():  # a weight of 0 does not silence a NaN: clear the values that do not exist
+            def _():
                 load(1, pages, first_slot, v_smem.at[slot], tail_bar)
                 plgpu.barrier_wait(tail_bar)
-                for first in range(0, tokens, 64):
-                    token = plgpu.broadcasted_iota(jnp.int32, (64, LANES), 0, layout=plgpu.Layout.WGMMA) + first
-                    there = exists(token, i, mapped)
-                    for lane in range(0, head_dim, LANES):
-                        values = v_smem.at[slot, pl.ds(first, 64), pl.ds(lane, LANES)]
-                        v = plgpu.load(values, layout=plgpu.Layout.WGMMA)
-                        values[...] = jnp.where(there, v, jnp.zeros_like(v))
-                plgpu.commit_smem()
+                clear(v_smem.at[slot], lambda token: exists(token, i, keys, mapped))
                 for _ in range(copies):
                     plgpu.barrier_arrive(v_bar.at[slot])
 
-        def move_quantised():
+        def move_quantised(keys):
             raw_smem, scale_smem, raw_mapped_smem, raw_bar = raw_refs
 
             def fetch(i):
                 raw = lax.rem(i, jnp.int32(RAW_STAGES))
-                pages, mapped, first_slot = find_pages(i)
+                pages, mapped, first_slot = find_pages(i, keys)
                 plgpu.commit_smem()  # all warps have read the tile that makes room
                 raw_mapped_smem[raw] = mapped
                 for part in range(2):
                     load(part, pages, first_slot, raw_smem.at[part, raw], raw_bar.at[raw])
-                load_scales(scales_ref, scale_smem.at[raw], raw_bar.at[raw], pages, kv_head, first_slot)
+                bar = raw_bar.at[raw]
+                load_scales(scales_ref, scale_smem.at[raw], bar, page_size, pages, kv_head, first_slot)
 
-            pl.when(num_tiles > 0)(lambda: fetch(jnp.int32(0)))
+            pl.when(keys.num_tiles > 0)(lambda: fetch(jnp.int32(0)))
 
-            @pl.loop(0, num_tiles)
+            @pl.loop(0, keys.num_tiles)
             def _(i):
                 slot, raw = lax.rem(i, jnp.int32(stages)), lax.rem(i, jnp.int32(RAW_STAGES))
-                pl.when(i + 1 < num_tiles)(lambda: fetch(i + 1))
+                pl.when(i + 1 < keys.num_tiles)(lambda: fetch(i + 1))
                 plgpu.barrier_wait(raw_bar.at[raw])
                 mapped = raw_mapped_smem[raw]
                 rows = plgpu.Layout.WGMMA.reduce(1)
@@ -222,32 +225,35 @@ def attend_rows(
                     wait_for_room(i, free)
                     if part == 0:
                         mapped_smem[slot] = mapped
-                    scale = read_scales(scale_smem.at[raw], part, copy_tokens, tokens)
-                    dequantise(raw_smem.at[part, raw], smem.at[slot], scale, exists(token, i, mapped))
+                    scale = read_scales(scale_smem.at[raw], part, page_size, tokens, kv_head)
+                    dequantise(raw_smem.at[part, raw], smem.at[slot], scale, exists(token, i, keys, mapped))
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(bar.at[slot])
 
         def move():
             plgpu.set_max_registers(tile.registers[1], action="decrease")
+            place, keys = word("eighth") * 8, find_keys()
             for i in range(WARPGROUPS):
-                rows = q_ref.at[pl.ds(words.eighth * 8 + i * WARPGROUP_ROWS, WARPGROUP_ROWS), head]
+                rows = q_ref.at[pl.ds(place + i * WARPGROUP_ROWS, WARPGROUP_ROWS), head]
                 plgpu.copy_gmem_to_smem(rows, q_smem.at[i], q_bar)
             if is_quantised:
-                move_quantised()
+                move_quantised(keys)
             else:
-                pl.loop(0, num_tiles)(move_tile)
-            drain(k_free, stages, num_tiles)
-            drain(v_free, stages, num_tiles)
+                pl.loop(0, keys.num_tiles)(lambda i: move_tile(i, keys))
+            drain(k_free, stages, keys.num_tiles)
+            drain(v_free, stages, keys.num_tiles)
 
         def compute():
             plgpu.set_max_registers(tile.registers[0], action="increase")
             # My rows of the block: those of the sequence among them, and the positions of their queries.
             mine = warpgroup * WARPGROUP_ROWS
-            first_row = jnp.clip(words.first_row - mine, 0, WARPGROUP_ROWS)
-            num_mine = jnp.clip(words.end_row - mine, 0, WARPGROUP_ROWS) - first_row
+            first_row = jnp.clip(word("first_row") - mine, 0, WARPGROUP_ROWS)
+            num_mine = jnp.clip(word("end_row") - mine, 0, WARPGROUP_ROWS) - first_row
+            position, offset, keys = word("position"), word("offset") + mine, find_keys()
+            first_tile, num_tiles = keys.first_tile, keys.num_tiles
 
             def position_of(row):
-                return words.position + lax.div(words.offset + mine + row, jnp.int32(tile.rows_per_query))
+                return position + lax.div(offset + row, jnp.int32(tile.rows_per_query))
 
             lowest, highest = position_of(first_row), position_of(first_row + num_mine - 1)
             # The tiles that some row of mine sees, counted from the item's first.
@@ -259,7 +265,17 @@ def attend_rows(
             begin = jnp.minimum(begin, num_tiles)
             stop = jnp.maximum(stop, begin)
 
+            def take_turns():
+                """Waits until one warpgroup has issued its products and the other is in its softmax; then they swap.
+
+                As in JAX's own Mosaic GPU attention: left alone, both would take their softmax at the same time.
+                """
+                plgpu.barrier_arrive(turn_bar)
+                plgpu.barrier_wait(turn_bar)
+
             def skip_tile(i, _):
+                take_turns()
+                take_turns()
                 slot = lax.rem(i, jnp.int32(stages))
                 for ready, free in ((k_bar, k_free), (v_bar, v_free)):
                     plgpu.barrier_wait(ready.at[slot])
@@ -274,6 +290,7 @@ def attend_rows(
 
                 def score(acc_ref):
                     plgpu.wgmma(acc_ref, q_smem.at[warpgroup], k_smem.at[slot].transpose((1, 0)))
+                    take_turns()
                     return acc_ref[...]
 
                 s = pl.run_scoped(score, ACC((WARPGROUP_ROWS, tokens), jnp.float32))
@@ -286,13 +303,13 @@ def attend_rows(
                         return plgpu.broadcasted_iota(jnp.int32, s.shape, axis, layout=plgpu.Layout.WGMMA)
 
                     token = iota(1)
-                    query = words.position + (words.offset + mine + iota(0)) // tile.rows_per_query
-                    visible = (token <= query - tile_position) & exists(token, i, mapped)
+                    query = position + (offset + iota(0)) // tile.rows_per_query
+                    visible = (token <= query - tile_position) & exists(token, i, keys, mapped)
                     if window is not None:
                         visible &= token > query - (tile_position + window)
                     return jnp.where(visible, s, -jnp.inf)
 
-                sees_all = (tile_position + tokens - 1 <= lowest) & (tile_position + tokens <= end)
+                sees_all = (tile_position + tokens - 1 <= lowest) & (tile_position + tokens <= keys.end)
                 sees_all &= mapped == all_mapped
                 if window is not None:
                     sees_all &= tile_position > highest - window
@@ -304,25 +321,9 @@ def attend_rows(
                 p = jnp.exp2(s * score_scale - lax.broadcast_in_dim(safe_top, s.shape, [0]))
                 total = total * decay + p.sum(axis=1)
                 acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
-                weights = p.astype(q.dtype)
-
-                if tile.is_staged:
-                    p_smem.at[warpgroup][...] = weights
-                    plgpu.commit_smem()
-                    plgpu.barrier_wait(v_bar.at[slot])
-
-                    def weigh(acc_ref):
-                        plgpu.wgmma(acc_ref, p_smem.at[warpgroup], v_smem.at[slot])
-                        return acc_ref[...]
-
-                    acc = acc + pl.run_scoped(weigh, ACC(acc.shape, jnp.float32))
-                else:
-                    plgpu.barrier_wait(v_bar.at[slot])
-
-                    def weigh_onto(acc_ref):
-                        plgpu.wgmma(acc_ref, weights, v_smem.at[slot])
-
-                    acc = pl.run_state(weigh_onto)(ACC.init(acc))
+                take_turns()
+                plgpu.barrier_wait(v_bar.at[slot])
+                acc = weigh(p.astype(q.dtype), v_smem.at[slot], acc)
                 plgpu.barrier_arrive(v_free.at[slot])
                 return acc, new_top, total
 
@@ -336,25 +337,27 @@ def attend_rows(
             top, total = plgpu.layout_cast(top, rows), plgpu.layout_cast(total, rows)
 
             plgpu.barrier_wait(q_bar)
+            pl.when(warpgroup == 1)(take_turns)
             lax.fori_loop(0, begin, skip_tile, None)
             acc, top, total = lax.fori_loop(begin, stop, attend_tile, (acc, top, total))
             lax.fori_loop(stop, num_tiles, skip_tile, None)
+            pl.when(warpgroup == 0)(take_turns)
 
             safe_total = jnp.where(total == 0.0, 1.0, total)
             acc = acc * lax.broadcast_in_dim(1.0 / safe_total, acc.shape, [0])
             lse = jnp.where(total == 0.0, -jnp.inf, (top + jnp.log2(safe_total)) * (1 / LOG2E))
             lse_smem.at[warpgroup][...] = lax.broadcast_in_dim(lse, (WARPGROUP_ROWS, LSE_LANES), [0])
-            place = words.eighth * 8 + mine
-            store_rows(lse_smem.at[warpgroup], lse_ref.at[words.part, :, head], first_row, num_mine, place)
+            place, part = word("eighth") * 8 + mine, word("part")
+            store_rows(lse_smem.at[warpgroup], lse_ref.at[part, :, head], first_row, num_mine, place)
             for lane in range(0, head_dim, OUT_LANES):
                 if lane:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 out_smem.at[warpgroup][...] = acc[:, lane : lane + OUT_LANES].astype(out_dtype)
-                target = out_ref.at[words.part, :, head, pl.ds(lane, OUT_LANES)]
+                target = out_ref.at[part, :, head, pl.ds(lane, OUT_LANES)]
                 store_rows(out_smem.at[warpgroup], target, first_row, num_mine, place)
             plgpu.wait_smem_to_gmem(0)
 
-        is_used = words.end_row > words.first_row
+        is_used = word("end_row") > word("first_row")
         pl.when(is_used & (warpgroup < WARPGROUPS))(compute)
         pl.when(is_used & (warpgroup == WARPGROUPS))(move)
 
@@ -362,7 +365,6 @@ def attend_rows(
         swizzled((WARPGROUPS, WARPGROUP_ROWS, head_dim), q.dtype),
         swizzled((stages, tokens, head_dim), q.dtype),
         swizzled((stages, tokens, head_dim), q.dtype),
-        swizzled((WARPGROUPS, WARPGROUP_ROWS, tokens) if tile.is_staged else (1, 8, 64), q.dtype),
         plgpu.SMEM((tile.ids,), jnp.int32),
         plgpu.SMEM((stages,), jnp.int32),
         plgpu.SMEM((WARPGROUPS, WARPGROUP_ROWS, OUT_LANES), out_dtype),
@@ -372,19 +374,21 @@ def attend_rows(
         plgpu.Barrier(num_arrivals=1 if is_quantised else copies, num_barriers=stages),
         plgpu.Barrier(),
         plgpu.Barrier(num_arrivals=copies),
+        plgpu.Barrier(num_arrivals=WARPGROUPS),
         plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
         plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
     ]
     if is_quantised:
         scratch_types += [
             swizzled((2, RAW_STAGES, tokens, head_dim), data.dtype),
-            plgpu.SMEM((RAW_STAGES, 2, tokens + copy_tokens), jnp.float32),
+            plgpu.SMEM((RAW_STAGES, *scale_buffer(page_size, tokens)), jnp.float32),
             plgpu.SMEM((RAW_STAGES,), jnp.int32),
             plgpu.Barrier(num_arrivals=2 * copies + scale_copies, num_barriers=RAW_STAGES),
         ]
     fields = jnp.stack(items, axis=1)
     inputs = [q, data, page_table, fields]
-    inputs += [x for x in (sinks, scales) if x is not None]
+    inputs += [] if sinks is None else [sinks]
+    inputs += [] if scales is None else [view_scales(scales)]
     return plgpu.kernel(
         kernel,
         out_type=(
@@ -399,6 +403,23 @@ def attend_rows(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_rows",
     )(*inputs)
+
+
+def weigh(weights: Any, values: Any, acc: Any) -> Any:
+    """`acc + weights @ values`, the weights and sums in registers.
+
+    The one step that the interpreter cannot run as it is: there the tensor core's first operand must lie in shared
+    memory, and its sums begin at 0.
+    """
+    if is_interpreted():
+        product = jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
+        plgpu.commit_smem()  # a read of this kind is not ordered before the copy engine's next write otherwise
+        return acc + product
+
+    def multiply(acc_ref):
+        plgpu.wgmma(acc_ref, weights, values)
+
+    return pl.run_state(multiply)(ACC.init(acc))
 
 
 def store_rows(source: Any, target: Any, first: Any, num_rows: Any, place: Any) -> None:

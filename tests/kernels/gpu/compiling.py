@@ -38,17 +38,32 @@ class KernelReport(NamedTuple):
         registers = -(-self.registers // 8) * 8 * self.threads
         return min(REGISTERS // registers, SHARED_MEMORY // (self.shared_memory + RESERVED))
 
+    def products(self) -> list[tuple[int, bool]]:
+        """Of every run of tensor core instructions that is waited for as one: how many, whether from registers."""
+        runs, instructions = [], []
+        for line in self.ptx:
+            if "wgmma.mma_async" in line:
+                instructions.append(bool(re.search(r"\}, *\{", line)))
+            elif "wgmma.commit_group" in line:
+                (from_registers,) = set(instructions)
+                runs.append((len(instructions), from_registers))
+                instructions = []
+            elif "wgmma.wait_group" in line:
+                assert not instructions and line.endswith(" 0;")
+        assert count(self.ptx, "wgmma.wait_group") == len(runs)
+        return runs
+
     def copy_loops(self) -> list[list[str]]:
-        """The innermost loops of the program that load with the copy engine."""
+        """The loops that load with the copy engine, but for those around others of them."""
         labels = {line[:-1]: i for i, line in enumerate(self.ptx) if re.fullmatch(r"\$L\w+:", line)}
         loops = []
         for i, line in enumerate(self.ptx):
             jump = re.search(r"bra(?:\.uni)?\s+(\$L\w+);", line)
             if jump and labels[jump[1]] < i:
                 loops.append((labels[jump[1]], i))
+        loops = [(start, end) for start, end in loops if count(self.ptx[start:end], LOAD)]
         innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-        bodies = [self.ptx[start:end] for start, end in innermost]
-        return [body for body in bodies if count(body, LOAD)]
+        return [self.ptx[start:end] for start, end in innermost]
 
 
 def count(lines: list[str], pattern: str) -> int:

@@ -1,13 +1,14 @@
 """Compares the GPU kernels with the reference."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import paged_attention
 
 BFLOAT16 = 2e-2  # absolute, on data of unit scale: the weights are rounded to bfloat16 for the tensor core
-
-
 LSE = 1e-3  # the scores are exact but for the float32 sums and the chip's approximate exp2 and log2
 # Dequantised keys are rounded to bfloat16 by 2**-9, a score on data of unit scale by 2**-9 / sqrt(3) = 1e-3 (1 sigma).
 ROUNDED_KEYS = 8e-3
@@ -30,3 +31,22 @@ def check(problem, lse_bound=LSE, **options):
     for got, want in zip(jax.tree.leaves(result.pages), jax.tree.leaves(expected.pages), strict=True):
         np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
     return result
+
+
+def expect_no_neighbours(problem, **options):
+    """The first sequence's output is the same to the bit whatever the others hold and ask."""
+
+    @jax.jit
+    def run(*arrays):
+        return paged_attention(*arrays, implementation="pallas_gpu", **options).out
+
+    mine = int(problem.query_starts[1])
+    pages = -(-int(problem.lengths[0]) // problem.pages.page_size)
+    is_mine = np.isin(np.arange(problem.pages.num_pages), problem.page_table[0, :pages])
+    others = jnp.where(jnp.asarray(is_mine)[:, None, None, None], problem.pages.data, jnp.asarray(3, problem.q.dtype))
+    changed = problem._replace(
+        q=problem.q.at[mine:].multiply(-2), pages=dataclasses.replace(problem.pages, data=others)
+    )
+    before, after = (np.asarray(jax.block_until_ready(run(*x)), np.float32) for x in (problem, changed))
+    np.testing.assert_array_equal(before[:mine], after[:mine])
+    assert not np.array_equal(before[mine:], after[mine:])

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.pages import Pages, init_pages
+from pallas_kernels.pages import LARGEST, Pages, init_pages
 
 INVALID_IDS = (0, -1, -7, 10**6, 2**31 - 1)
 
@@ -38,8 +38,8 @@ def make_problem(
     """Sequences on shuffled pages of distinct data.
 
     NaN fills the null page, unowned pages and every slot behind a length; columns behind the mapped ones hold
-    invalid ids. Padding tokens follow the last sequence. With `write`, the new tokens' slots are NaN as well. Of int8
-    pages it is the scales that are NaN.
+    invalid ids. Padding tokens follow the last sequence. With `write`, the new tokens' slots are NaN as well. Of
+    quantised pages the scales are NaN too, and of int8 pages nothing else can be.
     """
     rng = np.random.default_rng(seed)
     lengths = np.asarray(lengths, np.int32)
@@ -62,14 +62,19 @@ def make_problem(
             page, slot = table[row, position // page_size], position % page_size
             k[page, :, slot], v[page, :, slot] = rng.normal(size=(2, num_kv_heads, head_dim))
 
-    empty = init_pages(num_pages, num_kv_heads, page_size, head_dim)
+    empty = init_pages(num_pages, num_kv_heads, page_size, head_dim, dtype)
     axis = 2 if empty.data.shape[2] == 2 * page_size else 3
-    kv, scales = np.concatenate([k, v], axis=axis), None
-    if dtype == "int8":
-        scales = np.abs(np.concatenate([k, v], axis=2)).max(axis=-1) / 127
-        kv = np.where(np.isnan(kv), 77, np.round(kv / scales[..., None]))
+    scales = None
+    if dtype in LARGEST:
+        scales = np.abs(np.concatenate([k, v], axis=2)).max(axis=-1) / LARGEST[dtype]
+        k, v = (x / scale[..., None] for x, scale in zip((k, v), np.split(scales, 2, axis=2), strict=True))
         scales = jnp.asarray(scales, jnp.float32)
-    data = jnp.asarray(kv, dtype)
+    kv = np.concatenate([k, v], axis=axis)
+    if dtype == "int8":
+        kv = np.where(np.isnan(kv), 77, np.round(kv))
+    elif dtype == "float8_e4m3fn":
+        kv = kv.astype(dtype).view(np.uint8)
+    data = jnp.asarray(kv, empty.data.dtype)
     starts = np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)
     num_tokens = int(starts[-1]) + padding
 

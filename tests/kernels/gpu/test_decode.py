@@ -2,17 +2,17 @@
 
 import jax.numpy as jnp
 import pytest
-from oracle import check
+from oracle import check, expect_no_neighbours
 from problems import make_problem
 
 # Head size, page size, (query, KV) heads, window, soft cap, sinks: every pair of neighbouring choices occurs.
 CASES = [
-    (128, 16, (4, 2), None, None, False),
+    (128, 16, (12, 2), None, None, False),
     (128, 8, (16, 2), 70, 5.0, True),
-    (128, 64, (1, 1), 5, None, True),
+    (128, 64, (3, 3), 5, None, True),
     pytest.param(128, 128, (12, 1), None, 5.0, False, marks=pytest.mark.long),
     pytest.param(128, 32, (5, 5), 64, None, False, marks=pytest.mark.long),
-    (64, 16, (8, 1), 130, None, True),
+    (64, 16, (5, 1), 130, None, True),
     (64, 64, (32, 2), None, 2.0, True),
     pytest.param(64, 128, (3, 1), 16, None, False, marks=pytest.mark.long),
     pytest.param(64, 192, (2, 2), None, None, True, marks=pytest.mark.long),
@@ -30,16 +30,32 @@ def test_equals_the_reference(interpreter, head_dim, page_size, heads, window, s
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "page_size", "heads", "write"),
+    ("dtype", "head_dim", "page_size", "heads", "write"),
     [
-        (128, 16, (8, 2), True),
-        pytest.param(128, 128, (3, 1), False, marks=pytest.mark.long),
-        pytest.param(256, 32, (9, 1), False, marks=pytest.mark.long),
+        ("int8", 128, 16, (8, 2), True),
+        ("float8_e4m3fn", 64, 8, (4, 2), True),
+        pytest.param("float8_e4m3fn", 128, 128, (3, 1), True, marks=pytest.mark.long),
+        pytest.param("float8_e4m3fn", 256, 64, (12, 1), False, marks=pytest.mark.long),
+        pytest.param("int8", 64, 192, (9, 1), True, marks=pytest.mark.long),
+        pytest.param("int8", 256, 32, (9, 1), False, marks=pytest.mark.long),
     ],
 )
-def test_int8_pages(interpreter, head_dim, page_size, heads, write):
+def test_quantised_pages(interpreter, dtype, head_dim, page_size, heads, write):
     lengths = [0, 1, page_size + 1, 133]
     shape = dict(heads=heads, head_dim=head_dim, page_size=page_size)
-    problem = make_problem(lengths, query_lens=[0, 1, 1, 1], dtype="int8", write=write, **shape)
+    problem = make_problem(lengths, query_lens=[0, 1, 1, 1], dtype=dtype, write=write, **shape)
     sinks = jnp.linspace(-1, 2, heads[0], dtype=jnp.float32)
     check(problem, max_query_len=1, window=100, sinks=sinks)
+
+
+def test_positions_beyond_int16(interpreter):
+    # A sequence of which only what the window shows is mapped: the pages before it were freed.
+    problem = make_problem([170], heads=(2, 1), page_size=128)
+    table = jnp.pad(problem.page_table, ((0, 0), (300, 0)))
+    problem = problem._replace(page_table=table, lengths=problem.lengths + 300 * 128)
+    check(problem, max_query_len=1, window=150)
+
+
+def test_neighbours_change_nothing(interpreter):
+    problem = make_problem([70, 133], heads=(2, 1), page_size=64)
+    expect_no_neighbours(problem, max_query_len=1)
