@@ -21,7 +21,7 @@ MOST_PACKED_QUERIES = 32  # of a sequence: up to so many, the rows of a block ar
 MOST_DECODE_GROUP = 16  # query heads of a KV head that the decode kernel takes
 PREFIX_PAYS = 2.0**26  # bytes of a shared prefix that reading it once must save: 16 us of an H200's bandwidth
 SEES_ALL = 2**30  # the position of a query that sees every key
-MOST_PARTS = 16  # of a sequence's keys, where there are too few queries to keep every multiprocessor busy
+LEAST_TILES = 4  # of keys in a part, where a sequence's keys are cut to keep every multiprocessor busy
 
 
 class Options(NamedTuple):
@@ -127,7 +127,8 @@ def attend_queries(
     tile = row_tile(head_dim, pages.page_size, page_table.shape[1], pages.dtype, group)
     num_items = max_row_items(queries.num.size, num_tokens, group)
     columns = num_heads // group
-    num_parts = max(1, min(hardware.num_multiprocessors() // (num_items * columns), MOST_PARTS))
+    most_parts = page_table.shape[1] * pages.page_size // (LEAST_TILES * tile.tokens)
+    num_parts = max(1, min(hardware.num_multiprocessors() // (num_items * columns), most_parts))
     items = cut_queries(
         queries, num_tokens, rows_per_query=group, tokens_per_tile=tile.tokens, num_parts=num_parts,
         window=options.window,
@@ -185,25 +186,36 @@ def decode_behind_prefix(
     Where little would be saved the prefix counts as empty and its blocks have nothing to do: unlike a branch, that
     needs no word with the host. From Hydragen (Juravsky et al. 2024, arXiv 2402.05099).
     """
-    num_rows, _, head_dim = q.shape
     takes_part = position >= 0
-    shortest = jnp.min(jnp.where(takes_part, position + 1, jnp.iinfo(jnp.int32).max))
-    prefix = jnp.minimum(shared_prefix, jnp.minimum(shortest, page_table.shape[1] * pages.page_size))
-    prefix -= prefix % pages.page_size  # a row that ends inside it may hold a last page of its own
-    token_bytes = 2 * pages.num_kv_heads * head_dim * jnp.dtype(pages.dtype).itemsize
-    others = jnp.sum(takes_part) - 1
-    saved = others.astype(jnp.float32) * prefix.astype(jnp.float32) * token_bytes
-    prefix = jnp.where(saved > PREFIX_PAYS, jnp.maximum(prefix, 0), 0)
+    token_bytes = 2 * pages.num_kv_heads * pages.head_dim * jnp.dtype(pages.dtype).itemsize
+    capacity = page_table.shape[1] * pages.page_size
+    prefix = worth_sharing(shared_prefix, position, pages.page_size, capacity, token_bytes)
 
     def one(x):
         return jnp.asarray(x, jnp.int32).reshape(1)
 
-    everybody = Queries(one(sequence[jnp.argmax(takes_part)]), one(0), one(num_rows), one(SEES_ALL), one(prefix))
+    everybody = Queries(one(sequence[jnp.argmax(takes_part)]), one(0), one(q.shape[0]), one(SEES_ALL), one(prefix))
     prefix_out, prefix_lse = attend_queries(q, pages, page_table, everybody, options._replace(sinks=None), True)
     prefix_lse = jnp.where(takes_part[:, None], prefix_lse, -jnp.inf)
     begin = jnp.broadcast_to(prefix, position.shape)
     out, lse = decode(q, pages, page_table, sequence, position, begin, options)
     return merge_states(out, lse, prefix_out, prefix_lse)
+
+
+def worth_sharing(
+    shared_prefix: Int32[Array, ""], position: Int32[Array, " R"], page_size: int, capacity: int, token_bytes: int
+) -> Int32[Array, ""]:
+    """How many tokens of a shared prefix to read once for all rows: whole pages that all of them see, or 0.
+
+    0 where that saves too little reading to pay for the kernels that it takes.
+    """
+    takes_part = position >= 0
+    shortest = jnp.min(jnp.where(takes_part, position + 1, jnp.iinfo(jnp.int32).max))
+    prefix = jnp.minimum(shared_prefix, jnp.minimum(shortest, capacity))
+    prefix -= prefix % page_size  # a row that ends inside it may hold a last page of its own
+    others = jnp.sum(takes_part) - 1
+    saved = others.astype(jnp.float32) * prefix.astype(jnp.float32) * token_bytes
+    return jnp.where(saved > PREFIX_PAYS, jnp.maximum(prefix, 0), 0)
 
 
 def decode(

@@ -28,18 +28,18 @@ def widen(source: Any, target: Any) -> Any:
     return target
 
 
-def dequantise(source: Any, target: Any, scales: Any, exists: Any) -> None:
-    """An 8-bit tile of 64 tokens times their scales `[tokens]` as bfloat16 in another place, 0 where none exists.
+def dequantise(source: Any, target: Any, scales: Any) -> None:
+    """An 8-bit tile of 64 tokens times their scales `[tokens]` as bfloat16 in another place; 0 where the scale is.
 
     The caller commits the shared memory.
     """
-    scales, exists = (lax.broadcast_in_dim(x, (target.shape[0], LANES), [0]) for x in (scales, exists))
+    scales = lax.broadcast_in_dim(scales, (target.shape[0], LANES), [0])
 
-    @pl.loop(0, target.shape[1] // LANES)
+    @pl.loop(0, target.shape[1] // LANES)  # not unrolled, for the sake of registers
     def _(i):
         lanes = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
         part = numbers(plgpu.load(source.at[:, lanes], layout=BYTES)).astype(jnp.float32)
-        target.at[:, lanes][...] = jnp.where(exists, part * scales, 0.0).astype(target.dtype)
+        target.at[:, lanes][...] = jnp.where(scales > 0, part * scales, 0.0).astype(target.dtype)  # a byte may be NaN
 
 
 def view_scales(scales: Float[Array, "P K R"]) -> Float[Array, "P C W"]:

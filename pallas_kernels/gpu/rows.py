@@ -226,7 +226,8 @@ def attend_rows(
                     if part == 0:
                         mapped_smem[slot] = mapped
                     scale = read_scales(scale_smem.at[raw], part, page_size, tokens, kv_head)
-                    dequantise(raw_smem.at[part, raw], smem.at[slot], scale, exists(token, i, keys, mapped))
+                    scale = jnp.where(exists(token, i, keys, mapped), scale, 0.0)
+                    dequantise(raw_smem.at[part, raw], smem.at[slot], scale)
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(bar.at[slot])
 

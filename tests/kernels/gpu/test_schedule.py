@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels.gpu.schedule import cut_rows
+from pallas_kernels.gpu.schedule import Queries, cut_queries, cut_rows
 
 cut = jax.jit(cut_rows, static_argnums=2)
 
@@ -37,9 +37,29 @@ def test_every_tile_once_in_nearly_equal_shares(seed):
 
 
 def test_one_long_row_keeps_every_block_busy():
-    shares = shares_of([131072 // 64], 2 * 132 // 8)  # batch 1, 128k tokens, 8 KV heads on 132 multiprocessors
-    assert min(map(len, shares)) >= 2048 // 33 - 33  # equal but for the last one
-    assert all(shares)
+    # Batch 1, 128k tokens, 8 KV heads on 132 multiprocessors of two blocks each.
+    shares = shares_of([131072 // 64], 2 * 132 // 8)
+    sizes = [len(share) for share in shares]
+    assert 8 * sum(size > 0 for size in sizes) == 2 * 132  # no block without work
+    assert sorted(sizes)[1] == max(sizes) and all(shares)  # all alike, but for the last one
+
+
+def test_a_large_batch_costs_nothing_more():
+    # 256 sequences of 4096 tokens: the longest share is the mean, and the cuts add one partial result a share at most.
+    num_tiles = np.full(256, 64, np.int32)
+    shares = shares_of(num_tiles, 33)
+    assert max(map(len, shares)) == -(-256 * 64 // 33)
+    *_, row_starts = cut(np.zeros_like(num_tiles), num_tiles, 33)
+    assert 256 <= row_starts[-1] < 256 + 33
+
+
+def test_one_query_of_many_heads_keeps_every_multiprocessor_busy():
+    # 32 query heads on one KV head, 128k tokens: the keys are cut in 132 parts.
+    one = np.ones(1, np.int32)
+    queries = Queries(sequence=0 * one, start=0 * one, num=one, position=131071 * one, end=131072 * one)
+    items = cut_queries(queries, 1, rows_per_query=32, tokens_per_tile=128, num_parts=132, window=None)
+    assert np.sum(items.num_tiles) == 1024
+    assert np.max(items.num_tiles) == 8 and np.sum(items.num_tiles > 0) == 128
 
 
 def test_a_long_row_among_short_ones_delays_nobody():

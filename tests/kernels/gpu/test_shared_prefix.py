@@ -9,6 +9,24 @@ from pallas_kernels.gpu import attention
 
 
 @pytest.mark.parametrize(
+    ("batch", "prefix", "shared"),
+    [
+        (64, 4096, 4096),
+        (64, 4100, 4096),  # whole pages
+        (64, 9000, 4160),  # what the shortest row sees
+        (1, 4096, 0),  # nobody to share with
+        (2, 4096, 0),  # 16 MiB: less than the kernels cost
+        (64, 64, 0),
+        (64, 0, 0),
+    ],
+)
+def test_a_prefix_is_shared_where_that_pays(batch, prefix, shared):
+    position = jnp.full(batch + 1, 4223, jnp.int32).at[0].set(-1).at[1].set(4170)
+    token_bytes = 2 * 8 * 128 * 2
+    assert attention.worth_sharing(jnp.int32(prefix), position, 64, 8192, token_bytes) == shared
+
+
+@pytest.mark.parametrize(
     ("heads", "prefix", "pays"),
     [
         ((8, 1), 96, True),
