@@ -22,8 +22,6 @@ def refusal(op: str, **arguments: Any) -> str | None:
     pages: Pages = arguments["pages"]
     if op == "copy_pages":
         return None
-    if op == "paged_attention" and pages.scales is not None and arguments["max_query_len"] > 1:
-        return f"it takes {pages.dtype.name} pages only for decoding (max_query_len=1)."
     tile_rows = SUBLANES * 4 // pages.dtype.itemsize
     if pages.page_size % tile_rows:
         return (
@@ -37,8 +35,8 @@ def refusal(op: str, **arguments: Any) -> str | None:
         )
     if pages.scales is not None and pages.scales.shape[2] % LANES:
         return (
-            f"it does not take {pages.dtype.name} pages of {pages.page_size} tokens: XLA would copy all their scales, which do "
-            "not fill 128 lanes; pages of 64 tokens or a multiple do."
+            f"it does not take {pages.dtype.name} pages of {pages.page_size} tokens: XLA would copy all their scales, which "
+            "do not fill 128 lanes; pages of 64 tokens or a multiple do."
         )
     return None
 
@@ -60,7 +58,7 @@ def paged_attention(
     max_query_len: int,
     return_lse: bool,
 ) -> AttentionResult:
-    if shared_prefix is not None and max_query_len == 1 and window is None and pages.scales is None:
+    if shared_prefix is not None and max_query_len == 1 and window is None:
         return attention.decode_shared(
             q, k, v, pages, page_table, lengths, query_starts, shared_prefix,
             scale=scale, soft_cap=soft_cap, sinks=sinks, return_lse=return_lse,

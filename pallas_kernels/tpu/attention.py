@@ -105,11 +105,13 @@ def prefill(
         out and lse, with those tokens' in them.
     """
     if sizes is None:
-        sizes = prefill_sizes(pages, q.shape[1], max_query_len)
+        sizes = prefill_sizes(pages, q.shape[1], max_query_len, compute_dtype(q, pages))
     lengths = jnp.minimum(lengths, page_table.shape[1] * pages.page_size)
     ids = jnp.where(is_mapped(page_table, pages), page_table, 0)
     rows = prefill_rows(lengths, query_starts, ids, sizes)
-    options = prefill_kernel.PrefillOptions(scale, window, soft_cap, sinks is not None, lse is not None, causal=True)
+    options = prefill_kernel.PrefillOptions(
+        scale, window, soft_cap, sinks is not None, lse is not None, causal=True, quantised=pages.scales is not None
+    )
     return _run_prefill(q, out, lse, sinks, rows, ids, pages, sizes, options)
 
 
@@ -143,9 +145,11 @@ def attend_to_prefix(
     """
     num_tokens = q.shape[0]
     if sizes is None:
-        sizes = prefill_sizes(pages, q.shape[1], num_tokens)
+        sizes = prefill_sizes(pages, q.shape[1], num_tokens, compute_dtype(q, pages))
     rows = prefix_rows(ids, prefix, num_tokens, sizes)
-    options = prefill_kernel.PrefillOptions(scale, None, soft_cap, sinks=False, lse=True, causal=False)
+    options = prefill_kernel.PrefillOptions(
+        scale, None, soft_cap, sinks=False, lse=True, causal=False, quantised=pages.scales is not None
+    )
     nothing = jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
     out, lse = _run_prefill(q, jnp.zeros_like(q), nothing, None, rows, ids, pages, sizes, options)
     assert lse is not None
@@ -195,7 +199,7 @@ def _run_prefill(
     if lse is not None:
         lse = jnp.pad(lse, ((0, 0), (0, -num_heads % LANES))).reshape(num_tokens, -1, LANES)
     out_rows, lse_rows = prefill_kernel.prefill(
-        q_rows, out_rows, lse, sinks, rows, table, pages.data,
+        q_rows, out_rows, lse, sinks, rows, table, pages.data, pages.scales,
         chunks=chunks, num_heads=num_heads, sizes=sizes, options=options,
     )  # fmt: skip
     out = out_rows[:, :num_heads, lanes - head_dim :].astype(q.dtype)

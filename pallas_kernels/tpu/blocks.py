@@ -12,6 +12,7 @@ from pallas_kernels.tpu.prefill import PrefillSizes
 
 ITEM_BYTES = 1 << 20
 AHEAD_BYTES = 6 << 20  # more than a microsecond of any chip's bandwidth
+BLOCK_BYTES = 4 << 20
 MAX_PAGES = 32  # of an item: one bit each in a scalar
 
 
@@ -40,21 +41,27 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking) -> DecodeSi
     return DecodeSizes(pages.page_size, pages_per_item, items_per_group, groups * items_per_group)
 
 
-def prefill_sizes(pages: Pages, num_heads: int, max_query_len: int) -> PrefillSizes:
+def prefill_sizes(pages: Pages, num_heads: int, max_query_len: int, dtype=jnp.bfloat16) -> PrefillSizes:
     """Sizes of the prefill kernel.
 
-    A task holds at most 8192 rows of 128 lanes, whose state takes about 25 MiB of VMEM; a unit about 512 rows
-    against 512 keys, or as many as one query head has.
+    A task holds at most 8192 rows of 128 lanes (4096 of float32), whose state takes about 25 MiB of VMEM; a unit about
+    1024 rows against 512 keys, or as many as one query head has. The keys and values of a block take at most 4 MiB.
+
+    Args:
+        dtype: of the products.
     """
+    num_kv_heads = pages.num_kv_heads
     registers = -(-pages.data.shape[3] // LANES)
     tokens = max(16, 1 << (min(256, max_query_len) - 1).bit_length())
-    while tokens > 16 and tokens * num_heads * registers > 8192:
+    while tokens > 16 and tokens * num_heads * registers * jnp.dtype(dtype).itemsize > 2 * 8192:
         tokens //= 2
-    group = num_heads // pages.num_kv_heads
-    heads = max(h for h in range(1, group + 1) if group % h == 0 and (h == 1 or h * tokens <= 512))
+    group = num_heads // num_kv_heads
+    heads = max(h for h in range(1, group + 1) if group % h == 0 and (h == 1 or h * tokens <= 1024))
+    page_bytes = pages.data.size // pages.num_pages * pages.data.dtype.itemsize
     pages_per_block = 1
     while pages_per_block < MAX_PAGES and (
-        pages_per_block * pages.page_size < 512 or pages_per_block * pages.page_size % LANES
+        pages_per_block * pages.page_size % LANES
+        or (pages_per_block * pages.page_size < 512 and 2 * pages_per_block * page_bytes <= BLOCK_BYTES)
     ):
         pages_per_block *= 2
     return PrefillSizes(pages.page_size, pages_per_block, tokens, heads)

@@ -22,12 +22,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from pallas_kernels.pages import numbers
 from pallas_kernels.tpu.heads import LANES, SUBLANES
 from pallas_kernels.tpu.memory import in_hbm
 
 MASKED = -1e30  # score of a key that is not visible
 FLOOR = -1e20  # the running maximum before the first key: exp2(MASKED - FLOOR) is 0
 LOG2E = 1.4426950408889634
+NEVER = 1 << 30  # a position behind all others
 UPPER_HALF = -65536  # of a word
 IDS = 128  # page ids in a chunk of the page table: one row of lanes
 FIELDS = 6  # of a row in `rows`
@@ -77,6 +79,12 @@ class PrefillOptions:
     sinks: bool
     lse: bool
     causal: bool
+    quantised: bool = False
+
+    @property
+    def query_factor(self) -> float:
+        """What queries are multiplied with, once: the scale, in base 2 or in units of the cap."""
+        return self.scale * LOG2E if self.soft_cap is None else self.scale / self.soft_cap
 
 
 def _dot(a: Array, b: Array, contract_b: int) -> Array:
@@ -85,8 +93,8 @@ def _dot(a: Array, b: Array, contract_b: int) -> Array:
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _kernel(rows, sinks, table, q_hbm, pages, out_in, lse_in, out_hbm, lse_hbm, kv, task, due, ids, q_in, words, q,
-            out, lse, m_ref, l_ref, acc_ref, s_a, s_b, p_a, p_b, alpha_a, alpha_b,
+def _kernel(rows, sinks, table, q_hbm, pages, scales, out_in, lse_in, out_hbm, lse_hbm, kv, kv_scales, task, due, ids,
+            q_in, words, q, out, lse, m_ref, l_ref, alpha_ref, acc_ref, s_a, s_b, p_a, p_b,
             page_sem, id_sem, q_sem, out_sem, *, num_rows: int, chunks: int, num_heads: int,
             sizes: PrefillSizes, options: PrefillOptions):  # fmt: skip
     del out_in, lse_in  # the same memory as `out_hbm` and `lse_hbm`
@@ -145,15 +153,18 @@ def _kernel(rows, sinks, table, q_hbm, pages, out_in, lse_in, out_hbm, lse_hbm, 
         def body(j, count):
             page = ids[slot * IDS + column + j]
             wanted = (j * S < left) & ((j + 1) * S > low) & (page > 0)
-            copy = pltpu.make_async_copy(pages.at[page], kv.at[slot, j], page_sem.at[slot])
-            pl.when(wanted)(copy.start)
+            pl.when(wanted)(pltpu.make_async_copy(pages.at[page], kv.at[slot, j], page_sem.at[slot]).start)
+            if options.quantised:
+                copy = pltpu.make_async_copy(scales.at[page], kv_scales.at[slot, j], page_sem.at[slot])
+                pl.when(wanted)(copy.start)
             return count + jnp.where(wanted, 1, 0)
 
-        due[slot] = lax.fori_loop(0, NP, body, jnp.int32(0))
+        due[slot] = lax.fori_loop(0, NP, body, jnp.int32(0), unroll=min(NP, 8))
 
     def wait_for_pages(slot):
-        part = pages.at[pl.ds(0, due[slot])]
-        pl.when(due[slot] > 0)(pltpu.make_async_copy(part, part, page_sem.at[slot]).wait)
+        for array in (pages, scales) if options.quantised else (pages,):
+            part = array.at[pl.ds(0, due[slot])]
+            pl.when(due[slot] > 0)(pltpu.make_async_copy(part, part, page_sem.at[slot]).wait)
 
     def geometry(row, nth, block):
         """Of the block: keys from its start to the last one visible, those before the first, its ids' column."""
@@ -192,6 +203,13 @@ def _kernel(rows, sinks, table, q_hbm, pages, out_in, lse_in, out_hbm, lse_hbm, 
         return copies
 
     # ---- a block ---------------------------------------------------------------------------------------------
+    def zero_unless(condition, x):
+        """Also of 8 and 16 bits, which have no masks of their own on older chips."""
+        if x.dtype.itemsize == 4:
+            return jnp.where(condition, x, 0)
+        wide = jnp.float32 if x.dtype == jnp.bfloat16 else jnp.int32
+        return jnp.where(condition, x.astype(wide), 0).astype(x.dtype)
+
     def clean(slot, left, column, low):
         """Zeroes the values of keys that do not exist: 0 * NaN is NaN."""
 
@@ -203,9 +221,11 @@ def _kernel(rows, sinks, table, q_hbm, pages, out_in, lse_in, out_hbm, lse_hbm, 
             def _():
                 row = lax.broadcasted_iota(jnp.int32, (S, L), 0)
                 for h in range(K):
-                    here = kv[slot, j, h, value_row : value_row + S, :].astype(jnp.float32)
-                    here = jnp.where(row < live, here, 0.0)
-                    kv[slot, j, h, value_row : value_row + S, :] = here.astype(pages.dtype)
+                    here = kv[slot, j, h, value_row : value_row + S, :]
+                    kv[slot, j, h, value_row : value_row + S, :] = zero_unless(row < live, here)
+                if options.quantised:
+                    lane = lax.broadcasted_iota(jnp.int32, (K, 2 * S), 1)
+                    kv_scales[slot, j] = jnp.where(lane < S + live, kv_scales[slot, j], 0.0)
 
             return 0
 
@@ -218,52 +238,66 @@ def _kernel(rows, sinks, table, q_hbm, pages, out_in, lse_in, out_hbm, lse_hbm, 
         return lax.fori_loop(0, NP, body, jnp.int32(0))
 
     # ---- the three stages of a unit ----------------------------------------------------------------------------
-    def scores(unit, slot):
-        head = lax.div(unit, units_per_head)
-        keys = kv[slot, :, head, :S, :].reshape(T, L).astype(q.dtype)
-        return _dot(q[unit], keys, 1)  # [R, T]
+    def head_rows(slot, head, first_row):
+        return numbers(kv[slot, :, head, first_row : first_row + S, :]).astype(q.dtype).reshape(T, L)
 
-    key = lax.broadcasted_iota(jnp.int32, (R, T), 1)
-    row_of_query = lax.broadcasted_iota(jnp.int32, (R, T), 0)
-    key_minus_token = key - (jnp.right_shift(row_of_query, interleave // 2) & (Q - 1))
-    page_of_key = lax.convert_element_type(
-        (lax.broadcasted_iota(jnp.int32, (1, T), 1).astype(jnp.float32) + 0.5) / S, jnp.int32
-    )
+    def scales_of_head(slot, head, first):
+        """Of its keys or its values, `[1, T]`."""
+        parts = [kv_scales[slot, j, pl.ds(head, 1), :][:, first : first + S] for j in range(NP)]
+        return jnp.concatenate(parts, axis=1)
 
-    def softmax(unit, s, is_first, mask, position, left, bits):
+    key = lax.broadcasted_iota(jnp.int32, (1, T), 1)
+    page_of_key = lax.convert_element_type((key.astype(jnp.float32) + 0.5) / S, jnp.int32)
+
+    def scores(unit, slot, mask, position, left, bits):
         """Args:
+        unit: `units` for none.
         mask: whether some of the block's keys may be hidden from some rows.
         position: of the task's first token, from the block's start.
         """
-        if options.soft_cap is None:
-            s = s * (options.scale * LOG2E)
-        else:
-            s = jnp.tanh(s * (options.scale / options.soft_cap)) * (options.soft_cap * LOG2E)
+        real = jnp.minimum(unit, units - 1)
+        head = lax.div(real, units_per_head)
+        s = _dot(q[real], head_rows(slot, head, 0), 1)  # [R, T]
+        if options.quantised:
+            s = s * scales_of_head(slot, head, 0)
+        if options.soft_cap is not None:
+            s = jnp.tanh(s) * (options.soft_cap * LOG2E)
         if mask:
-            visible = (key < left) & ((jnp.right_shift(bits, page_of_key) & 1) > 0)
-            if options.causal:
-                visible = visible & (key_minus_token <= position)
+            exists = (key < left) & ((jnp.right_shift(bits, page_of_key) & 1) > 0)
+            token = jnp.right_shift(lax.broadcasted_iota(jnp.int32, (R, 1), 0), interleave // 2) & (Q - 1)
+            last = position + token if options.causal else left
+            visible = jnp.where(exists, key, NEVER) <= last
             if options.window is not None:
-                visible = visible & (key_minus_token > position - options.window)
+                visible = visible & (key > last - options.window)
             s = jnp.where(visible, s, MASKED)
-        m_before = jnp.where(is_first, sinks[unit] * LOG2E if options.sinks else FLOOR, m_ref[unit])
-        l_before = jnp.where(is_first, 1.0 if options.sinks else 0.0, l_ref[unit])
+        m_before = m_ref[unit]
         m = jnp.maximum(m_before, jnp.max(s, axis=1, keepdims=True))
-        p = jnp.exp2(s - m[:, :1])
-        alpha = jnp.exp2(m_before - m)
-        m_ref[unit] = m
-        l_ref[unit] = l_before * alpha + jnp.sum(p, axis=1, keepdims=True)
-        return p.astype(q.dtype), alpha
+        m_ref[unit], alpha_ref[unit] = m, jnp.exp2(m_before - m)
+        return s
 
-    def values(unit, slot, p, alpha, is_first):
-        head = jnp.minimum(lax.div(unit, units_per_head), K - 1)
-        v = kv[slot, :, head, value_row : value_row + S, :].reshape(T, L).astype(q.dtype)
-        before = acc_ref[unit] * wide(alpha)
-        acc_ref[unit] = jnp.where(is_first, 0.0, before) + _dot(p, v, 0)
+    def softmax(unit, slot, s):
+        p = jnp.exp2(s - jnp.concatenate([m_ref[unit]] * (T // LANES), axis=1))
+        l_ref[unit] = l_ref[unit] * alpha_ref[unit] + jnp.sum(p, axis=1, keepdims=True)
+        if options.quantised:
+            p = p * scales_of_head(slot, head_of_old(unit), S)
+        return p.astype(q.dtype)
+
+    def values(unit, slot, p):
+        v = head_rows(slot, head_of_old(unit), value_row)
+        acc_ref[unit] = acc_ref[unit] * wide(alpha_ref[unit]) + _dot(p, v, 0)
+
+    def head_of_old(unit):
+        return jnp.minimum(lax.div(unit, units_per_head), K - 1)
 
     def wide(x):
         """A value held in all 128 lanes, in L lanes."""
-        return x if L == LANES else jnp.broadcast_to(x[:, :1], (x.shape[0], L))
+        return x if L == LANES else jnp.concatenate([x] * (L // LANES), axis=1)
+
+    def reset(unit, _):
+        m_ref[unit] = sinks[unit] * LOG2E if options.sinks else jnp.full((R, LANES), FLOOR, jnp.float32)
+        l_ref[unit] = jnp.full((R, LANES), 1.0 if options.sinks else 0.0, jnp.float32)
+        acc_ref[unit] = jnp.zeros((R, L), jnp.float32)
+        return 0
 
     # ---- a task ----------------------------------------------------------------------------------------------
     chunk = min(Q, WORDS_AT_ONCE // words_per_token)  # tokens
@@ -304,8 +338,10 @@ def _kernel(rows, sinks, table, q_hbm, pages, out_in, lse_in, out_hbm, lse_hbm, 
             x = jnp.concatenate([words[c, words_of_head(n), :] for c in range(L // LANES)], axis=1)
             if interleave < packed:  # the head's half of each word is the upper half of a float32
                 x = jnp.left_shift(x, 16) if n % packed == 0 else x & UPPER_HALF
-                x = pltpu.bitcast(x, jnp.float32).astype(q.dtype)
-            q[unit, first : first + interleave * Q, :] = pltpu.bitcast(x, q.dtype)
+                x = pltpu.bitcast(x, jnp.float32)
+            else:
+                x = pltpu.bitcast(x, q.dtype).astype(jnp.float32)
+            q[unit, first : first + interleave * Q, :] = (x * options.query_factor).astype(q.dtype)
 
     def output_of_head(n):
         unit, first = rows_of_head(n)
@@ -343,6 +379,7 @@ def _kernel(rows, sinks, table, q_hbm, pages, out_in, lse_in, out_hbm, lse_hbm, 
         number: of the task. slot: of its first block in the ring.
         """
         blocks = num_blocks(row, nth)
+        lax.fori_loop(0, units + 1, reset, 0)
         q_copy(row, nth).wait()
         load_queries()
         more = (nth + 1) * Q < field(NUM_TOKENS, row)
@@ -366,53 +403,61 @@ def _kernel(rows, sinks, table, q_hbm, pages, out_in, lse_in, out_hbm, lse_hbm, 
                 is_masked = is_masked | (position + Q - 1 >= options.window)
             wait_for_pages(here)
             pl.when(is_edge)(lambda: clean(here, left, column, low))
-            bits = jnp.int32(-1)
-            if NP <= 32:
-                bits = jnp.where(has_holes, page_bits(here, column), -1)
-            return here, left, position, bits, is_masked.astype(jnp.int32)
+            bits = lax.cond(has_holes, lambda: page_bits(here, column), lambda: jnp.int32(-1))
+            return here, left, position, bits, is_masked
 
-        def run_block(block, last):
+        def run_block(block, last_slot):
             """Args:
-            last: the scalars of the block before, whose last units end here.
+            last_slot: of the block before, whose last units end here.
             """
-            this = geometry_and_masks(block)
-            is_first, was_first = block == 0, block == 1
+            slot, left, position, bits, is_masked = geometry_and_masks(block)
 
             def unit_before(unit, by):
                 """The unit `by` steps ago; `units` stands for nothing."""
-                before = jnp.where(unit >= by, unit - by, jnp.where(is_first, units, unit - by + steps))
+                before = unit - by
+                if not isinstance(unit, int):
+                    before = jnp.where(unit >= by, before, jnp.where(block == 0, units, before + steps))
                 return jnp.minimum(before, units)
 
-            def step(unit, mask, s_new, s_old, p_new, p_old, alpha_new, alpha_old):
-                of_old = [jnp.where(unit == 0, x, y) for x, y in zip(last, this, strict=True)]
-                first_old = jnp.where(unit == 0, was_first, is_first)
-                first_older = jnp.where(unit < 2, was_first, is_first)
-                slot_older = jnp.where(unit < 2, last[0], this[0])
-                s_new[...] = scores(jnp.minimum(unit, units - 1), this[0])
-                values(unit_before(unit, 2), slot_older, p_old[...], alpha_old[...], first_older)
-                _, left, position, bits, _ = of_old
-                p, alpha = softmax(unit_before(unit, 1), s_old[...], first_old, mask, position, left, bits)
-                p_new[...], alpha_new[...] = p, alpha
+            def soften(unit, s):
+                return softmax(unit_before(unit, 1), jnp.where(unit < 1, last_slot, slot), s[...])
+
+            def add_values(unit, p):
+                values(unit_before(unit, 2), jnp.where(unit < 2, last_slot, slot), p[...])
+
+            def step(unit, mask, s_new, s_old, p_new, p_old):
+                """In this order the compiler spills least; but two units meet again before the first has ended."""
+                p_new[...] = soften(unit, s_old)
+                if units <= 2:
+                    add_values(unit, p_old)
+                s_new[...] = scores(jnp.minimum(unit, units), slot, mask, position, left, bits)
+                if units > 2:
+                    add_values(unit, p_old)
 
             def pair(i, mask):
                 """Two steps, each a basic block of its own: in one they would wait for each other."""
                 even, odd = 2 * i, 2 * i + 1
-                step(even, mask, s_a, s_b, p_b, p_a, alpha_b, alpha_a)
-                pl.when(odd >= 0)(lambda: step(odd, mask, s_b, s_a, p_a, p_b, alpha_a, alpha_b))
+                step(even, mask, s_a, s_b, p_b, p_a)
+                pl.when(odd >= 0)(lambda: step(odd, mask, s_b, s_a, p_a, p_b))
                 return 0
 
-            num_pairs = steps // 2 + jnp.where(block + 1 < blocks, 0, 1)
-
             def pairs(mask):
-                lax.fori_loop(0, num_pairs, lambda i, _: pair(i, mask), 0)
+                lax.fori_loop(0, steps // 2, lambda i, _: pair(i, mask), 0)
 
-            is_masked = this[4] + last[4] > 0
             pl.when(is_masked)(lambda: pairs(True))
             pl.when(~is_masked)(lambda: pairs(False))
-            fetch((this[0] + ring - 1) & (ring - 1))  # the slot of the block before, which has ended now
-            return this
 
-        lax.fori_loop(0, blocks, run_block, (slot,) + (jnp.int32(0),) * 4)
+            @pl.when(block + 1 == blocks)
+            def _():
+                """What is left of the last two units."""
+                p_b[...] = soften(steps, s_b)
+                add_values(steps, p_a)
+                add_values(steps + 1, p_b)
+
+            fetch((slot + ring - 1) & (ring - 1))  # the slot of the block before, which has ended now
+            return slot
+
+        lax.fori_loop(0, blocks, run_block, slot)
 
         def wait_for_last():
             for copy in out_copies(task[4], task[5]):
@@ -441,8 +486,8 @@ def _kernel(rows, sinks, table, q_hbm, pages, out_in, lse_in, out_hbm, lse_hbm, 
     pl.when(num_active > 0)(run)
 
 
-def prefill(q: Array, out: Array, lse: Array | None, sinks: Array | None, rows: Array, table: Array, pages: Array, *,
-            chunks: int, num_heads: int, sizes: PrefillSizes, options: PrefillOptions,
+def prefill(q: Array, out: Array, lse: Array | None, sinks: Array | None, rows: Array, table: Array, pages: Array,
+            scales: Array | None, *, chunks: int, num_heads: int, sizes: PrefillSizes, options: PrefillOptions,
             ) -> tuple[Array, Array]:  # fmt: skip
     """Attends; the pages hold the new tokens already.
 
@@ -455,6 +500,7 @@ def prefill(q: Array, out: Array, lse: Array | None, sinks: Array | None, rows: 
             such rows.
         table: int32 `[B * chunks * 128]`, the page ids, of each row in so many chunks; 0: no page.
         pages: `[P, K, planes * S, L]`.
+        scales: float32 `[P, K, 2 * S]`, for 8-bit pages; or None.
 
     Returns:
         out and lse.
@@ -471,16 +517,20 @@ def prefill(q: Array, out: Array, lse: Array | None, sinks: Array | None, rows: 
         sinks = jnp.concatenate([sinks, jnp.zeros((1, R, LANES), f32)])
     if lse is None:
         lse = jnp.zeros((1, 1, LANES), f32)
-    q, table, pages, out, lse = (in_hbm(x) for x in (q, table.reshape(-1, 1, IDS), pages, out, lse))
+    if scales is None:
+        scales = jnp.zeros((1, SUBLANES, LANES), f32)
+    kv_scales = (sizes.blocks_in_ring, sizes.pages_per_block) if options.quantised else (1, 1)
+    arrays = (table.reshape(-1, 1, IDS), q, pages, scales, out, lse)
     return pl.pallas_call(
         functools.partial(_kernel, num_rows=num_rows, chunks=chunks, num_heads=num_heads, sizes=sizes, options=options),
         name="paged_prefill",
         out_shape=(pltpu.HBM(out.shape, out.dtype), pltpu.HBM(lse.shape, f32)),
-        in_specs=[scalars, pl.BlockSpec(memory_space=vmem), hbm, hbm, hbm, hbm, hbm],
+        in_specs=[scalars, pl.BlockSpec(memory_space=vmem)] + [hbm] * len(arrays),
         out_specs=(hbm, hbm),
-        input_output_aliases={5: 0, 6: 1},
+        input_output_aliases={6: 0, 7: 1},
         scratch_shapes=[
             vmem((sizes.blocks_in_ring, sizes.pages_per_block, *pages.shape[1:]), pages.dtype),
+            vmem((*kv_scales, *scales.shape[1:]), f32),
             smem((6,), jnp.int32),
             smem((sizes.blocks_in_ring,), jnp.int32),
             smem((sizes.blocks_in_ring * IDS,), jnp.int32),
@@ -491,17 +541,16 @@ def prefill(q: Array, out: Array, lse: Array | None, sinks: Array | None, rows: 
             vmem((Q if options.lse else 1, *lse.shape[1:]), f32),
             vmem((units + 1, R, LANES), f32),
             vmem((units + 1, R, LANES), f32),
+            vmem((units + 1, R, LANES), f32),
             vmem((units + 1, R, L), f32),
             vmem((R, T), f32),
             vmem((R, T), f32),
             vmem((R, T), q.dtype),
             vmem((R, T), q.dtype),
-            vmem((R, LANES), f32),
-            vmem((R, LANES), f32),
             pltpu.SemaphoreType.DMA((sizes.blocks_in_ring,)),
             pltpu.SemaphoreType.DMA((sizes.blocks_in_ring,)),
             pltpu.SemaphoreType.DMA,
             pltpu.SemaphoreType.DMA,
         ],
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=56 << 20, disable_bounds_checks=True),
-    )(rows, sinks, table, q, pages, out, lse)
+    )(rows, sinks, *(in_hbm(x) for x in arrays))

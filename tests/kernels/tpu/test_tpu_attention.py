@@ -67,6 +67,16 @@ def test_two_heads_of_size_64_side_by_side(interpreter, small_blocks, dtype):
     check(case, make_inputs(case))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "options"),
+    [("int8", 128, dict(window=100)), ("float8_e4m3fn", 64, dict(soft_cap=5.0, sinks=True))],
+)
+def test_mixed_batch_of_8_bit_pages(interpreter, small_blocks, dtype, head_dim, options):
+    lengths, query_lens = (0, 1, 64, 130, 300), (0, 1, 16, 1, 40)
+    case = Case("8-bit", lengths, query_lens, (4, 2), head_dim, 64, dtype, "bfloat16", holes=((4, 1),), **options)
+    check(case, make_inputs(case))
+
+
 def test_groups_of_items_and_a_page_table_that_streams(interpreter, monkeypatch):
     """Several items a basic block, several sequences a group, and page ids copied from HBM as they are needed."""
     monkeypatch.setattr(decode, "RESIDENT_BYTES", 0)
@@ -139,7 +149,6 @@ def test_copy_reads_before_it_writes(interpreter, source, target, dtype):
         (dict(page_size=8), "does not take page size 8: copies move tiles of 16 tokens"),
         (dict(head_dim=80), "does not take head size 80: XLA would copy all pages"),
         (dict(dtype="int8", page_size=32), "does not take int8 pages of 32 tokens: XLA would copy all their scales"),
-        (dict(dtype="int8", page_size=64, query_lens=(2,)), "takes int8 pages only for decoding"),
     ],
 )
 def test_refuses(change, sentence):
