@@ -96,6 +96,11 @@ class CacheConfig:
         layers = {w: tuple(i for i, own in enumerate(windows) if own == w) for w in ordered}
         return tuple(LayerGroup(layers[w], w, self._num_pages(w)) for w in ordered)
 
+    @property
+    def has_windows(self) -> bool:
+        """Whether some layers give up the pages behind a window."""
+        return any(group.window is not None for group in self.groups)
+
     def pages_mapped(self, window: int | None, num_tokens: int, new_tokens: int = 1) -> int:
         """The most pages that a sequence maps at once in layers of this window while it grows to a length.
 

@@ -12,7 +12,6 @@ import numpy as np
 from paged_jax.config import CacheConfig
 from paged_jax.decoding import DecodeState, Finish, Forward, decode_loop, prefill, start, stop
 from paged_jax.page_table import PageTable
-from paged_jax.page_tables import PageTables
 from paged_jax.prefix import PrefixCache
 from paged_jax.sampling import Sampler, SamplingParams
 
@@ -97,17 +96,14 @@ class Generator:
         for name, value in (("prefill_tokens", prefill_tokens), ("steps_per_visit", steps_per_visit)):
             if value < 1:
                 raise ValueError(f"Generator({name}={value}): {name} must be at least 1")
-        has_windows = any(group.window is not None for group in config.groups)
-        if prefix_cache and has_windows:
+        if prefix_cache and config.has_windows:
             raise ValueError(
-                "prefix_cache=True, but some layers of the cache config give up the pages behind their windows, where a "
-                "later prompt would look: leave it out, or set windows=() to keep all pages"
+                "prefix_cache=True, but some layers give up the pages behind their windows, where a later prompt would "
+                "look: leave it out, or create the cache config with windows=() to keep all pages"
             )
         self.config = config
         self.params = params
-        self.cache = (
-            PrefixCache(config.page_size) if prefix_cache or (prefix_cache is None and not has_windows) else None
-        )
+        self.cache = None if config.has_windows or prefix_cache is False else PrefixCache(config.page_size)
         self.state = DecodeState.create(config, steps_per_visit, self.max_stop_tokens)
         self._prefill_tokens = prefill_tokens
         self._decode_text = decode_text
@@ -329,7 +325,7 @@ class Generator:
             row, sample = self._running.popitem()
             self._release([sample])
             self._waiting.appendleft(sample)
-        self._set_tables(self.state.tables.clear_fault())
+        self.state = dataclasses.replace(self.state, tables=self.state.tables.clear_fault())
 
     def _evict(self, need: np.ndarray) -> np.ndarray:
         """Evict cached prefixes until so many pages are free in each group, or none is left; returns how many are."""
@@ -356,9 +352,7 @@ class Generator:
         return table
 
     def _set_table(self, table: PageTable) -> None:
-        self._set_tables(dataclasses.replace(self.state.tables, groups=(table,)))
-
-    def _set_tables(self, tables: PageTables) -> None:
+        tables = dataclasses.replace(self.state.tables, groups=(table,))
         self.state = dataclasses.replace(self.state, tables=tables)
 
 

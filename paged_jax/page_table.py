@@ -76,7 +76,7 @@ class PageTable:
         Raises:
             ValueError: the config has layers with windows, whose pages are not those of the others.
         """
-        if any(group.window is not None for group in config.groups):
+        if config.has_windows:
             raise ValueError(
                 "some layers of the config have windows, and need tables of their own: use PageTables, or no windows"
             )

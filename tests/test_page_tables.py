@@ -312,7 +312,7 @@ def test_what_cannot_be_served_is_refused_with_its_name():
     generator = Generator(forward, PARAMS, hybrid_config(window_pages=4), prefill_tokens=16)
     with pytest.raises(ValueError, match="needs 6 pages of layers with a window, but the pool has 3 .*_pages to 7"):
         generator.submit([1] * 40, SamplingParams(max_new_tokens=4))
-    with pytest.raises(ValueError, match="prefix_cache=True, but some layers .* leave it out, or set windows"):
+    with pytest.raises(ValueError, match="prefix_cache=True, but some layers .* leave it out, or create .* windows="):
         Generator(forward, PARAMS, hybrid_config(), prefix_cache=True)
 
 

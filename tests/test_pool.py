@@ -85,6 +85,7 @@ def test_a_history_of_forks_and_rollbacks_reads_back():
         table, reservation = table.reserve(query_lens)
         pool = pool.copy(reservation)
         seen = AttentionMetadata.ragged(table, query_lens, num_tokens, active=reservation.granted)
+        assert isinstance(seen.page_table, jax.Array)  # there is one group of layers
         k = jnp.broadcast_to(stamps[:, None, None], (num_tokens, 1, 8))
         for i, pages in enumerate(pool.layers):
             pages = write_pages(pages, k + i, -k, seen.page_table, seen.lengths, seen.query_starts)
