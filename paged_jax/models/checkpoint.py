@@ -84,7 +84,7 @@ class Model:
         return jax.tree.leaves(self.params)[0].dtype.name
 
     def cache_config(self, **sizes: Any) -> CacheConfig:
-        """A `CacheConfig` for this model; `sizes` are its other fields, `dtype` and `windows` the model's unless given."""
+        """A `CacheConfig` for this model; `sizes` are its other fields, `dtype` and `windows` its own unless given."""
         config = self.config
         fields: dict[str, Any] = {
             "num_layers": config.num_layers,
