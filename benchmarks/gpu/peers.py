@@ -1,7 +1,7 @@
 """The others: JAX's paged kernel, cuDNN, XLA, and PyTorch and FlashInfer where they are installed.
 
-Each takes a problem and returns a function that runs it, and how many calls that makes; `None` where it is not
-installed or does not serve such a problem.
+Each takes a problem and returns a function that runs it, and how many calls that makes; or why it does not, in a
+sentence.
 """
 
 import functools
@@ -19,6 +19,21 @@ from benchmarks.gpu.timing import CALLS, microseconds, repeated
 from pallas_kernels import paged_attention
 
 Runner = tuple[Callable[[], Any], int]
+PEER_BYTES = 8 * 2**30  # of keys and values: the others need them a second time
+XLA_BYTES = 2**30
+
+
+def reason_to_skip(problem: Problem, module: str = "jax", is_decode: bool = False) -> str | None:
+    """Why a peer does not run a problem, or None."""
+    if importlib.util.find_spec(module) is None:
+        return f"skipped: {module} is not installed"
+    if problem.pages.scales is not None:
+        return "skipped: it has no scale for every token and head"
+    if is_decode and problem.q.shape[0] != problem.lengths.shape[0]:
+        return "skipped: it decodes only"
+    if problem.kv_bytes > PEER_BYTES:
+        return f"skipped: no room for keys and values of {problem.kv_bytes / 2**30:.0f} GiB a second time"
+    return None
 
 
 def ours(problem: Problem, implementation: str = "pallas_gpu", **options: Any) -> Runner:
@@ -30,16 +45,17 @@ def ours(problem: Problem, implementation: str = "pallas_gpu", **options: Any) -
     return repeated(attend, *problem), CALLS
 
 
-def xla(problem: Problem, **options: Any) -> Runner | None:
-    if problem.kv_bytes > 2**30:
-        return None  # it gathers
+def xla(problem: Problem, **options: Any) -> Runner | str:
+    """The package's own XLA implementation."""
+    if problem.kv_bytes > XLA_BYTES:
+        return f"skipped: it gathers {problem.kv_bytes / 2**30:.0f} GiB, which takes long"
     return ours(problem, "xla", **options)
 
 
-def jax_builtin(problem: Problem) -> Runner | None:
+def jax_builtin(problem: Problem) -> Runner | str:
     """JAX's own paged kernel (Triton), at the fastest of some settings."""
-    if problem.pages.scales is not None or problem.q.shape[0] != problem.lengths.shape[0]:
-        return None
+    if reason := reason_to_skip(problem, is_decode=True):
+        return reason
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is deprecated
         from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention as builtin
@@ -56,13 +72,13 @@ def jax_builtin(problem: Problem) -> Runner | None:
         took = microseconds(run)
         if best is None or took < best[0]:
             best = took, run
-    return None if best is None else (best[1], CALLS)
+    return "skipped: no setting divides its pages" if best is None else (best[1], CALLS)
 
 
-def cudnn(problem: Problem) -> Runner | None:
+def cudnn(problem: Problem) -> Runner | str:
     """cuDNN through JAX, on a contiguous cache."""
-    if problem.pages.scales is not None:
-        return None
+    if reason := reason_to_skip(problem):
+        return reason
     k, v = contiguous(problem)
     batch = k.shape[0]
     q = problem.q.reshape(batch, -1, NUM_HEADS, HEAD_DIM)
@@ -70,10 +86,10 @@ def cudnn(problem: Problem) -> Runner | None:
     return repeated(function, q, k, v), CALLS
 
 
-def torch_sdpa(problem: Problem) -> Runner | None:
+def torch_sdpa(problem: Problem) -> Runner | str:
     """PyTorch's scaled_dot_product_attention, on a contiguous cache."""
-    if importlib.util.find_spec("torch") is None or problem.pages.scales is not None:
-        return None
+    if reason := reason_to_skip(problem, "torch"):
+        return reason
     import torch  # pyright: ignore[reportMissingImports]
 
     k, v = (torch.from_dlpack(jnp.swapaxes(x, 1, 2)) for x in contiguous(problem))
@@ -88,12 +104,10 @@ def torch_sdpa(problem: Problem) -> Runner | None:
     return run, CALLS
 
 
-def flashinfer(problem: Problem) -> Runner | None:
+def flashinfer(problem: Problem) -> Runner | str:
     """FlashInfer's paged decode, planned outside of the time."""
-    if importlib.util.find_spec("flashinfer") is None or problem.pages.scales is not None:
-        return None
-    if problem.q.shape[0] != problem.lengths.shape[0]:
-        return None
+    if reason := reason_to_skip(problem, "flashinfer", is_decode=True):
+        return reason
     import flashinfer as library  # pyright: ignore[reportMissingImports]
     import torch  # pyright: ignore[reportMissingImports]
 
@@ -127,4 +141,4 @@ DECODE = {
     "torch sdpa, contiguous": torch_sdpa,
     "flashinfer": flashinfer,
 }
-PREFILL = {"pallas_gpu": ours, "cudnn, contiguous": cudnn, "torch sdpa, contiguous": torch_sdpa}
+PREFILL = {"pallas_gpu": ours, "cudnn, contiguous": cudnn, "xla": xla, "torch sdpa, contiguous": torch_sdpa}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Pages
+from pallas_kernels.pages import LARGEST
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
 
@@ -43,6 +44,9 @@ def make_problem(batch: int, context: int, page_size: int, dtype: str, *, querie
     scales = None
     if dtype == "int8":
         data = jnp.round(data.astype(jnp.float32) * 30).astype(jnp.int8)
+    elif dtype == "float8_e4m3fn":
+        data = jax.lax.bitcast_convert_type((data * 30).astype(dtype), jnp.uint8)
+    if dtype in LARGEST:
         scales = jnp.full((num_pages, NUM_KV_HEADS, 2 * page_size), 1 / 30, jnp.float32)
     repeat = jax.jit(lambda x: jnp.tile(x, (math.ceil(num_pages / distinct), 1, 1, 1))[:num_pages])
     starts = np.arange(batch + 1, dtype=np.int32) * queries

@@ -35,9 +35,7 @@ def test_mixed_batch(interpreter, head_dim, page_size, heads, window, soft_cap, 
     ],
 )
 def test_few_queries_pack_their_heads(interpreter, heads, query_lens, window):
-    # Tables long enough for the keys to be cut in two parts.
-    shape = dict(heads=heads, page_size=16, max_pages=64)
-    problem = make_problem([300, 1, 150, 20], query_lens=query_lens, padding=1, **shape)
+    problem = make_problem([300, 1, 150, 20], query_lens=query_lens, padding=1, heads=heads, page_size=16)
     sinks = jnp.linspace(-1, 2, heads[0], dtype=jnp.float32)
     check(problem, max_query_len=max(query_lens), window=window, sinks=sinks)
 

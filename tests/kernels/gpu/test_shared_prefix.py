@@ -39,7 +39,8 @@ def test_shared_prefix(interpreter, monkeypatch, heads, prefix, pays):
         monkeypatch.setattr(attention, "PREFIX_PAYS", 0.0)
     # An empty row stands first: it holds no page of the prefix. The second ends inside it, if that is long.
     lengths = [0, 81, 203, 97]
-    problem = make_problem(lengths, query_lens=[1, 1, 1, 1], heads=heads, padding=1)
+    # The table is long enough for the prefix to be cut in two parts.
+    problem = make_problem(lengths, query_lens=[1, 1, 1, 1], heads=heads, padding=1, max_pages=64)
     shared = problem.page_table[2, : prefix // 16]
     table = problem.page_table
     for row in (1, 3):
