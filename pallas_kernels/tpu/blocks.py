@@ -21,7 +21,7 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking) -> DecodeSi
 
     An item holds about 1 MiB, but at most what the page table can hold: 256 tokens of 8 heads of 128 bfloat16 numbers.
     A group is a basic block, at whose end the matrix unit idles: it has 2 MiB, or 4 MiB where a byte of the pages takes
-    twice the work. The ring holds a group and what the bandwidth needs in flight.
+    twice the work or its copies are strided. The ring holds the items at work and what the bandwidth needs in flight.
     """
     width = pages.num_kv_heads * -(-packing.lanes // LANES)  # registers of a token's row
     rows = pages.data.shape[2] // pages.page_size  # of a token
@@ -35,10 +35,11 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking) -> DecodeSi
         pages_per_item *= 2
     item_bytes = pages_per_item * pages.page_size * token_bytes
     items_per_mib = max(1, ITEM_BYTES // item_bytes)
-    is_dense = pages.scales is not None or packing.shares_lanes
-    items_per_group = min(8, items_per_mib * (4 if is_dense else 2)) if item_bytes <= ITEM_BYTES else 1
-    groups = 1 + max(2, min(3, -(-AHEAD_BYTES // (items_per_group * item_bytes))))
-    return DecodeSizes(pages.page_size, pages_per_item, items_per_group, groups * items_per_group)
+    needs_room = pages.scales is not None or packing.shares_lanes or packing.lanes > LANES
+    items_per_group = min(8, items_per_mib * (4 if needs_room else 2)) if item_bytes <= ITEM_BYTES else 1
+    distance = 1 if item_bytes >= ITEM_BYTES else 2  # the softmax of an item must not wait for its scores
+    groups = -(-2 * distance // items_per_group) + max(2, min(3, -(-AHEAD_BYTES // (items_per_group * item_bytes))))
+    return DecodeSizes(pages.page_size, pages_per_item, items_per_group, groups * items_per_group, distance)
 
 
 def prefill_sizes(pages: Pages, num_heads: int, max_query_len: int, dtype=jnp.bfloat16) -> PrefillSizes:

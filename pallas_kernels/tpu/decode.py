@@ -34,7 +34,6 @@ FLOOR = -1e20  # the running maximum before the first key: exp2(MASKED - FLOOR) 
 LOG2E = 1.4426950408889634
 IDS = 128  # page ids in a chunk of the page table: one row of lanes
 ID_GROUPS = 16  # groups whose page ids can be under way; a power of two
-LAG = 2  # items between an item's scores and its values
 FIELDS = 9  # of a row in `rows`
 TABLE_ROW, LENGTH, TOKEN, FIRST_KEY, FIRST_BLOCK, FIRST_PAGE, LAST_PAGE, LAST_SLOT, HOLES = range(FIELDS)
 RESIDENT_BYTES = 256 << 10  # a page table up to this size lies in scalar memory, a larger one streams
@@ -49,12 +48,14 @@ class DecodeSizes:
         pages_per_item: pages in a block of T tokens; a power of two, at most 32.
         items_per_group: W.
         items_in_ring: U, a multiple of W.
+        distance: D, the items between an item's scores and its softmax, and between that and its values.
     """
 
     page_size: int
     pages_per_item: int
     items_per_group: int
     items_in_ring: int
+    distance: int = 1
 
     @property
     def tokens(self) -> int:
@@ -63,7 +64,12 @@ class DecodeSizes:
     @property
     def ahead(self) -> int:
         """Items between an item's fetch and its scores."""
-        return self.items_in_ring - max(self.items_per_group, LAG)
+        return self.items_in_ring - -(-self.lag // self.items_per_group) * self.items_per_group
+
+    @property
+    def lag(self) -> int:
+        """Items between an item's scores and its values."""
+        return 2 * self.distance
 
     @property
     def plan_ahead(self) -> int:
@@ -102,6 +108,7 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
     quantised = options.quantised
     S, NP, W, U = sizes.page_size, sizes.pages_per_item, sizes.items_per_group, sizes.items_in_ring
     T, ahead, plan_ahead = sizes.tokens, sizes.ahead, sizes.plan_ahead if streams else 0
+    D, lag = sizes.distance, sizes.lag
     num_active, num_items = rows[FIELDS * num_rows], rows[FIELDS * num_rows + 1]
     num_groups_in_ring, last_record, last_sequence = U // W, sizes.records - 1, sizes.sequences - 1
     K, E, L = packing.num_kv_heads, packing.heads_per_pass, packing.lanes
@@ -241,12 +248,16 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
         if options.append and quantised:
             wait(scale_tile, tiles_due[at], tile_sem.at[at])
 
+    def start(copies, sem):
+        for condition, source, target in copies:
+            pl.when(condition)(pltpu.make_async_copy(source, target, sem).start)
+
     def send_output(r, at):
         sequence, row = sequence_of[r], field(TOKEN, row_of[r])
-        pl.when(is_last(r))(pltpu.make_async_copy(out.at[sequence], out_hbm.at[row], out_sem.at[at]).start)
+        copies = [(is_last(r), out.at[sequence], out_hbm.at[row])]
         if options.lse:
-            copy = pltpu.make_async_copy(lse.at[sequence], lse_hbm.at[row], out_sem.at[at])
-            pl.when(is_last(r))(copy.start)
+            copies.append((is_last(r), lse.at[sequence], lse_hbm.at[row]))
+        start(copies, out_sem.at[at])
 
     # ---- the pages of an item: what is new is put in, what does not exist becomes zero -----------------------
     def clean(r, slot):
@@ -280,10 +291,10 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
             first_behind = lax.div(field(LAST_SLOT, row), tile_rows) + 1
             lax.fori_loop(jnp.where(left <= T, first_behind, S // tile_rows), S // tile_rows, behind, 0)
 
-    def put_new_token(r, slot, group):
+    def put_new_token(r, slot):
         """Appends to the tile of the last token, as 32-bit words; other items keep theirs as it is.
 
-        There is no branch, so that the work hides beside the matrix unit.
+        There is no branch, so that the work hides beside the matrix unit. Returns the copies to HBM that are due.
         """
         row, sequence, ends = row_of[r], sequence_of[r], ends_here(r)
         j, at = field(LAST_PAGE, row), field(LAST_SLOT, row)
@@ -298,12 +309,11 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
             return jnp.where((sublane == word) & ends, own, 0), jnp.where(ends, kept, -1)
 
         if share_tile:
-            first_row = jnp.int32(0)
             by_tile = [[(0, at), (1, S + at)]]  # of each tile the planes in it and the token's row
         else:
-            first_row = at - (at & (tile_rows - 1))
             by_tile = [[(e, at & (tile_rows - 1))] for e in range(planes)]
         bits = [[(e, *bits_at(row_in_tile)) for e, row_in_tile in parts] for parts in by_tile]
+        first_row = 0 if share_tile else at - (at & (tile_rows - 1))
         places = [pl.ds(pl.multiple_of(t * S + first_row, tile_rows), tile_rows) for t in range(tiles_per_token)]
         tiles = {(h, t): slots[slot][j, h, places[t], :] for h in range(K) for t in range(tiles_per_token)}
         for (h, t), x in tiles.items():  # after all loads: a load waits for a store that it might alias
@@ -315,10 +325,11 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
             if t == tiles_per_token - 1:
                 x = x & bits[t][-1][2]
             slots[slot][j, h, places[t], :] = pltpu.bitcast(x, pages.dtype)
-        for t in range(tiles_per_token if options.append else 0):
-            target = pages.at[page_id(r, j), :, places[t], :]
-            pl.when(ends)(pltpu.make_async_copy(tile.at[sequence, :, t], target, tile_sem.at[group]).start)
-        if quantised and options.append:
+        if not options.append:
+            return []
+        page = page_id(r, j)
+        copies = [(ends, tile.at[sequence, :, t], pages.at[page, :, place, :]) for t, place in enumerate(places)]
+        if quantised:
             lane = lax.broadcasted_iota(jnp.int32, (K, 2 * S), 1)
             x = scale_slots[slot][j]
             for e in range(2):
@@ -326,8 +337,8 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
                 x = jnp.where(is_new, jnp.broadcast_to(new_scales[sequence, e][:, :1], (K, 2 * S)), x)
             scale_slots[slot][j] = x
             scale_tile[sequence] = x
-            copy = pltpu.make_async_copy(scale_tile.at[sequence], scales.at[page_id(r, j)], tile_sem.at[group])
-            pl.when(ends)(copy.start)
+            copies.append((ends, scale_tile.at[sequence], scales.at[page]))
+        return copies
 
     # ---- the softmax between the products -------------------------------------------------------------------
     head_of_row = lax.broadcasted_iota(jnp.int32, (R, 1), 0)
@@ -380,14 +391,14 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
         if options.lse:
             log = (top + jnp.log2(jnp.where(d > 0, d, 1.0))) * (1 / LOG2E)
             lse[sequence_of[r]] = jnp.where(d > 0, log, -jnp.inf)
-        send_output(r, at)
         return acc
 
     def group(first, u0, is_last_group=False):
         """The stages of W items; behind the last items only what is left to do for those before."""
         at = u0 // W
-        steps = LAG if is_last_group else W
+        steps = lag if is_last_group else W
         records = [(first + w) & last_record for w in range(steps)]
+        late = []
         leave(at)
         if not is_last_group:
             arrive(at)
@@ -400,31 +411,42 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
                     clean(r, u0 + w)
 
             for w, r in enumerate(records):
-                put_new_token(r, u0 + w, at)
-        carried = (s_ref, p_ref, alpha_ref, d_ref, top_ref, m_ref, l_ref, acc_ref)
-        s, p, alpha, d, top, m, total, acc = (ref[...] for ref in carried)
+                copies = put_new_token(r, u0 + w)
+                if L > LANES:  # they are strided, and no load or store passes one
+                    late += copies
+                else:
+                    start(copies, tile_sem.at[at])
+        carried = [(s_ref,), (p_ref, alpha_ref, d_ref, top_ref)]
+        scored, weighted = ([tuple(ref[i] for ref in refs) for i in range(D)] for refs in carried)
+        m, total, acc = m_ref[...], l_ref[...], acc_ref[...]
         for w, r in enumerate(records):
-            acc = send((first + w - LAG) & last_record, (u0 + w - LAG) % U, p, alpha, d, top, acc, at)
-            for ready in () if is_last_group else ((0, 1) if w == 0 else (w + 1,)):
-                if ready < W:  # a step before its keys are needed
-                    products.prepare(slots[u0 + ready])
-            following = s if is_last_group else products.scores(q[sequence_of[r]], slots[u0 + w])
-            p, alpha, m, total = softmax((first + w - 1) & last_record, (u0 + w - 1) % U, s, m, total)
-            s, d, top = following, total, m if options.lse else top
+            acc = send((first + w - lag) & last_record, (u0 + w - lag) % U, *weighted.pop(0), acc, at)
             if not is_last_group:
+                products.prepare(slots[u0 + w])
+                scored.append((products.scores(q[sequence_of[r]], slots[u0 + w]),))
                 plan(first + w + ahead + plan_ahead)
-        outs_due[at] = add([jnp.where(is_last((r - LAG) & last_record), 1, 0) for r in records])
+            if scored:
+                (s,) = scored.pop(0)
+                p, alpha, m, total = softmax((first + w - D) & last_record, (u0 + w - D) % U, s, m, total)
+                weighted.append((p, alpha, total, m))
+        for r in records:
+            send_output((r - lag) & last_record, at)
+        outs_due[at] = add([jnp.where(is_last((r - lag) & last_record), 1, 0) for r in records])
         if is_last_group:
             tiles_due[at] = jnp.int32(0)
             return
+        start(late, tile_sem.at[at])
         tiles_due[at] = add([jnp.where(ends_here(r), 1, 0) for r in records])
         fetch_group(first + ahead, (u0 + ahead) % U)
-        for ref, x in zip(carried, (s, p, alpha, d, top, m, total, acc), strict=True):
-            ref[...] = x
+        for refs, items in zip(carried, (scored, weighted), strict=True):
+            for i, values in enumerate(items):
+                for ref, x in zip(refs, values, strict=True):
+                    ref[i] = x
+        m_ref[...], l_ref[...], acc_ref[...] = m, total, acc
 
     def run():
         cursor[0], cursor[1] = jnp.int32(0), field(FIRST_BLOCK, 0)
-        for item in range(-LAG, 0):  # nothing came before
+        for item in range(-lag, 0):  # nothing came before
             r = item & last_record
             row_of[r] = left_of[r] = first_of[r] = bits_of[r] = jnp.int32(0)
             sequence_of[r] = jnp.int32(last_sequence + 1)
@@ -484,7 +506,8 @@ def decode(q: Array, new: Array | None, new_scales: Array | None, sinks: Array |
     """
     num_tokens, num_rows = q.shape[0], rows.shape[0] // FIELDS
     streams = table.size * 4 > RESIDENT_BYTES
-    W, U, N, L = sizes.items_per_group, sizes.items_in_ring, packing.rows, packing.lanes
+    W, U, D = sizes.items_per_group, sizes.items_in_ring, sizes.distance
+    N, L = packing.rows, packing.lanes
     planes = pages.shape[2] // sizes.page_size
     tile_rows = SUBLANES * 4 // pages.dtype.itemsize
     f32, i32 = jnp.float32, jnp.int32
@@ -523,11 +546,11 @@ def decode(q: Array, new: Array | None, new_scales: Array | None, sinks: Array |
         vmem((N, LANES), f32),
         vmem((N, LANES), f32),
         vmem((N, L), f32),
-        vmem((N, sizes.tokens), f32),
-        vmem((N, sizes.tokens), q.dtype),
-        vmem((N, LANES), f32),
-        vmem((N, LANES), f32),
-        vmem((N, LANES) if options.lse else (SUBLANES, LANES), f32),
+        vmem((D, N, sizes.tokens), f32),
+        vmem((D, N, sizes.tokens), q.dtype),
+        vmem((D, N, LANES), f32),
+        vmem((D, N, LANES), f32),
+        vmem((D, N, LANES), f32),
     ] + [pltpu.SemaphoreType.DMA((n,)) for n in (U // W, U // W, ID_GROUPS, U // W, U // W)]
     q, new, new_scales, pages, scales = (in_hbm(x) for x in (q, new, new_scales, pages, scales))
     if streams:

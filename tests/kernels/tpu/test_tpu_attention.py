@@ -77,10 +77,11 @@ def test_mixed_batch_of_8_bit_pages(interpreter, small_blocks, dtype, head_dim, 
     check(case, make_inputs(case))
 
 
-def test_groups_of_items_and_a_page_table_that_streams(interpreter, monkeypatch):
+@pytest.mark.parametrize("distance", [1, 2])
+def test_groups_of_items_and_a_page_table_that_streams(interpreter, monkeypatch, distance):
     """Several items a basic block, several sequences a group, and page ids copied from HBM as they are needed."""
     monkeypatch.setattr(decode, "RESIDENT_BYTES", 0)
-    monkeypatch.setattr(attention, "decode_sizes", lambda pages, *_: DecodeSizes(16, 8, 2, 8))
+    monkeypatch.setattr(attention, "decode_sizes", lambda pages, *_: DecodeSizes(16, 8, 2, 8, distance))
     lengths = (3, 130, 1, 128, 129, 7, 0, 260, 16, 2, 5)
     case = Case("streams", lengths, (1,) * len(lengths), (4, 1), 128, 16, "bfloat16", "bfloat16")
     check(case, make_inputs(case))
