@@ -70,8 +70,23 @@ def shapes() -> list[StaticCase]:
         StaticCase("decode, fp8, context 4096", (4096,) * 32, dtype="float8_e4m3fn", page_size=64),
         StaticCase("decode, 64 sequences share 2048 of 2176", (2176,) * 64, shared_prefix=2048),
         StaticCase("prefill, 512 on 4096", (4096,), (512,)),
+        StaticCase("decode, 31 on 2048", (2048,) * 31),
         StaticCase("mixed, 31 decodes on 2048 and 512 on 4096", (2048,) * 31 + (4096,), (1,) * 31 + (512,)),
     ]
+
+
+# What CI measures again: each kernel, each kind of pages, each chip.
+GATE = (
+    "decode, page 16, context 256 | v5e",
+    "decode, page 16, context 256 | v6e",
+    "decode, page 16, context 256 | v7x",
+    "decode, batch 1, context 4096 | v7x",
+    "decode, head size 64 | v7x",
+    "decode, int8, context 1024 | v5e",
+    "decode, int8, context 1024 | v7x",
+    "decode, fp8, context 1024 | v7x",
+    "prefill, 512 on 4096 | v6e",
+)
 
 
 def all_cases() -> dict[str, StaticCase]:
