@@ -1,6 +1,7 @@
 """The work list: every tile once, no multiprocessor idle."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -55,7 +56,7 @@ def test_a_large_batch_costs_nothing_more():
 
 def test_one_query_of_many_heads_keeps_every_multiprocessor_busy():
     # 32 query heads on one KV head, 128k tokens: the keys are cut in 132 parts.
-    one = np.ones(1, np.int32)
+    one = jnp.ones(1, jnp.int32)
     queries = Queries(sequence=0 * one, start=0 * one, num=one, position=131071 * one, end=131072 * one)
     items = cut_queries(queries, 1, rows_per_query=32, tokens_per_tile=128, num_parts=132, window=None)
     assert np.sum(items.num_tiles) == 1024
