@@ -35,8 +35,8 @@ def refusal(op: str, **arguments: Any) -> str | None:
         )
     if pages.scales is not None and pages.scales.shape[2] % LANES:
         return (
-            f"it does not take {pages.dtype.name} pages of {pages.page_size} tokens: XLA would copy all their scales, which "
-            "do not fill 128 lanes; pages of 64 tokens or a multiple do."
+            f"it does not take {pages.dtype.name} pages of {pages.page_size} tokens: XLA would copy all their "
+            "scales, which do not fill 128 lanes; pages of 64 tokens or a multiple do."
         )
     return None
 

@@ -275,7 +275,7 @@ def decode(
     is_mine = jnp.any((query_starts[None, :-1] == token[:, None]) & takes_part[None, :], axis=1)[:, None]
     out = jnp.where(is_mine[..., None], unpack_outputs(out, packing), 0).astype(q.dtype)
     if return_lse:
-        lse = jnp.where(is_mine, unpack_rows(lse[..., 0], packing), -jnp.inf)
+        lse = jnp.where(is_mine, unpack_rows(lse.reshape(num_tokens, -1)[:, : packing.rows], packing), -jnp.inf)
     new_pages = Pages(data, None if pages.scales is None else scales, pages.page_size)
     return AttentionResult(out, new_pages, lse if return_lse else None)
 

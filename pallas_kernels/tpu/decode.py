@@ -313,7 +313,7 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
         else:
             by_tile = [[(e, at & (tile_rows - 1))] for e in range(planes)]
         bits = [[(e, *bits_at(row_in_tile)) for e, row_in_tile in parts] for parts in by_tile]
-        first_row = 0 if share_tile else at - (at & (tile_rows - 1))
+        first_row = jnp.int32(0) if share_tile else at - (at & (tile_rows - 1))
         places = [pl.ds(pl.multiple_of(t * S + first_row, tile_rows), tile_rows) for t in range(tiles_per_token)]
         tiles = {(h, t): slots[slot][j, h, places[t], :] for h in range(K) for t in range(tiles_per_token)}
         for (h, t), x in tiles.items():  # after all loads: a load waits for a store that it might alias
@@ -383,6 +383,14 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
         """A value held in all 128 lanes, `[rows, 128]`, in L lanes."""
         return x if L == LANES else jnp.broadcast_to(x[:, :1], (num_rows_q, L))
 
+    def put_lse(sequence, x):
+        """Puts that of each query row in a lane of its own."""
+        shape = (num_rows_q, LANES)
+        row_minus_lane = lax.broadcasted_iota(jnp.int32, shape, 0) - lax.broadcasted_iota(jnp.int32, shape, 1)
+        for i in range(lse.shape[1]):
+            own = jnp.where(row_minus_lane == i * LANES, x, -jnp.inf)
+            lse[sequence, i : i + 1, :] = jnp.max(own, axis=0, keepdims=True)
+
     # ---- the pipeline --------------------------------------------------------------------------------------
     def send(r, slot, p, alpha, d, top, acc, at):
         """Adds an item's values and writes the output, which counts where the item is its sequence's last."""
@@ -390,7 +398,7 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
         out[sequence_of[r]] = (acc / lanes(jnp.where(d > 0, d, 1.0))).astype(out.dtype)
         if options.lse:
             log = (top + jnp.log2(jnp.where(d > 0, d, 1.0))) * (1 / LOG2E)
-            lse[sequence_of[r]] = jnp.where(d > 0, log, -jnp.inf)
+            put_lse(sequence_of[r], jnp.where(d > 0, log, -jnp.inf))
         return acc
 
     def group(first, u0, is_last_group=False):
@@ -416,18 +424,18 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
                     late += copies
                 else:
                     start(copies, tile_sem.at[at])
-        carried = [(s_ref,), (p_ref, alpha_ref, d_ref, top_ref)]
-        scored, weighted = ([tuple(ref[i] for ref in refs) for i in range(D)] for refs in carried)
+        scored = [s_ref[i] for i in range(D)]
+        weighted = [(p_ref[i], alpha_ref[i], d_ref[i], top_ref[i]) for i in range(D)]
         m, total, acc = m_ref[...], l_ref[...], acc_ref[...]
         for w, r in enumerate(records):
             acc = send((first + w - lag) & last_record, (u0 + w - lag) % U, *weighted.pop(0), acc, at)
             if not is_last_group:
                 products.prepare(slots[u0 + w])
-                scored.append((products.scores(q[sequence_of[r]], slots[u0 + w]),))
+                scored.append(products.scores(q[sequence_of[r]], slots[u0 + w]))
                 plan(first + w + ahead + plan_ahead)
             if scored:
-                (s,) = scored.pop(0)
-                p, alpha, m, total = softmax((first + w - D) & last_record, (u0 + w - D) % U, s, m, total)
+                before, slot = (first + w - D) & last_record, (u0 + w - D) % U
+                p, alpha, m, total = softmax(before, slot, scored.pop(0), m, total)
                 weighted.append((p, alpha, total, m))
         for r in records:
             send_output((r - lag) & last_record, at)
@@ -438,10 +446,9 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
         start(late, tile_sem.at[at])
         tiles_due[at] = add([jnp.where(ends_here(r), 1, 0) for r in records])
         fetch_group(first + ahead, (u0 + ahead) % U)
-        for refs, items in zip(carried, (scored, weighted), strict=True):
-            for i, values in enumerate(items):
-                for ref, x in zip(refs, values, strict=True):
-                    ref[i] = x
+        for i in range(D):
+            s_ref[i] = scored[i]
+            p_ref[i], alpha_ref[i], d_ref[i], top_ref[i] = weighted[i]
         m_ref[...], l_ref[...], acc_ref[...] = m, total, acc
 
     def run():
@@ -501,7 +508,8 @@ def decode(q: Array, new: Array | None, new_scales: Array | None, sinks: Array |
         scales: float32 `[P, K, 2 * S]`, for 8-bit pages; or None.
 
     Returns:
-        out `[T, rows, L]` in q's dtype, lse float32 `[T, rows, 128]`, the pages and their scales. Tokens of rows that
+        out `[T, rows, L]` in q's dtype, lse float32 `[T, ceil(rows / 128), 128]`, the pages and their scales. Tokens of
+        rows that
         take no part are not written.
     """
     num_tokens, num_rows = q.shape[0], rows.shape[0] // FIELDS
@@ -528,8 +536,9 @@ def decode(q: Array, new: Array | None, new_scales: Array | None, sinks: Array |
     hbm, scalars = pl.BlockSpec(memory_space=pltpu.HBM), pl.BlockSpec(memory_space=smem)
     if streams:
         table = table.reshape(-1, 1, IDS)
-    lse_shape = (num_tokens, N, LANES) if options.lse else (1, SUBLANES, LANES)
-    kept = (ring, N, LANES) if options.lse else (1, SUBLANES, LANES)
+    lse_rows = -(-N // LANES)
+    lse_shape = (num_tokens, lse_rows, LANES) if options.lse else (1, SUBLANES, LANES)
+    kept = (ring, lse_rows, LANES) if options.lse else (1, SUBLANES, LANES)
     scratch = [vmem((sizes.pages_per_item, *pages.shape[1:]), pages.dtype)] * U
     if quantised:
         scratch += [vmem((sizes.pages_per_item, *scales.shape[1:]), f32)] * U

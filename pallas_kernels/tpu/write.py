@@ -32,6 +32,7 @@ class Tiles(NamedTuple):
         row: int32 `[C]`, the slot of the page where the tile starts.
         first, end: int32 `[C]`, the rows of the tile that are new.
         token: int32 `[C]`, the packed token that row 0 would hold; negative where no token is new so early.
+        count: int32 scalar, how many there are; the others are behind them.
     """
 
     page: Array
@@ -39,11 +40,12 @@ class Tiles(NamedTuple):
     first: Array
     end: Array
     token: Array
+    count: Array
 
     @property
     def scalars(self) -> Array:
         """What the kernel reads."""
-        return jnp.concatenate(self)
+        return jnp.concatenate([*self[:-1], self.count[None]])
 
 
 def rows_per_copy(pages: Pages) -> int:
@@ -85,6 +87,7 @@ def tiles_of_step(ids: Array, lengths: Array, query_starts: Array, num_tokens: i
         first=jnp.clip(position[sequence] - at, 0, tile_rows),
         end=jnp.clip(lengths[sequence] - at, 0, tile_rows),
         token=query_starts[sequence] + at - start[sequence],
+        count=jnp.minimum(ends[-1], num_tiles),
     )
 
 
@@ -93,7 +96,7 @@ def _kernel(scalars, new_hbm, new_scales_hbm, pages_in, scales_in, pages, scales
     del pages_in, scales_in  # the same memory as `pages` and `scales`
     *refs, in_sem, out_sem = scratch
     window, old, scale_window, old_scales = (refs[i * ring : (i + 1) * ring] for i in range(4))
-    num_tiles = scalars.shape[0] // len(Tiles._fields)
+    num_tiles = scalars.shape[0] // (len(Tiles._fields) - 1)
     num_heads, planes, window_rows, lanes = window[0].shape
     packed = 4 // pages.dtype.itemsize
     word_bits, aligned, words = 32 // packed, SUBLANES * packed, rows // packed
@@ -193,7 +196,8 @@ def _kernel(scalars, new_hbm, new_scales_hbm, pages_in, scales_in, pages, scales
         return 0
 
     # The last tile is written `lead` steps after its read and waited for a lap later.
-    lax.fori_loop(0, -(-(num_tiles + ring) // ring) + 1, lap, 0)
+    count = scalars[scalars.shape[0] - 1]
+    lax.fori_loop(0, lax.div(count + (ring - 1), ring) + 2, lap, 0)
 
 
 def front_rows(rows: int, unit: int) -> int:
@@ -242,6 +246,6 @@ def write_tiles(tiles: Tiles, k: Array, v: Array, pages: Pages) -> Pages:
         out_specs=[hbm, hbm],
         input_output_aliases={3: 0, 4: 1},
         scratch_shapes=scratch + [pltpu.SemaphoreType.DMA((ring,))] * 2,
-        compiler_params=pltpu.CompilerParams(has_side_effects=True),
+        compiler_params=pltpu.CompilerParams(has_side_effects=True, disable_bounds_checks=True),
     )(tiles.scalars, new, new_scales, data, scales)
     return Pages(data, scales if quantised else None, pages.page_size)
