@@ -61,7 +61,6 @@ def shapes() -> list[StaticCase]:
         StaticCase("decode, batch 1, context 4096", (4096,)),
         StaticCase("decode, batch 1, context 32768", (32768,)),
         StaticCase("decode, head size 64", (1024,) * 32, head_dim=64),
-        StaticCase("decode, head size 80", (1024,) * 32, head_dim=80),
         StaticCase("decode, head size 256", (1024,) * 32, head_dim=256),
         StaticCase("decode, lengths 1 to 4096", ragged),
         StaticCase("decode, int8, context 1024", (1024,) * 32, dtype="int8", page_size=64),

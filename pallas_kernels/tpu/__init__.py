@@ -72,11 +72,14 @@ def paged_attention(
     if k is not None and v is not None:
         # Decoding sequences append in their own pass.
         pages = write_pages(pages, k, v, page_table, jnp.where(query_lens > 1, lengths, 0), query_starts)
+    # Queries of the others go where their outputs will be: a step then holds one array of that size, not two.
+    is_query = attention.is_prefilled(lengths, query_starts, q.shape[0])
+    queries = jnp.where(is_query[:, None, None], q, 0)
     out, pages, lse = attention.decode_some(
-        q, k, v, pages, page_table, lengths, query_starts, return_lse=return_lse, **options
+        q, k, v, pages, page_table, lengths, query_starts, queries, return_lse=return_lse, **options
     )  # fmt: skip
     out, lse = attention.prefill(
-        q, out, lse, pages, page_table, lengths, query_starts, max_query_len=max_query_len, **options
+        out, lse, pages, page_table, lengths, query_starts, max_query_len=max_query_len, **options
     )
     return AttentionResult(out, pages, lse)
 

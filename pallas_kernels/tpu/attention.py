@@ -90,29 +90,39 @@ def prefill_rows(lengths: Array, query_starts: Array, ids: Array, sizes: prefill
     return active_first(jnp.stack([fields[i] for i in range(prefill_kernel.FIELDS)]), active)
 
 
+def is_prefilled(lengths: Array, query_starts: Array, num_tokens: int) -> Array:
+    """Which tokens belong to sequences with several new tokens."""
+    token = jnp.arange(num_tokens, dtype=jnp.int32)[:, None]
+    inert = jnp.maximum(jnp.diff(query_starts) - lengths, 0)
+    starts, ends = query_starts[:-1] + inert, query_starts[1:]
+    is_several = (jnp.diff(query_starts) > 1) & (lengths > 0)
+    return jnp.any((starts[None] <= token) & (token < ends[None]) & is_several[None], axis=1)
+
+
 def prefill(
-    q: Array, out: Array, lse: Array | None, pages: Pages, page_table: Array, lengths: Array, query_starts: Array, *,
+    out: Array, lse: Array | None, pages: Pages, page_table: Array, lengths: Array, query_starts: Array, *,
     scale: float, window: int | None, soft_cap: float | None, sinks: Array | None, max_query_len: int,
     sizes: prefill_kernel.PrefillSizes | None = None,
 ) -> tuple[Array, Array | None]:  # fmt: skip
     """Attention for the tokens of sequences with several new tokens, which their pages hold already.
 
     Args:
-        out: `[T, N, H]`, what the others have; lse: float32 `[T, N]`, likewise, or None.
+        out: `[T, N, H]`, the queries of those tokens, and what the others have; lse: float32 `[T, N]`, or None.
         sizes: None (the heuristic of blocks.py) or explicit block sizes.
 
     Returns:
         out and lse, with those tokens' in them.
     """
     if sizes is None:
-        sizes = prefill_sizes(pages, q.shape[1], max_query_len, compute_dtype(q, pages))
+        sizes = prefill_sizes(pages, out.shape[1], max_query_len, compute_dtype(out, pages))
     lengths = jnp.minimum(lengths, page_table.shape[1] * pages.page_size)
     ids = jnp.where(is_mapped(page_table, pages), page_table, 0)
     rows = prefill_rows(lengths, query_starts, ids, sizes)
     options = prefill_kernel.PrefillOptions(
         scale, window, soft_cap, sinks is not None, lse is not None, causal=True, quantised=pages.scales is not None
     )
-    return _run_prefill(q, out, lse, sinks, rows, ids, pages, sizes, options)
+    is_query = is_prefilled(lengths, query_starts, out.shape[0])
+    return _run_prefill(out, is_query, lse, sinks, rows, ids, pages, sizes, options)
 
 
 def prefix_rows(ids: Array, prefix: Array, num_tokens: int, sizes: prefill_kernel.PrefillSizes) -> Array:
@@ -141,7 +151,7 @@ def attend_to_prefix(
         prefix: int32 scalar, how many keys.
 
     Returns:
-        out `[T, N, H]` and lse.
+        out `[T, N, H]` and lse; where there is no key, anything and -inf.
     """
     num_tokens = q.shape[0]
     if sizes is None:
@@ -151,7 +161,8 @@ def attend_to_prefix(
         scale, None, soft_cap, sinks=False, lse=True, causal=False, quantised=pages.scales is not None
     )
     nothing = jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
-    out, lse = _run_prefill(q, jnp.zeros_like(q), nothing, None, rows, ids, pages, sizes, options)
+    everyone = jnp.ones(num_tokens, bool)
+    out, lse = _run_prefill(q, everyone, nothing, None, rows, ids, pages, sizes, options)
     assert lse is not None
     return out, lse
 
@@ -181,17 +192,20 @@ def decode_shared(
 
 
 def _run_prefill(
-    q: Array, out: Array, lse: Array | None, sinks: Array | None, rows: Array, ids: Array, pages: Pages,
+    out: Array, is_query: Array, lse: Array | None, sinks: Array | None, rows: Array, ids: Array, pages: Pages,
     sizes: prefill_kernel.PrefillSizes, options: prefill_kernel.PrefillOptions,
 ) -> tuple[Array, Array | None]:  # fmt: skip
     """The prefill kernel, from and to heads as the model has them: where they fill registers, without a copy."""
-    num_tokens, num_heads, head_dim = q.shape
-    lanes, dtype = pages.data.shape[3], compute_dtype(q, pages)
+    num_tokens, num_heads, head_dim = out.shape
+    lanes, dtype = pages.data.shape[3], compute_dtype(out, pages)
     table, chunks = page_chunks(ids)
     tile_rows = SUBLANES * 4 // dtype.itemsize
     more_heads = -num_heads % tile_rows
-    q_rows = jnp.pad(q.astype(dtype), ((0, 0), (0, more_heads), (0, lanes - head_dim)))
-    out_rows = jnp.pad(out.astype(dtype), ((0, 0), (0, more_heads), (lanes - head_dim, 0)))
+    new = out.astype(dtype)
+    if lanes > head_dim:  # a query beside zeros, as a key lies beside its value; an output where the values are
+        beside = jnp.where(is_query[:, None, None], 0, new)
+        new = jnp.concatenate([jnp.pad(new, ((0, 0), (0, 0), (0, lanes - 2 * head_dim))), beside], axis=2)
+    new = jnp.pad(new, ((0, 0), (0, more_heads), (0, 0)))
     if sinks is not None:
         by_head = sinks.astype(jnp.float32).reshape(-1, 1, sizes.interleave(dtype))
         by_row = jnp.repeat(by_head, sizes.query_tokens, axis=1).reshape(-1, sizes.rows_per_unit, 1)
@@ -199,10 +213,10 @@ def _run_prefill(
     if lse is not None:
         lse = jnp.pad(lse, ((0, 0), (0, -num_heads % LANES))).reshape(num_tokens, -1, LANES)
     out_rows, lse_rows = prefill_kernel.prefill(
-        q_rows, out_rows, lse, sinks, rows, table, pages.data, pages.scales,
+        new, lse, sinks, rows, table, pages.data, pages.scales,
         chunks=chunks, num_heads=num_heads, sizes=sizes, options=options,
     )  # fmt: skip
-    out = out_rows[:, :num_heads, lanes - head_dim :].astype(q.dtype)
+    out = out_rows[:, :num_heads, lanes - head_dim :].astype(out.dtype)
     return out, None if lse is None else lse_rows.reshape(num_tokens, -1)[:, :num_heads]
 
 
@@ -282,14 +296,19 @@ def decode(
 
 def decode_some(
     q: Array, k: Array | None, v: Array | None, pages: Pages, page_table: Array, lengths: Array, query_starts: Array,
-    *, return_lse: bool, **options: Any,
+    others: Array, *, return_lse: bool, **options: Any,
 ) -> AttentionResult:  # fmt: skip
-    """`decode` where most tokens belong to other sequences: those of the sequences with one are gathered first."""
+    """`decode` where most tokens belong to other sequences: those of the sequences with one are gathered first.
+
+    Args:
+        others: `[T, N, H]`, what to return for the tokens of those sequences; 0 for all other tokens.
+    """
     num_tokens, num_rows = q.shape[0], lengths.size
     if num_tokens <= num_rows:
-        return decode(
+        result = decode(
             q, k, v, pages, page_table, lengths, query_starts, return_lse=return_lse, **options
         )  # fmt: skip
+        return result._replace(out=result.out + others)
     is_one = query_starts[1:] - query_starts[:-1] == 1
     token = jnp.minimum(query_starts[:-1], num_tokens - 1)
     q, k, v = (None if x is None else x[token] for x in (q, k, v))
@@ -301,9 +320,9 @@ def decode_some(
     # Rows without a token of their own aim past the end, each at another place.
     target = jnp.where(is_one, token, num_tokens + starts[:-1])
 
-    def spread(x: Array, fill: float | int) -> Array:
-        everyone = jnp.full((num_tokens, *x.shape[1:]), fill, x.dtype)
+    def spread(x: Array, everyone: Array) -> Array:
         return everyone.at[target].set(x, mode="drop", unique_indices=True)
 
-    lse = None if some.lse is None else spread(some.lse, -jnp.inf)
-    return AttentionResult(spread(some.out, 0), some.pages, lse)
+    nothing = jnp.full(others.shape[:2], -jnp.inf)
+    lse = None if some.lse is None else spread(some.lse, nothing)
+    return AttentionResult(spread(some.out, others), some.pages, lse)

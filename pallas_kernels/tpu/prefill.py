@@ -93,11 +93,11 @@ def _dot(a: Array, b: Array, contract_b: int) -> Array:
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _kernel(rows, sinks, table, q_hbm, pages, scales, out_in, lse_in, out_hbm, lse_hbm, kv, kv_scales, task, due, ids,
+def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hbm, kv, kv_scales, task, due, ids,
             q_in, words, q, out, lse, m_ref, l_ref, alpha_ref, acc_ref, s_a, s_b, p_a, p_b,
             page_sem, id_sem, q_sem, out_sem, *, num_rows: int, chunks: int, num_heads: int,
             sizes: PrefillSizes, options: PrefillOptions):  # fmt: skip
-    del out_in, lse_in  # the same memory as `out_hbm` and `lse_hbm`
+    del q_in_hbm, lse_in  # the same memory as `out_hbm` and `lse_hbm`: a task's outputs replace its queries
     S, NP, T, Q, R = (sizes.page_size, sizes.pages_per_block, sizes.tokens, sizes.query_tokens, sizes.rows_per_unit)
     ring = sizes.blocks_in_ring
     K = pages.shape[1]
@@ -187,13 +187,13 @@ def _kernel(rows, sinks, table, q_hbm, pages, scales, out_in, lse_in, out_hbm, l
             advance()
 
     def tokens_of_task(row, nth):
-        """Where its tokens are in q_hbm and out_hbm, and how many."""
+        """Where its tokens are in out_hbm, their queries before and their outputs after, and how many."""
         count = jnp.minimum(field(NUM_TOKENS, row) - nth * Q, Q)
         return pl.ds(field(TOKEN, row) + nth * Q, count), pl.ds(0, count)
 
     def q_copy(row, nth):
         there, here = tokens_of_task(row, nth)
-        return pltpu.make_async_copy(q_hbm.at[there], q_in.at[here], q_sem)
+        return pltpu.make_async_copy(out_hbm.at[there], q_in.at[here], q_sem)
 
     def out_copies(row, nth):
         there, here = tokens_of_task(row, nth)
@@ -486,14 +486,14 @@ def _kernel(rows, sinks, table, q_hbm, pages, scales, out_in, lse_in, out_hbm, l
     pl.when(num_active > 0)(run)
 
 
-def prefill(q: Array, out: Array, lse: Array | None, sinks: Array | None, rows: Array, table: Array, pages: Array,
+def prefill(q: Array, lse: Array | None, sinks: Array | None, rows: Array, table: Array, pages: Array,
             scales: Array | None, *, chunks: int, num_heads: int, sizes: PrefillSizes, options: PrefillOptions,
             ) -> tuple[Array, Array]:  # fmt: skip
     """Attends; the pages hold the new tokens already.
 
     Args:
-        q: `[T, padded_heads, L]` in the dtype of the products, the heads of a token padded to whole registers.
-        out: as q; the tokens of rows that take part are overwritten.
+        q: `[T, padded_heads, L]` in the dtype of the products, the heads of a token padded to whole registers. The
+            outputs take the place of the queries of rows that take part; other tokens may hold anything.
         lse: float32 `[T, ceil(N / 128), 128]`, a head a lane, likewise; or None.
         sinks: float32 `[units, R, 128]`, or None.
         rows: int32 `[FIELDS * B + 1]`: the fields of each row that takes part, field by field, then the number of
@@ -503,7 +503,7 @@ def prefill(q: Array, out: Array, lse: Array | None, sinks: Array | None, rows: 
         scales: float32 `[P, K, 2 * S]`, for 8-bit pages; or None.
 
     Returns:
-        out and lse.
+        q with outputs in it, and lse.
     """
     L = pages.shape[3]
     Q, R, T = sizes.query_tokens, sizes.rows_per_unit, sizes.tokens
@@ -520,14 +520,14 @@ def prefill(q: Array, out: Array, lse: Array | None, sinks: Array | None, rows: 
     if scales is None:
         scales = jnp.zeros((1, SUBLANES, LANES), f32)
     kv_scales = (sizes.blocks_in_ring, sizes.pages_per_block) if options.quantised else (1, 1)
-    arrays = (table.reshape(-1, 1, IDS), q, pages, scales, out, lse)
+    arrays = (table.reshape(-1, 1, IDS), pages, scales, q, lse)
     return pl.pallas_call(
         functools.partial(_kernel, num_rows=num_rows, chunks=chunks, num_heads=num_heads, sizes=sizes, options=options),
         name="paged_prefill",
-        out_shape=(pltpu.HBM(out.shape, out.dtype), pltpu.HBM(lse.shape, f32)),
+        out_shape=(pltpu.HBM(q.shape, q.dtype), pltpu.HBM(lse.shape, f32)),
         in_specs=[scalars, pl.BlockSpec(memory_space=vmem)] + [hbm] * len(arrays),
         out_specs=(hbm, hbm),
-        input_output_aliases={6: 0, 7: 1},
+        input_output_aliases={5: 0, 6: 1},
         scratch_shapes=[
             vmem((sizes.blocks_in_ring, sizes.pages_per_block, *pages.shape[1:]), pages.dtype),
             vmem((*kv_scales, *scales.shape[1:]), f32),
