@@ -68,11 +68,12 @@ def num_mapped(tables: PageTables) -> np.ndarray:
 # ---- the tables ----------------------------------------------------------------------------------------------
 
 
-def test_a_random_history_keeps_every_group_sound_and_in_step():
+@pytest.mark.parametrize("num_steps", [150, pytest.param(2000, marks=pytest.mark.long)])
+def test_a_random_history_keeps_every_group_sound_and_in_step(num_steps):
     random = np.random.default_rng(0)
     tables, handles = create(14, 9), []
     refused = np.zeros(2, int)
-    for _ in range(150):
+    for _ in range(num_steps):
         kind = random.choice("reserve reserve fork permute truncate release publish attach drop".split())
         granted = None
         if kind == "reserve":

@@ -17,7 +17,6 @@ from pallas_kernels.tpu.decode import DecodeSizes
 SHORT = (
     "decode: window over pages, soft cap",
     "decode: bf16, head size 128",
-    "mixed: window in a page",
     "query length is KV length, window, cap",
 )
 ATTENTION_CASES = [
@@ -60,7 +59,7 @@ def test_quantised(interpreter, small_blocks, dtype):
     check(case, make_inputs(case))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.long), "float8_e4m3fn"])
 def test_two_heads_of_size_64_side_by_side(interpreter, small_blocks, dtype):
     page_size = 16 if dtype == "bfloat16" else 64
     case = Case("pairs", (0, 1, 16, 17, 40, 130), (0, 1, 1, 1, 1, 1), (8, 4), 64, page_size, dtype, "bfloat16")
@@ -69,7 +68,10 @@ def test_two_heads_of_size_64_side_by_side(interpreter, small_blocks, dtype):
 
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "options"),
-    [("int8", 128, dict(window=100)), ("float8_e4m3fn", 64, dict(soft_cap=5.0, sinks=True))],
+    [
+        pytest.param("int8", 128, dict(window=100), marks=pytest.mark.long),
+        ("float8_e4m3fn", 64, dict(soft_cap=5.0, sinks=True)),
+    ],
 )
 def test_mixed_batch_of_8_bit_pages(interpreter, small_blocks, dtype, head_dim, options):
     lengths, query_lens = (0, 1, 64, 130, 300), (0, 1, 16, 1, 40)
@@ -77,7 +79,7 @@ def test_mixed_batch_of_8_bit_pages(interpreter, small_blocks, dtype, head_dim, 
     check(case, make_inputs(case))
 
 
-@pytest.mark.parametrize("distance", [1, 2])
+@pytest.mark.parametrize("distance", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_groups_of_items_and_a_page_table_that_streams(interpreter, monkeypatch, distance):
     """Several items a basic block, several sequences a group, and page ids copied from HBM as they are needed."""
     monkeypatch.setattr(decode, "RESIDENT_BYTES", 0)
