@@ -311,8 +311,7 @@ def decode_some(
         return result._replace(out=result.out + others)
     is_one = query_starts[1:] - query_starts[:-1] == 1
     token = jnp.minimum(query_starts[:-1], num_tokens - 1)
-    q, k, v = (None if x is None else x[token] for x in (q, k, v))
-    assert q is not None
+    q, (k, v) = q[token], (None if x is None else x[token] for x in (k, v))
     starts = jnp.arange(num_rows + 1, dtype=jnp.int32)
     some = decode(
         q, k, v, pages, page_table, jnp.where(is_one, lengths, 0), starts, return_lse=return_lse, **options
