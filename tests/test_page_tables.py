@@ -217,6 +217,7 @@ def drawn(state: DecodeState) -> list[list[int]]:
     return [np.asarray(state.tokens)[row, :n].tolist() for row, n in enumerate(state.num_tokens.tolist())]
 
 
+@pytest.mark.long  # a hybrid decoder in tests/models shows it in every run
 def test_after_every_step_local_layers_hold_the_pages_of_their_window_and_tokens_are_those_of_a_dense_forward():
     state = begun()
     while np.any(state.active):

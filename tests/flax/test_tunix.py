@@ -97,7 +97,9 @@ def with_their_cache(model, prompt: list[int], num_tokens: int) -> tuple[int, ..
     return tuple(tokens[len(prompt) :])
 
 
-@pytest.mark.parametrize(("name", "cls"), [("llama3", "Llama3"), ("qwen3", "Qwen3")])
+@pytest.mark.parametrize(
+    ("name", "cls"), [pytest.param("llama3", "Llama3", marks=pytest.mark.long), ("qwen3", "Qwen3")]
+)
 def test_a_model_from_tunix_gives_the_tokens_of_its_own_cache(lenient, name, cls):
     module, model = load(name, cls)
     expected = [with_their_cache(model, prompt, 10) for prompt in PROMPTS]

@@ -89,7 +89,7 @@ def test_groups_of_items_and_a_page_table_that_streams(interpreter, monkeypatch,
     check(case, make_inputs(case))
 
 
-@pytest.mark.parametrize("prefix", [0, 32])
+@pytest.mark.parametrize("prefix", [pytest.param(0, marks=pytest.mark.long), 32])
 def test_shared_prefix_changes_nothing(interpreter, small_blocks, prefix):
     """One row is not longer than the prefix, one is empty; the prefix is a runtime value."""
     lengths = (40, 0, 170, 33, 32)
