@@ -6,6 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from pallas_kernels import stored_head_dim
+
 QUANTISED = ("int8", "float8_e4m3fn")
 DTYPES = ("float32", "bfloat16", *QUANTISED)
 STEP_TOKENS = 512  # of a prefill step, for which `window_pages` leaves room unless it is given
@@ -125,9 +127,9 @@ class CacheConfig:
 
     @property
     def layer_page_bytes(self) -> int:
-        """Bytes of one page in one layer: its keys and values, and their scales where they are quantised."""
+        """Bytes of one page in one layer: padded keys and values, and their scales where they are quantised."""
         scale_bytes = 4 if self.dtype in QUANTISED else 0
-        row_bytes = self.head_dim * jnp.dtype(self.dtype).itemsize + scale_bytes
+        row_bytes = stored_head_dim(self.head_dim) * jnp.dtype(self.dtype).itemsize + scale_bytes
         return self.num_kv_heads * 2 * self.page_size * row_bytes
 
     @property

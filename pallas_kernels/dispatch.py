@@ -5,16 +5,18 @@ An implementation is one `Backend` in `BACKENDS`. Adding one is adding an entry 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import reference
-from pallas_kernels.pages import Pages
+from pallas_kernels.pages import Pages, stored
+from pallas_kernels.platform import target_platform
 from pallas_kernels.reference import AttentionResult
 
 
@@ -42,22 +44,6 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-def target_platform() -> str:
-    """The platform that the trace is for: "cpu", "tpu" or "gpu".
-
-    That of the mesh in context, abstract or real (so compiling ahead of time for another platform is
-    lowering under `jax.sharding.use_abstract_mesh`, which Pallas kernels need anyway), else that of the
-    default device.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        platform = device.platform
-    else:
-        default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-        platform = getattr(default, "platform", default) or jax.default_backend()
-    return "gpu" if platform in ("cuda", "rocm") else platform
-
-
 def choose(op: str, implementation: str | None, arguments: dict[str, Any]) -> Any:
     """The function that runs `op` on these arguments.
 
@@ -83,6 +69,16 @@ def _refusal(module: ModuleType, op: str, arguments: dict[str, Any]) -> str | No
     if not hasattr(module, op):
         return "it does not have this op."
     return module.refusal(op, **arguments)
+
+
+def _padded(x: Array | None, pages: Pages) -> Array | None:
+    """`[T, heads, H]` with the zeros that the pages have behind each head."""
+    return x if x is None or not pages.padding else jnp.pad(x, ((0, 0), (0, 0), (0, pages.padding)))
+
+
+def _like(pages: Pages, new: Pages) -> Pages:
+    """New pages, as implementations see them, in the form of those that came in."""
+    return dataclasses.replace(new, padding=pages.padding)
 
 
 def paged_attention(
@@ -140,12 +136,14 @@ def paged_attention(
     """
     check_attention(q, k, v, pages, page_table, lengths, query_starts, window, soft_cap, sinks, max_query_len)
     arguments = dict(
-        q=q, k=k, v=v, pages=pages, page_table=page_table, lengths=lengths, query_starts=query_starts,
+        q=_padded(q, pages), k=_padded(k, pages), v=_padded(v, pages), pages=stored(pages),
+        page_table=page_table, lengths=lengths, query_starts=query_starts,
         scale=q.shape[-1] ** -0.5 if scale is None else scale, window=window, soft_cap=soft_cap, sinks=sinks,
         shared_prefix=shared_prefix, return_lse=return_lse,
         max_query_len=min(max_query_len or q.shape[0], q.shape[0]),
     )  # fmt: skip
-    return choose("paged_attention", implementation, arguments)(**arguments)
+    result = choose("paged_attention", implementation, arguments)(**arguments)
+    return result._replace(out=result.out[..., : q.shape[-1]], pages=_like(pages, result.pages))
 
 
 def write_pages(
@@ -177,8 +175,9 @@ def write_pages(
         NotImplementedError: the named implementation cannot do this.
     """
     check_tokens(k, v, pages, page_table, lengths, query_starts)
-    arguments = dict(pages=pages, k=k, v=v, page_table=page_table, lengths=lengths, query_starts=query_starts)
-    return choose("write_pages", implementation, arguments)(**arguments)
+    new = dict(k=_padded(k, pages), v=_padded(v, pages))
+    arguments = dict(pages=stored(pages), page_table=page_table, lengths=lengths, query_starts=query_starts, **new)
+    return _like(pages, choose("write_pages", implementation, arguments)(**arguments))
 
 
 def read_pages(pages: Pages, page_ids: Int32[Array, " n"]) -> tuple[Float[Array, "n S K H"], Float[Array, "n S K H"]]:
@@ -191,7 +190,8 @@ def read_pages(pages: Pages, page_ids: Int32[Array, " n"]) -> tuple[Float[Array,
     Returns:
         Keys and values `[n, S, K, H]` in the pages' dtype, or float32 where they are quantised.
     """
-    return reference.read_pages(pages, page_ids)
+    keys, values = reference.read_pages(stored(pages), page_ids)
+    return keys[..., : pages.head_dim], values[..., : pages.head_dim]
 
 
 def copy_pages(
@@ -219,8 +219,8 @@ def copy_pages(
     """
     if source.shape != target.shape:
         raise ValueError(f"source and target must pair up, got {source.shape} and {target.shape}")
-    arguments = dict(pages=pages, source=source, target=target)
-    return choose("copy_pages", implementation, arguments)(**arguments)
+    arguments = dict(pages=stored(pages), source=source, target=target)
+    return _like(pages, choose("copy_pages", implementation, arguments)(**arguments))
 
 
 def check_tokens(k, v, pages, page_table, lengths, query_starts) -> None:

@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.platform import target_platform
+
 NULL_PAGE = 0  # never owned by a sequence; like every id outside 1..P-1, it stands for "no page"
 PAGE_DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
 FP8 = jnp.dtype("float8_e4m3fn")
 LARGEST = {"int8": 127, FP8.name: 448}  # of what quantised pages hold: what a vector's largest number becomes
 TOKENS_AT_ONCE = 256  # of a write
 SUBLANES, LANES = 8, 128  # of a TPU register; key and value share the lanes where a head does not fill them
+PADDED_TO = LANES // 2  # on a TPU, heads take a multiple of so many numbers
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -29,19 +32,22 @@ class Pages:
         scales: float32 `[P, K, 2S]`, for each KV head the scales of its S keys, then of its S values; for
             quantised pages (int8 and float8) only, else None.
         page_size: S, the tokens in a page.
+        padding: zeros that follow the numbers of each key and each value. Implementations never see it: to them H
+            includes it (`stored`).
     """
 
     data: Any
     scales: Any
     page_size: int
+    padding: int = 0
 
     def tree_flatten_with_keys(self):
         keys = (jax.tree_util.GetAttrKey("data"), jax.tree_util.GetAttrKey("scales"))
-        return tuple(zip(keys, (self.data, self.scales), strict=True)), self.page_size
+        return tuple(zip(keys, (self.data, self.scales), strict=True)), (self.page_size, self.padding)
 
     @classmethod
-    def tree_unflatten(cls, page_size, children):
-        return cls(data=children[0], scales=children[1], page_size=page_size)
+    def tree_unflatten(cls, sizes, children):
+        return cls(*children, *sizes)
 
     @property
     def num_pages(self) -> int:
@@ -53,7 +59,8 @@ class Pages:
 
     @property
     def head_dim(self) -> int:
-        return self.data.shape[3] if is_stacked(self) else self.data.shape[3] // 2
+        stored = self.data.shape[3] if is_stacked(self) else self.data.shape[3] // 2
+        return stored - self.padding
 
     @property
     def dtype(self):
@@ -71,7 +78,26 @@ def is_stacked(pages: Pages) -> bool:
     return pages.data.shape[2] == 2 * pages.page_size
 
 
-def init_pages(num_pages: int, num_kv_heads: int, page_size: int, head_dim: int, dtype: Any = jnp.bfloat16) -> Pages:
+def stored(pages: Pages) -> Pages:
+    """The pages as implementations see them: what pads a head belongs to it."""
+    return dataclasses.replace(pages, padding=0)
+
+
+def stored_head_dim(head_dim: int, is_padded: bool | None = None) -> int:
+    """The numbers that pages hold for a head of size H, its padding included; see `init_pages`."""
+    if is_padded is None:
+        is_padded = target_platform() == "tpu"
+    return head_dim + (-head_dim % PADDED_TO if is_padded else 0)
+
+
+def init_pages(
+    num_pages: int,
+    num_kv_heads: int,
+    page_size: int,
+    head_dim: int,
+    dtype: Any = jnp.bfloat16,
+    is_padded: bool | None = None,
+) -> Pages:
     """Empty pages.
 
     Args:
@@ -81,6 +107,8 @@ def init_pages(num_pages: int, num_kv_heads: int, page_size: int, head_dim: int,
         head_dim: H.
         dtype: float32, bfloat16, or one of the quantised int8 and float8_e4m3fn (with one scale a token, head and key
             or value).
+        is_padded: whether zeros follow each key and value up to a multiple of 64, which the TPU kernels need; None: on
+            a TPU.
 
     Returns:
         Pages of zeros.
@@ -95,14 +123,16 @@ def init_pages(num_pages: int, num_kv_heads: int, page_size: int, head_dim: int,
     dtype = jnp.dtype(dtype)
     if dtype.name not in PAGE_DTYPES:
         raise ValueError(f"pages hold {', '.join(PAGE_DTYPES)}, got {dtype.name}: choose one of these")
-    if head_dim % LANES == 0:
-        shape = (num_pages, num_kv_heads, 2 * page_size, head_dim)
+    width = stored_head_dim(head_dim, is_padded)
+    if width % LANES == 0:
+        shape = (num_pages, num_kv_heads, 2 * page_size, width)
     else:
-        shape = (num_pages, num_kv_heads, page_size, 2 * head_dim)
+        shape = (num_pages, num_kv_heads, page_size, 2 * width)
     scales = None
     if dtype.name in LARGEST:
         scales = jnp.zeros((num_pages, num_kv_heads, 2 * page_size), jnp.float32)
-    return Pages(jnp.zeros(shape, jnp.uint8 if dtype == FP8 else dtype), scales, page_size)
+    data = jnp.zeros(shape, jnp.uint8 if dtype == FP8 else dtype)
+    return Pages(data, scales, page_size, padding=width - head_dim)
 
 
 def gather_pages(pages: Pages, page_ids: Int32[Array, "*n"]) -> tuple[Array, Array | None]:

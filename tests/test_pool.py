@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from paged_jax.config import CacheConfig
 from paged_jax.invariants import check
@@ -68,6 +69,16 @@ def test_a_layer_is_replaced_alone():
     replaced = pool.replace_layer(1, layer)
     assert replaced.layers[1] is layer and replaced.layers[0] is pool.layers[0]
     assert pool.num_pages == 64 and pool.num_bytes == CONFIG.pool_bytes
+
+
+def test_a_tpu_pads_heads_and_the_config_counts_it():
+    device = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
+    config = dataclasses.replace(CONFIG, head_dim=80)
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)):
+        pool = jax.eval_shape(lambda: PagePool.create(config))
+        assert pool.layers[0].head_dim == 80 and pool.layers[0].data.shape[-1] == 128
+        assert pool.num_bytes == config.pool_bytes
+    assert pool.num_bytes > config.pool_bytes == PagePool.create(config).num_bytes
 
 
 def test_pages_start_empty():

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import init_pages, paged_attention
+from pallas_kernels import init_pages, paged_attention, stored_head_dim
+from pallas_kernels.pages import stored
 from pallas_kernels.tpu import attention
 from pallas_kernels.tpu.blocks import decode_sizes, prefill_sizes
 from pallas_kernels.tpu.heads import pack_heads
@@ -61,6 +62,7 @@ def shapes() -> list[StaticCase]:
         StaticCase("decode, batch 1, context 4096", (4096,)),
         StaticCase("decode, batch 1, context 32768", (32768,)),
         StaticCase("decode, head size 64", (1024,) * 32, head_dim=64),
+        StaticCase("decode, head size 96", (1024,) * 32, head_dim=96),
         StaticCase("decode, head size 256", (1024,) * 32, head_dim=256),
         StaticCase("decode, lengths 1 to 4096", ragged),
         StaticCase("decode, int8, context 1024", (1024,) * 32, dtype="int8", page_size=64),
@@ -93,11 +95,12 @@ def all_cases() -> dict[str, StaticCase]:
 
 
 def abstract_pages(case: StaticCase):
-    page_bytes = case.heads[1] * 2 * case.page_size * case.head_dim * jnp.dtype(case.dtype).itemsize
+    row_bytes = stored_head_dim(case.head_dim, True) * jnp.dtype(case.dtype).itemsize
+    page_bytes = case.heads[1] * 2 * case.page_size * row_bytes
     num_pages = (case.pool_bytes or POOL_BYTES) // page_bytes
     if case.pool_bytes is None:
         num_pages = max(len(case.lengths) * case.max_pages + 1, num_pages)
-    make = partial(init_pages, num_pages, case.heads[1], case.page_size, case.head_dim, case.dtype)
+    make = partial(init_pages, num_pages, case.heads[1], case.page_size, case.head_dim, case.dtype, is_padded=True)
     return jax.eval_shape(make)
 
 
@@ -123,13 +126,13 @@ def arguments(case: StaticCase) -> tuple:
 
 def operands(case: StaticCase) -> dict[str, dict[int, Any]]:
     """For each kernel what its scalar half reads: operand index to words."""
-    pages = abstract_pages(case)
+    pages = stored(abstract_pages(case))
     batch = len(case.lengths)
     ids = np.random.default_rng(0).permutation(pages.num_pages - 1)[: batch * case.max_pages] + 1
     table = jnp.asarray(ids.reshape(batch, -1), jnp.int32)
     lengths = jnp.asarray(case.lengths, jnp.int32)
     starts = jnp.asarray(np.concatenate([[0], np.cumsum(case.new_tokens)]), jnp.int32)
-    packing = pack_heads(*case.heads, case.head_dim, pages.data.shape[3])
+    packing = pack_heads(*case.heads, pages.head_dim, pages.data.shape[3])
     chunks, _ = attention.page_chunks(table)
     sizes = decode_sizes(pages, case.max_pages, packing)
     first_key = None if case.shared_prefix is None else jnp.full_like(lengths, case.shared_prefix)

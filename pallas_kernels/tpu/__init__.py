@@ -31,7 +31,7 @@ def refusal(op: str, **arguments: Any) -> str | None:
     if pages.data.shape[3] % LANES:
         return (
             f"it does not take head size {pages.head_dim}: XLA would copy all pages, whose rows of key and value "
-            f"are {pages.data.shape[3]} lanes and not a multiple of {LANES}."
+            f"are {pages.data.shape[3]} lanes and not a multiple of {LANES}; init_pages(is_padded=True) makes them so."
         )
     if pages.scales is not None and pages.scales.shape[2] % LANES:
         return (

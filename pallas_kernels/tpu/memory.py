@@ -5,7 +5,7 @@ from __future__ import annotations
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from pallas_kernels.dispatch import target_platform
+from pallas_kernels.platform import target_platform
 
 WORD_PART = {1: -1, 2: 0xFFFF, 4: 0xFF}  # the first of so many values packed in a word
 

@@ -43,6 +43,7 @@ class Case:
     scale: float | None = None
     padding: int = 0  # tokens behind the last sequence's
     write: bool = True  # k and v are given
+    is_padded: bool = False  # the pages have zeros behind each head
     holes: tuple[tuple[int, int], ...] = ()  # (row, column) of the table left unmapped
     bound_query_len: bool = True  # pass max_query_len
 
@@ -75,6 +76,7 @@ CASES = (
     Case("decode without writing", RAGGED, DECODE, write=False),
     Case("decode: rows that take no part", (0, 1, 0, 17, 0, 130), (1, 1, 1, 1, 1, 1)),
     Case("decode: bf16, head size 128", RAGGED, DECODE, (8, 2), 128, 16, "bfloat16", "bfloat16"),
+    Case("decode: padded head size 96", RAGGED, DECODE, (8, 2), 96, 16, "bfloat16", "bfloat16", is_padded=True),
     Case("decode: int8", RAGGED, DECODE, (4, 4), 64, 16, "int8"),
     Case("decode: int8, head size 128, bf16 queries", RAGGED, DECODE, (4, 1), 128, 16, "int8", "bfloat16"),
     Case("decode: fp8", RAGGED, DECODE, (4, 4), 64, 16, "float8_e4m3fn"),
@@ -91,6 +93,7 @@ CASES = (
     Case("mixed: int8, head size 128", RAGGED, MIXED, (4, 2), 128, 16, "int8", "bfloat16", window=20),
     Case("mixed: fp8, head size 128", RAGGED, MIXED, (4, 2), 128, 16, "float8_e4m3fn", "bfloat16"),
     Case("mixed: heads 5, 1; head size 80", RAGGED, MIXED, (5, 1), 80, 64, window=30, sinks=True),
+    Case("mixed: padded head size 80", RAGGED, MIXED, (5, 1), 80, 64, window=30, sinks=True, is_padded=True),
     Case("mixed: heads 3, 3; head size 96", RAGGED, MIXED, (3, 3), 96, 16, soft_cap=2.0, write=False),
     Case("mixed: heads 12, 2; head size 256", RAGGED, MIXED, (12, 2), 256, 128, padding=5),
     Case("mixed: window in a page", RAGGED, MIXED, (5, 1), 128, window=3),
@@ -150,7 +153,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     def random(shape, dtype):
         return rng.standard_normal(shape).astype(jnp.dtype(dtype))
 
-    empty = init_pages(num_pages, num_kv_heads, page_size, head_dim, case.dtype)
+    empty = init_pages(num_pages, num_kv_heads, page_size, head_dim, case.dtype, case.is_padded)
     store = Store(empty)
     # Packed new tokens; those that no position receives stay NaN, and so do their queries.
     q = np.full((num_tokens, num_heads, head_dim), np.nan, jnp.dtype(case.q_dtype))
@@ -192,7 +195,7 @@ class Store:
 
     def __init__(self, empty: Pages):
         self.empty = empty
-        self.stacked = empty.head_dim % 128 == 0
+        self.stacked = empty.data.shape[2] == 2 * empty.page_size
         self.data = np.full(empty.data.shape, 77 if empty.dtype == np.int8 else np.nan, empty.dtype)
         self.scales = None if empty.scales is None else np.full(empty.scales.shape, np.nan, np.float32)
 
@@ -212,6 +215,7 @@ class Store:
 
     def put(self, page, slot, key, value):  # [K, H] each
         size = self.empty.page_size
+        key, value = (np.pad(x, ((0, 0), (0, self.empty.padding))) for x in (key, value))
         if self.scales is not None:
             key, self.scales[page, :, slot] = self.quantised(key)
             value, self.scales[page, :, size + slot] = self.quantised(value)
@@ -222,7 +226,8 @@ class Store:
 
     def pages(self) -> Pages:
         scales = None if self.scales is None else jnp.asarray(self.scales)
-        return Pages(jnp.asarray(self.data.view(self.empty.data.dtype)), scales, self.empty.page_size)
+        data = jnp.asarray(self.data.view(self.empty.data.dtype))
+        return dataclasses.replace(self.empty, data=data, scales=scales)
 
 
 def expected(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from pallas_kernels import check_page_table, copy_pages, init_pages, paged_attention, reference, write_pages
-from pallas_kernels.dispatch import BACKENDS, Backend, check_attention, check_tokens, target_platform
+from pallas_kernels.dispatch import BACKENDS, Backend, check_attention, check_tokens
+from pallas_kernels.platform import target_platform
 
 
 def arguments(**changes) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The pages: what is written where, and that everything else stays as it was, byte for byte."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,17 @@ def random_pages(num_pages=9, num_kv_heads=2, page_size=4, head_dim=64, dtype="f
     rng = np.random.default_rng(0)
     empty = init_pages(num_pages, num_kv_heads, page_size, head_dim, dtype)
     return jax.tree.map(lambda x: jnp.asarray((rng.standard_normal(x.shape) * 50).astype(x.dtype)), empty)
+
+
+def test_what_pads_a_head_is_not_read_back():
+    pages = init_pages(3, 2, 4, 80, "float32", is_padded=True)
+    assert pages.head_dim == 80 and pages.data.shape == (3, 2, 8, 128)
+    k, v = (jax.random.normal(jax.random.key(i), (3, 2, 80)) for i in range(2))
+    table, lengths, starts = jnp.array([[2]]), jnp.array([3]), jnp.array([0, 3])
+    pages = copy(write(pages, k, v, table, lengths, starts), jnp.array([2]), jnp.array([1]))
+    keys, values = read(pages, jnp.array([1]))
+    np.testing.assert_array_equal(keys[0, :3], k)
+    np.testing.assert_array_equal(values[0, :3], v)
 
 
 @each_implementation
@@ -157,7 +169,7 @@ def test_pages_of_shapes_are_pages_too():
 
 @pytest.mark.parametrize("name", ["num_pages", "num_kv_heads", "page_size", "head_dim"])
 def test_sizes_below_one_are_refused(name):
-    sizes = dict(num_pages=2, num_kv_heads=1, page_size=4, head_dim=64) | {name: 0}
+    sizes: dict[str, Any] = dict(num_pages=2, num_kv_heads=1, page_size=4, head_dim=64) | {name: 0}
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         init_pages(**sizes)
 

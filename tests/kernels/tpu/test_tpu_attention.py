@@ -9,14 +9,14 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from kernels.cases import CASES, Case, expected, make_inputs
 
-from pallas_kernels import Pages, copy_pages, init_pages, paged_attention, write_pages
+from pallas_kernels import copy_pages, init_pages, paged_attention, write_pages
 from pallas_kernels.tpu import attention, decode
 from pallas_kernels.tpu.decode import DecodeSizes
 
 # One of each kind in every run; the others with -m long.
 SHORT = (
     "decode: window over pages, soft cap",
-    "decode: bf16, head size 128",
+    "decode: padded head size 96",
     "query length is KV length, window, cap",
 )
 ATTENTION_CASES = [
@@ -110,7 +110,7 @@ def test_a_neighbour_of_nan_changes_nothing(late_copies, small_blocks):
     out = attend(case, inputs).out
     owned = np.asarray(inputs.page_table)[1, : -(-200 // 16)]
     data = inputs.pages.data.at[owned].set(jnp.nan)
-    poisoned = dataclasses.replace(inputs, pages=Pages(data, None, 16))
+    poisoned = dataclasses.replace(inputs, pages=dataclasses.replace(inputs.pages, data=data))
     again = attend(case, poisoned).out
     np.testing.assert_array_equal(np.asarray(again)[[0, 2]], np.asarray(out)[[0, 2]])
 

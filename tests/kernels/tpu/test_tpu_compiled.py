@@ -24,6 +24,7 @@ for case in (
     StaticCase("decode", (2048,) * 32),
     StaticCase("decode", (1024,) * 16, heads=(8, 1), page_size=64),
     StaticCase("decode", (1024,) * 16, head_dim=64, page_size=128),
+    StaticCase("mixed", (2048,) * 7 + (4096,), (1,) * 7 + (512,), head_dim=80),
     StaticCase("decode", (1024,) * 16, dtype="float8_e4m3fn", page_size=64),
     StaticCase("decode", (1024,) * 16, dtype="int8", page_size=64),
     StaticCase("decode", (131072,) * 1024, pool_bytes=2 << 30),  # the page table streams
