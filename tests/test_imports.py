@@ -59,9 +59,7 @@ def test_a_module_imports_only_what_stands_below_it(path):
     for name in imports(path):
         assert layer(name) <= layer(module), f"{module} imports {name}, which stands above it"
         if name.startswith("pallas_kernels") and not module.startswith("pallas_kernels"):
-            assert module in MAY_IMPORT_KERNELS, (
-                f"{module} imports {name}: go through attention, pool or config"
-            )
+            assert module in MAY_IMPORT_KERNELS, f"{module} imports {name}: go through attention, pool or config"
 
 
 def test_the_check_sees_an_arrow_that_points_up(tmp_path):
