@@ -1,8 +1,10 @@
 """Attention over a paged cache, as a layer sees it: new queries, keys and values, its pages, the step's metadata."""
 
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 import pallas_kernels
+from paged_jax.mesh import HEADS, MODEL_AXIS, WHOLE, find_mesh, split_heads
 from paged_jax.metadata import AttentionMetadata
 from pallas_kernels import Pages
 
@@ -52,19 +54,23 @@ def paged_attention(
             f"this layer sees {sees}, but its cache gives up pages behind a window of {given_up}: the windows of the "
             "cache config must be those of the layers"
         )
-    result = pallas_kernels.paged_attention(
-        q,
-        k,
-        v,
-        pages,
-        metadata.page_table,
-        metadata.lengths,
-        metadata.query_starts,
-        scale=scale,
-        window=window,
-        soft_cap=soft_cap,
-        sinks=sinks,
-        max_query_len=metadata.max_query_len,
-        implementation=implementation,
-    )
-    return result.out, result.pages
+
+    def attend(sinks, q, k, v, pages, *where):
+        result = pallas_kernels.paged_attention(
+            q,
+            k,
+            v,
+            pages,
+            *where,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+            sinks=sinks,
+            max_query_len=metadata.max_query_len,
+            implementation=implementation,
+        )
+        return result.out, result.pages
+
+    specs = PartitionSpec(MODEL_AXIS), HEADS, HEADS, HEADS, HEADS, WHOLE, WHOLE, WHOLE
+    attend_split = split_heads(attend, find_mesh((pages, q)), pages.num_kv_heads, specs, (HEADS, HEADS))
+    return attend_split(sinks, q, k, v, pages, metadata.page_table, metadata.lengths, metadata.query_starts)

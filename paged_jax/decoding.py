@@ -18,9 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int32
 
 from paged_jax.config import CacheConfig
+from paged_jax.mesh import put_everywhere
 from paged_jax.metadata import AttentionMetadata
 from paged_jax.page_tables import PageTables
 from paged_jax.pool import PagePool
@@ -59,12 +61,17 @@ class DecodeState:
     sampler: Sampler
 
     @classmethod
-    def create(cls, config: CacheConfig, capacity: int, max_stop_tokens: int = 4) -> "DecodeState":
-        """An empty batch of `config.max_sequences` rows; each can draw `capacity` tokens before the host must read."""
+    def create(
+        cls, config: CacheConfig, capacity: int, max_stop_tokens: int = 4, mesh: Mesh | None = None
+    ) -> "DecodeState":
+        """An empty batch of `config.max_sequences` rows; each can draw `capacity` tokens before the host must read.
+
+        With a mesh, the pool is split over it as in `PagePool.create`, and each device holds all else.
+        """
         num_rows = config.max_sequences
         zeros = lambda *shape: jnp.zeros(shape, jnp.int32)  # noqa: E731  distinct buffers: each is donated
-        return cls(
-            pool=PagePool.create(config),
+        pool = PagePool.create(config, mesh)
+        fields: dict[str, Any] = dict(
             tables=PageTables.create(config),
             tokens=zeros(num_rows, capacity),
             num_tokens=zeros(num_rows),
@@ -74,6 +81,7 @@ class DecodeState:
             finish=zeros(num_rows),
             sampler=Sampler.create(num_rows, max_stop_tokens),
         )
+        return cls(pool=pool, **put_everywhere(fields, mesh))
 
     def empty_buffer(self) -> "DecodeState":
         """Forget the drawn tokens, which the host has read."""

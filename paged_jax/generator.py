@@ -11,6 +11,7 @@ import numpy as np
 
 from paged_jax.config import CacheConfig
 from paged_jax.decoding import DecodeState, Finish, Forward, decode_loop, prefill, start, stop
+from paged_jax.mesh import find_mesh
 from paged_jax.page_table import PageTable
 from paged_jax.prefix import PrefixCache
 from paged_jax.sampling import Sampler, SamplingParams
@@ -65,7 +66,8 @@ class Generator:
 
     Args:
         forward: the decoder, see `paged_jax.decoding.Forward`.
-        params: its parameters, any pytree.
+        params: its parameters, any pytree. Split over a mesh axis "model", they say where the pages go: each device
+            holds those of its own KV heads.
         config: sizes of the cache.
         prefill_tokens: T of a prefill step; prompts are cut at its multiples.
         steps_per_visit: decode steps between two visits of the host, and so tokens in a chunk.
@@ -104,7 +106,7 @@ class Generator:
         self.config = config
         self.params = params
         self.cache = None if config.has_windows or prefix_cache is False else PrefixCache(config.page_size)
-        self.state = DecodeState.create(config, steps_per_visit, self.max_stop_tokens)
+        self.state = DecodeState.create(config, steps_per_visit, self.max_stop_tokens, find_mesh(params))
         self._prefill_tokens = prefill_tokens
         self._decode_text = decode_text
         self._waiting: collections.deque[_Sample] = collections.deque()

@@ -5,8 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
 from paged_jax.config import CacheConfig
+from paged_jax.mesh import HEADS, MODEL_AXIS, WHOLE, find_mesh, model_mesh, split_heads
 from paged_jax.page_table import NULL_PAGE, Reservation
 from paged_jax.page_tables import Reservations
 from pallas_kernels import Pages, copy_pages, init_pages
@@ -23,11 +25,28 @@ class PagePool:
     layers: tuple[Pages, ...]
 
     @classmethod
-    def create(cls, config: CacheConfig) -> "PagePool":
-        """A pool of zeros."""
+    def create(cls, config: CacheConfig, mesh: Mesh | None = None) -> "PagePool":
+        """A pool of zeros.
+
+        Args:
+            config: sizes of the cache.
+            mesh: has an axis "model", whose devices hold the pages of K / (its size) KV heads each; other axes hold
+                copies. None: the default device holds all.
+
+        Raises:
+            ValueError: the mesh has no such axis, or K does not divide by it.
+        """
         num_pages = {layer: group.num_pages for group in config.groups for layer in group.layers}
-        sizes = config.num_kv_heads, config.page_size, config.head_dim, config.dtype
-        return cls(tuple(init_pages(num_pages[layer], *sizes) for layer in range(config.num_layers)))
+
+        def make(num_kv_heads: int) -> tuple[Pages, ...]:
+            sizes = num_kv_heads, config.page_size, config.head_dim, config.dtype
+            return tuple(init_pages(num_pages[layer], *sizes) for layer in range(config.num_layers))
+
+        if mesh is None:
+            return cls(make(config.num_kv_heads))
+        mesh = model_mesh(mesh)
+        num_heads = config.num_kv_heads // mesh.shape[MODEL_AXIS]
+        return cls(jax.jit(split_heads(lambda: make(num_heads), mesh, config.num_kv_heads, (), HEADS))())
 
     def copy(self, reservation: Reservation | Reservations) -> "PagePool":
         """Make the copies that `reserve` asked for (copy-on-write), in every layer.
@@ -63,9 +82,11 @@ class PagePool:
 
 
 def _copy(layers: tuple[Pages, ...], reservation: Reservation) -> tuple[Pages, ...]:
-    def copy_all(layers: tuple[Pages, ...]) -> tuple[Pages, ...]:
-        source, target = reservation.copy_source, reservation.copy_target
+    def copy_all(layers, source, target):
         return tuple(copy_pages(pages, source, target) for pages in layers)
 
-    has_copies = jnp.any(reservation.copy_target != NULL_PAGE)
-    return lax.cond(has_copies, copy_all, lambda layers: layers, layers)
+    source, target = reservation.copy_source, reservation.copy_target
+    copy_split = split_heads(copy_all, find_mesh(layers), layers[0].num_kv_heads, (HEADS, WHOLE, WHOLE), HEADS)
+    return lax.cond(
+        jnp.any(target != NULL_PAGE), lambda layers: copy_split(layers, source, target), lambda layers: layers, layers
+    )

@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [  # from the bottom; a package stands for all its files, longest name first where one contains another
     ["pallas_kernels"],
-    [f"paged_jax.{name}" for name in ("config", "page_table", "page_tables", "pool", "metadata", "invariants")]
+    [f"paged_jax.{name}" for name in ("config", "mesh", "page_table", "page_tables", "pool", "metadata", "invariants")]
     + [f"paged_jax.{name}" for name in ("handles", "handle_book", "prefix", "prefix_index")],
     ["paged_jax.attention"],
     ["paged_jax.models", "paged_jax.flax"],

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from paged_jax.mesh import MODEL_AXIS, check_splits, model_mesh
 from paged_jax.models.config import DecoderConfig
 
 Placement = Callable[[str], Sharding]  # a weight's path, such as "layers.0.attn.q.weight" -> where it goes
 
-MODEL_AXIS = "model"  # of the mesh: the devices that share a layer
 # Of the weights in a layer, the axis that is split: whole heads, and the MLP's inner width. The rest is small.
 SPLIT_AXES = {
     "attn.q.weight": 0,
@@ -45,19 +45,9 @@ def tensor_parallel(config: DecoderConfig, mesh: Mesh) -> Placement:
     Raises:
         ValueError: there is no such axis, or the KV heads or the MLP do not divide by it.
     """
-    if MODEL_AXIS not in mesh.shape:
-        raise ValueError(
-            f"the mesh has axes {', '.join(map(str, mesh.axis_names))}: name the one over which layers are split "
-            f"{MODEL_AXIS!r}, or pass load(folder, sharding=...) a function from a weight's path to its sharding."
-        )
+    mesh = model_mesh(mesh)
+    check_splits(mesh, num_kv_heads=config.num_kv_heads, intermediate_size=config.intermediate_size)
     parts = mesh.shape[MODEL_AXIS]
-    for name in ("num_kv_heads", "intermediate_size"):
-        if getattr(config, name) % parts:
-            raise ValueError(
-                f"{name}={getattr(config, name)} does not split over the {parts} devices of the mesh axis "
-                f"{MODEL_AXIS!r}: use a number of devices that divides it."
-            )
-    mesh = Mesh(mesh.devices, mesh.axis_names)  # of automatic axes: the compiler places what is between the weights
 
     def place(path: str) -> Sharding:
         if path in ("embed.weight", "head.weight"):

@@ -96,7 +96,7 @@ def test_split_weights_generate_the_same_tokens(tmp_path, mesh):
 @pytest.mark.parametrize(
     ("changes", "axis", "message"),
     [
-        ({}, "x", r"the mesh has axes x: name the one over which layers are split 'model', or pass load"),
+        ({}, "x", r"the mesh has axes x: name the one over which layers are split 'model'\."),
         ({"num_key_value_heads": 2}, "model", r"num_kv_heads=2 does not split over the 4 devices of the mesh axis 'mo"),
         ({"intermediate_size": 18}, "model", r"intermediate_size=18 does not split over the 4 devices .* divides it"),
     ],
