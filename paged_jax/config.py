@@ -4,9 +4,7 @@ import bisect
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
-
-from pallas_kernels import stored_head_dim
+from pallas_kernels import page_bytes
 
 QUANTISED = ("int8", "float8_e4m3fn")
 DTYPES = ("float32", "bfloat16", *QUANTISED)
@@ -128,9 +126,7 @@ class CacheConfig:
     @property
     def layer_page_bytes(self) -> int:
         """Bytes of one page in one layer: padded keys and values, and their scales where they are quantised."""
-        scale_bytes = 4 if self.dtype in QUANTISED else 0
-        row_bytes = stored_head_dim(self.head_dim) * jnp.dtype(self.dtype).itemsize + scale_bytes
-        return self.num_kv_heads * 2 * self.page_size * row_bytes
+        return page_bytes(self.num_kv_heads, self.page_size, self.head_dim, self.dtype)
 
     @property
     def page_bytes(self) -> int:

@@ -2,7 +2,7 @@
 
 from pallas_kernels.dispatch import check_page_table, copy_pages, paged_attention, read_pages, write_pages
 from pallas_kernels.merge import merge_states
-from pallas_kernels.pages import Pages, init_pages, stored_head_dim
+from pallas_kernels.pages import Pages, init_pages, page_bytes
 from pallas_kernels.reference import AttentionResult
 
 __all__ = [
@@ -12,8 +12,8 @@ __all__ = [
     "copy_pages",
     "init_pages",
     "merge_states",
+    "page_bytes",
     "paged_attention",
     "read_pages",
-    "stored_head_dim",
     "write_pages",
 ]

@@ -29,8 +29,9 @@ class Pages:
         data: `[P, K, 2S, H]` where H is a multiple of 128 (for each KV head its S key rows, then its S value
             rows), else `[P, K, S, 2H]` (each row a key and its value side by side). float8 pages hold the bytes
             of their numbers as uint8, since XLA copies a float8 pool on a CPU.
-        scales: float32 `[P, K, 2S]`, for each KV head the scales of its S keys, then of its S values; for
-            quantised pages (int8 and float8) only, else None.
+        scales: float32 `[P, K, R]`, for each KV head the scales of its S keys, then of its S values; where pages are
+            padded R is a multiple of 128, and the rest of a row has no meaning. For quantised pages (int8 and float8)
+            only, else None.
         page_size: S, the tokens in a page.
         padding: zeros that follow the numbers of each key and each value. Implementations never see it: to them H
             includes it (`stored`).
@@ -83,11 +84,10 @@ def stored(pages: Pages) -> Pages:
     return dataclasses.replace(pages, padding=0)
 
 
-def stored_head_dim(head_dim: int, is_padded: bool | None = None) -> int:
-    """The numbers that pages hold for a head of size H, its padding included; see `init_pages`."""
-    if is_padded is None:
-        is_padded = target_platform() == "tpu"
-    return head_dim + (-head_dim % PADDED_TO if is_padded else 0)
+def page_bytes(num_kv_heads: int, page_size: int, head_dim: int, dtype: Any, is_padded: bool | None = None) -> int:
+    """Bytes of one page of one layer, its scales and what pads it included; the arguments are those of `init_pages`."""
+    page = jax.eval_shape(lambda: init_pages(1, num_kv_heads, page_size, head_dim, dtype, is_padded))
+    return page.num_bytes
 
 
 def init_pages(
@@ -107,8 +107,8 @@ def init_pages(
         head_dim: H.
         dtype: float32, bfloat16, or one of the quantised int8 and float8_e4m3fn (with one scale a token, head and key
             or value).
-        is_padded: whether zeros follow each key and value up to a multiple of 64, which the TPU kernels need; None: on
-            a TPU.
+        is_padded: whether zeros follow each key and value up to a multiple of 64, and a head's scales in a page up to
+            a multiple of 128, which the TPU kernels need; None: on a TPU.
 
     Returns:
         Pages of zeros.
@@ -123,36 +123,47 @@ def init_pages(
     dtype = jnp.dtype(dtype)
     if dtype.name not in PAGE_DTYPES:
         raise ValueError(f"pages hold {', '.join(PAGE_DTYPES)}, got {dtype.name}: choose one of these")
-    width = stored_head_dim(head_dim, is_padded)
+    if is_padded is None:
+        is_padded = target_platform() == "tpu"
+    width, scale_width = head_dim, 2 * page_size
+    if is_padded:
+        width, scale_width = (x + -x % unit for x, unit in ((width, PADDED_TO), (scale_width, LANES)))
     if width % LANES == 0:
         shape = (num_pages, num_kv_heads, 2 * page_size, width)
     else:
         shape = (num_pages, num_kv_heads, page_size, 2 * width)
     scales = None
     if dtype.name in LARGEST:
-        scales = jnp.zeros((num_pages, num_kv_heads, 2 * page_size), jnp.float32)
+        scales = jnp.zeros((num_pages, num_kv_heads, scale_width), jnp.float32)
     data = jnp.zeros(shape, jnp.uint8 if dtype == FP8 else dtype)
     return Pages(data, scales, page_size, padding=width - head_dim)
 
 
 def gather_pages(pages: Pages, page_ids: Int32[Array, "*n"]) -> tuple[Array, Array | None]:
-    """Whole pages, `[*n, K, 2S, H]` or `[*n, K, S, 2H]`, and their scales `[*n, K, 2S]`; ids within `0 .. P-1`."""
+    """Whole pages, `[*n, K, 2S, H]` or `[*n, K, S, 2H]`, and their scales `[*n, K, R]`; ids within `0 .. P-1`."""
     data = pages.data.at[page_ids].get(mode="promise_in_bounds")
     if pages.scales is None:
         return data, None
-    if pages.num_kv_heads % SUBLANES == 0:
+    if pages.num_kv_heads % SUBLANES == 0 or fill_lanes(pages.scales):
         return data, pages.scales.at[page_ids].get(mode="promise_in_bounds")
     scales = scale_rows(pages.scales).at[page_ids].get(mode="promise_in_bounds")
     return data, scales.reshape(*page_ids.shape, *pages.scales.shape[1:])
 
 
-def scale_rows(scales: Float[Array, "P K R"]) -> Float[Array, "P KR"]:
-    """The scales with one row a page: the view that XLA scatters to in place on CPU and TPU alike.
+def fill_lanes(scales: Float[Array, "P K R"]) -> bool:
+    """Whether the scales of a page and head are whole registers of a TPU."""
+    return scales.shape[2] % LANES == 0
 
-    A TPU copies all scales into another layout first for a scatter through the flat view; for a gather, of rows where
-    KV heads fill the sublanes of a register, of `[K, 2S]` slices where they do not.
+
+def scale_rows(scales: Float[Array, "P K R"]) -> Float[Array, "rows width"]:
+    """The scales with one row a page and head where these fill registers, else with one row a page, `[P, K * R]`.
+
+    It is the view that XLA scatters to in place on CPU and TPU alike. A TPU copies all scales into another layout first
+    for a scatter through the flat view, and, where they do not fill registers, for a gather of rows where KV heads fill
+    the sublanes of a register and of `[K, R]` slices where they do not.
     """
-    return scales.reshape(scales.shape[0], -1)
+    _, num_heads, width = scales.shape
+    return scales.reshape(-1, width if fill_lanes(scales) else num_heads * width)
 
 
 def split_kv(pages: Pages, data: Array) -> tuple[Array, Array]:
@@ -160,6 +171,11 @@ def split_kv(pages: Pages, data: Array) -> tuple[Array, Array]:
     axis = -2 if is_stacked(pages) else -1
     key, value = jnp.split(data, 2, axis=axis)
     return key, value
+
+
+def split_scales(pages: Pages, scales: Float[Array, "*n R"]) -> tuple[Float[Array, "*n S"], Float[Array, "*n S"]]:
+    """Parts the scales of a page's head into those of its keys and those of its values."""
+    return scales[..., : pages.page_size], scales[..., pages.page_size : 2 * pages.page_size]
 
 
 def numbers(data: Array) -> Array:
@@ -264,8 +280,9 @@ def put_piece(
 
     def put_scale(scales: Array, x: Array, first: int) -> Array:
         rows = scale_rows(scales)
-        row = jnp.where(is_dropped, num_pages + token, page[:, None])
-        column = head * 2 * page_size + first + slot[:, None]
+        place = (page[:, None] * num_heads + head) * scales.shape[2] + first + slot[:, None]
+        row, column = jnp.divmod(place, rows.shape[1])
+        row = jnp.where(is_dropped, rows.shape[0] + token * num_heads + head, row)
         return rows.at[row, column].set(x, mode="drop", unique_indices=True).reshape(scales.shape)
 
     scales = pages.scales

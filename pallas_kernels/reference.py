@@ -11,12 +11,14 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.pages import (
     Pages,
+    fill_lanes,
     gather_pages,
     is_mapped,
     numbers,
     put_tokens,
     scale_rows,
     split_kv,
+    split_scales,
     token_places,
     token_slots,
 )
@@ -47,7 +49,7 @@ def read_pages(pages: Pages, page_ids: Int32[Array, " n"]) -> tuple[Float[Array,
     data, scales = gather_pages(pages, index)
     k, v = split_kv(pages, numbers(data))  # [n, K, S, H]
     if scales is not None:
-        k_scale, v_scale = jnp.split(scales, 2, axis=-1)  # [n, K, S]
+        k_scale, v_scale = split_scales(pages, scales)  # [n, K, S]
         k = k.astype(jnp.float32) * k_scale[..., None]
         v = v.astype(jnp.float32) * v_scale[..., None]
     return tokens_first(k), tokens_first(v)
@@ -74,8 +76,11 @@ def copy_pages(pages: Pages, source: Int32[Array, " C"], target: Int32[Array, " 
     data, scales = gather_pages(pages, source)
     data = pages.data.at[target].set(data, mode="drop")
     if pages.scales is not None and scales is not None:
-        rows = scale_rows(pages.scales).at[target].set(scale_rows(scales), mode="drop")
-        scales = rows.reshape(pages.scales.shape)
+        if fill_lanes(scales):
+            scales = pages.scales.at[target].set(scales, mode="drop")
+        else:
+            rows = scale_rows(pages.scales).at[target].set(scale_rows(scales), mode="drop")
+            scales = rows.reshape(pages.scales.shape)
     return dataclasses.replace(pages, data=data, scales=scales)
 
 

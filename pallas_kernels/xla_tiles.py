@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.pages import NULL_PAGE, Pages, gather_pages, is_mapped, is_stacked, numbers
+from pallas_kernels.pages import NULL_PAGE, Pages, gather_pages, is_mapped, is_stacked, numbers, split_scales
 
 TILE_TOKENS = 128
 NARROW_BYTES = 512  # a token: tiles of such pages hold twice the tokens, or the fixed cost of an item shows
@@ -163,6 +163,6 @@ def gather_scales(pages: Pages, page_ids: Array, exists: Array) -> tuple[Array, 
     """The scales of the keys and values of C tiles, `[C, K, tile]` each; zeros for those that do not exist."""
     _, scales = gather_pages(pages, page_ids)
     assert scales is not None
-    scales = jnp.swapaxes(scales, 1, 2)  # [C, K, pages_per_tile, 2S]
-    k, v = (x.reshape(*x.shape[:2], -1) for x in jnp.split(scales, 2, axis=-1))
+    scales = jnp.swapaxes(scales, 1, 2)  # [C, K, pages_per_tile, R]
+    k, v = (x.reshape(*x.shape[:2], -1) for x in split_scales(pages, scales))
     return jnp.where(exists[:, None], k, 0), jnp.where(exists[:, None], v, 0)

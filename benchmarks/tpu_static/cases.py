@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import init_pages, paged_attention, stored_head_dim
+from pallas_kernels import init_pages, page_bytes, paged_attention
 from pallas_kernels.pages import stored
 from pallas_kernels.tpu import attention
 from pallas_kernels.tpu.blocks import decode_sizes, prefill_sizes
@@ -69,6 +69,8 @@ def shapes() -> list[StaticCase]:
         StaticCase("decode, int8, context 4096", (4096,) * 32, dtype="int8", page_size=64),
         StaticCase("decode, fp8, context 1024", (1024,) * 32, dtype="float8_e4m3fn", page_size=64),
         StaticCase("decode, fp8, context 4096", (4096,) * 32, dtype="float8_e4m3fn", page_size=64),
+        StaticCase("decode, int8, page 16, context 1024", (1024,) * 32, dtype="int8", page_size=16),
+        StaticCase("decode, fp8, page 32, context 1024", (1024,) * 32, dtype="float8_e4m3fn", page_size=32),
         StaticCase("decode, 64 sequences share 2048 of 2176", (2176,) * 64, shared_prefix=2048),
         StaticCase("prefill, 512 on 4096", (4096,), (512,)),
         StaticCase("decode, 31 on 2048", (2048,) * 31),
@@ -95,13 +97,11 @@ def all_cases() -> dict[str, StaticCase]:
 
 
 def abstract_pages(case: StaticCase):
-    row_bytes = stored_head_dim(case.head_dim, True) * jnp.dtype(case.dtype).itemsize
-    page_bytes = case.heads[1] * 2 * case.page_size * row_bytes
-    num_pages = (case.pool_bytes or POOL_BYTES) // page_bytes
+    sizes = (case.heads[1], case.page_size, case.head_dim, case.dtype)
+    num_pages = (case.pool_bytes or POOL_BYTES) // page_bytes(*sizes, is_padded=True)
     if case.pool_bytes is None:
         num_pages = max(len(case.lengths) * case.max_pages + 1, num_pages)
-    make = partial(init_pages, num_pages, case.heads[1], case.page_size, case.head_dim, case.dtype, is_padded=True)
-    return jax.eval_shape(make)
+    return jax.eval_shape(partial(init_pages, num_pages, *sizes, is_padded=True))
 
 
 def step(q, k, v, pages, page_table, lengths, query_starts, shared_prefix=None, *, max_query_len: int):

@@ -281,4 +281,6 @@ def refusal(q: Array, pages: Pages, **arguments: Any) -> str | None:
             "the GPU kernels take quantised pages of 8 tokens with an even number of KV heads, "
             f"got {pages.num_kv_heads}."
         )
+    if pages.scales is not None and pages.scales.shape[2] != 2 * pages.page_size:
+        return "the GPU kernels take quantised pages whose scales are not padded: init_pages(is_padded=False)."
     return None

@@ -23,10 +23,11 @@ def refusal(op: str, **arguments: Any) -> str | None:
     if op == "copy_pages":
         return None
     tile_rows = SUBLANES * 4 // pages.dtype.itemsize
-    if pages.page_size % tile_rows:
+    is_one_tile = pages.scales is not None and pages.data.shape[2] == tile_rows
+    if pages.page_size % tile_rows and not is_one_tile:
         return (
-            f"it does not take page size {pages.page_size}: copies move tiles of {tile_rows} tokens, so a page of "
-            f"{pages.dtype.name} holds a multiple of that."
+            f"it does not take page size {pages.page_size}: copies move tiles of {tile_rows} rows, so a page of "
+            f"{pages.dtype.name} holds a multiple of that, or, of 8 bits, is one tile of keys and values."
         )
     if pages.data.shape[3] % LANES:
         return (
@@ -36,7 +37,8 @@ def refusal(op: str, **arguments: Any) -> str | None:
     if pages.scales is not None and pages.scales.shape[2] % LANES:
         return (
             f"it does not take {pages.dtype.name} pages of {pages.page_size} tokens: XLA would copy all their "
-            "scales, which do not fill 128 lanes; pages of 64 tokens or a multiple do."
+            f"scales, {pages.scales.shape[2]} for each head and not a multiple of {LANES}; init_pages(is_padded=True) "
+            "makes them so."
         )
     return None
 

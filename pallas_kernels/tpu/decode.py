@@ -120,7 +120,7 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
     tile_rows = SUBLANES * packed  # what a copy can address
     # Keys and values have a tile each, unless a page of 8-bit values is so small that they share one.
     share_tile = planes == 2 and tile_rows == 2 * S
-    products = Products(q_hbm.dtype, S, value_row, tile_rows, packing)
+    products = Products(q_hbm.dtype, S, value_row, packing)
     tiles_per_token = 1 if share_tile else planes
     slots, scratch = scratch[:U], scratch[U:]
     scale_slots, scratch = (scratch[:U], scratch[U:]) if quantised else ([], scratch)
@@ -330,11 +330,11 @@ def _kernel(rows, q_hbm, new_hbm, new_scales_hbm, sink_vmem, table, pages_in, sc
         page = page_id(r, j)
         copies = [(ends, tile.at[sequence, :, t], pages.at[page, :, place, :]) for t, place in enumerate(places)]
         if quantised:
-            lane = lax.broadcasted_iota(jnp.int32, (K, 2 * S), 1)
             x = scale_slots[slot][j]
+            lane = lax.broadcasted_iota(jnp.int32, x.shape, 1)
             for e in range(2):
                 is_new = (lane == e * S + at) & ends
-                x = jnp.where(is_new, jnp.broadcast_to(new_scales[sequence, e][:, :1], (K, 2 * S)), x)
+                x = jnp.where(is_new, jnp.broadcast_to(new_scales[sequence, e][:, :1], x.shape), x)
             scale_slots[slot][j] = x
             scale_tile[sequence] = x
             copies.append((ends, scale_tile.at[sequence], scales.at[page]))
@@ -505,7 +505,7 @@ def decode(q: Array, new: Array | None, new_scales: Array | None, sinks: Array |
             the number of such rows and of their items.
         table: int32 `[B * chunks * 128]`, the page ids, of each row in so many chunks; 0: no page.
         pages: `[P, K, planes * S, L]`.
-        scales: float32 `[P, K, 2 * S]`, for 8-bit pages; or None.
+        scales: float32 `[P, K, R]`, for 8-bit pages; or None.
 
     Returns:
         out `[T, rows, L]` in q's dtype, lse float32 `[T, ceil(rows / 128), 128]`, the pages and their scales. Tokens of

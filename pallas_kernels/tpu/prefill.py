@@ -22,9 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from pallas_kernels.pages import numbers
 from pallas_kernels.tpu.heads import LANES, SUBLANES
 from pallas_kernels.tpu.memory import in_hbm
+from pallas_kernels.tpu.products import dot, load_rows
 
 MASKED = -1e30  # score of a key that is not visible
 FLOOR = -1e20  # the running maximum before the first key: exp2(MASKED - FLOOR) is 0
@@ -87,12 +87,6 @@ class PrefillOptions:
         return self.scale * LOG2E if self.soft_cap is None else self.scale / self.soft_cap
 
 
-def _dot(a: Array, b: Array, contract_b: int) -> Array:
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = (((1,), (contract_b,)), ((), ()))
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hbm, kv, kv_scales, task, due, ids,
             q_in, words, q, out, lse, m_ref, l_ref, alpha_ref, acc_ref, s_a, s_b, p_a, p_b,
             page_sem, id_sem, q_sem, out_sem, *, num_rows: int, chunks: int, num_heads: int,
@@ -107,6 +101,7 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
     L = pages.shape[3]
     planes = pages.shape[2] // S  # 2: value rows below key rows; 1: side by side in the lanes
     value_row = (planes - 1) * S
+    shares_tile = S % (SUBLANES * 4 // pages.dtype.itemsize) != 0  # the keys and values of a page
     packed, interleave = 4 // q.dtype.itemsize, sizes.interleave(q.dtype)
     words_per_token = q_in.shape[1] // packed  # rows of words, each with `packed` heads
     num_active = rows[FIELDS * num_rows]
@@ -219,12 +214,13 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
 
             @pl.when(live < S)
             def _():
-                row = lax.broadcasted_iota(jnp.int32, (S, L), 0)
+                first = 0 if shares_tile else value_row
+                row = first + lax.broadcasted_iota(jnp.int32, (value_row + S - first, L), 0)
                 for h in range(K):
-                    here = kv[slot, j, h, value_row : value_row + S, :]
-                    kv[slot, j, h, value_row : value_row + S, :] = zero_unless(row < live, here)
+                    here = kv[slot, j, h, first : value_row + S, :]
+                    kv[slot, j, h, first : value_row + S, :] = zero_unless(row < value_row + live, here)
                 if options.quantised:
-                    lane = lax.broadcasted_iota(jnp.int32, (K, 2 * S), 1)
+                    lane = lax.broadcasted_iota(jnp.int32, kv_scales.shape[2:], 1)
                     kv_scales[slot, j] = jnp.where(lane < S + live, kv_scales[slot, j], 0.0)
 
             return 0
@@ -239,7 +235,7 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
 
     # ---- the three stages of a unit ----------------------------------------------------------------------------
     def head_rows(slot, head, first_row):
-        return numbers(kv[slot, :, head, first_row : first_row + S, :]).astype(q.dtype).reshape(T, L)
+        return load_rows(kv.at[slot, :, head], first_row, S, q.dtype)
 
     def scales_of_head(slot, head, first):
         """Of its keys or its values, `[1, T]`."""
@@ -257,7 +253,7 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
         """
         real = jnp.minimum(unit, units - 1)
         head = lax.div(real, units_per_head)
-        s = _dot(q[real], head_rows(slot, head, 0), 1)  # [R, T]
+        s = dot(q[real], head_rows(slot, head, 0), 1)  # [R, T]
         if options.quantised:
             s = s * scales_of_head(slot, head, 0)
         if options.soft_cap is not None:
@@ -284,7 +280,7 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
 
     def values(unit, slot, p):
         v = head_rows(slot, head_of_old(unit), value_row)
-        acc_ref[unit] = acc_ref[unit] * wide(alpha_ref[unit]) + _dot(p, v, 0)
+        acc_ref[unit] = acc_ref[unit] * wide(alpha_ref[unit]) + dot(p, v, 0)
 
     def head_of_old(unit):
         return jnp.minimum(lax.div(unit, units_per_head), K - 1)
@@ -500,7 +496,7 @@ def prefill(q: Array, lse: Array | None, sinks: Array | None, rows: Array, table
             such rows.
         table: int32 `[B * chunks * 128]`, the page ids, of each row in so many chunks; 0: no page.
         pages: `[P, K, planes * S, L]`.
-        scales: float32 `[P, K, 2 * S]`, for 8-bit pages; or None.
+        scales: float32 `[P, K, R]`, for 8-bit pages; or None.
 
     Returns:
         q with outputs in it, and lse.

@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.pages import FP8, numbers
-from pallas_kernels.tpu.heads import LANES, HeadPacking
+from pallas_kernels.tpu.heads import LANES, SUBLANES, HeadPacking
 
 
 def dot(a: Array, b: Array, contract_b: int) -> Array:
@@ -33,6 +33,20 @@ def swap_halves(a: Array, b: Array) -> tuple[Array, Array]:
     return pltpu.bitcast(keys, a.dtype), pltpu.bitcast(values, a.dtype)
 
 
+def load_rows(pages, first: int, size: int, dtype, keep_fp8: bool = False) -> Array:
+    """The rows `first : first + size` of each page of one head, `[pages * size, L]`.
+
+    Args:
+        pages: a reference to `[pages, rows, L]`.
+        keep_fp8: leave float8 as it is for the matrix unit; else all are widened to `dtype`.
+    """
+    if size % (SUBLANES * 4 // pages.dtype.itemsize) == 0:
+        x = numbers(pages[:, first : first + size, :].reshape(-1, pages.shape[2]))
+        return x if keep_fp8 and x.dtype == FP8 else x.astype(dtype)
+    x = numbers(pages[...]).astype(dtype)  # keys and values share a tile and part on widening
+    return x[:, first : first + size].reshape(-1, pages.shape[2])
+
+
 @dataclasses.dataclass(frozen=True)
 class Products:
     """Static sizes of the products.
@@ -41,27 +55,12 @@ class Products:
         dtype: of queries and weights.
         page_size: S.
         value_row: of a page, the first row of values.
-        tile_rows: rows that share a register.
     """
 
     dtype: Any
     page_size: int
     value_row: int
-    tile_rows: int
     packing: HeadPacking
-
-    def _numbers(self, x: Array) -> Array:
-        """Stored rows as the matrix unit takes them."""
-        x = numbers(x)
-        return x if x.dtype == FP8 and self.dtype == jnp.bfloat16 else x.astype(self.dtype)
-
-    def _rows(self, slot, head: int, first: int) -> Array:
-        """A head's keys or values, or both side by side, from row `first` of each page: `[T, L]`."""
-        S, L = self.page_size, self.packing.lanes
-        if S % self.tile_rows == 0:
-            return self._numbers(slot[:, head, first : first + S, :].reshape(-1, L))
-        x = numbers(slot[:, head]).astype(self.dtype)  # keys and values share a register and part on widening
-        return x[:, first : first + S].reshape(-1, L)
 
     def prepare(self, slot) -> None:
         """Puts the keys of two heads side by side in the first's rows, their values in the second's, where H is 64."""
@@ -76,8 +75,9 @@ class Products:
         heads = range(n * E, (n + 1) * E)
         if self.packing.shares_lanes:
             heads = heads[is_value::2]
-        first = self.value_row if is_value else 0
-        return jnp.concatenate([self._rows(slot, head, first) for head in heads], axis=1)
+        first, keep_fp8 = self.value_row if is_value else 0, self.dtype == jnp.bfloat16
+        rows = [load_rows(slot.at[:, head], first, self.page_size, self.dtype, keep_fp8) for head in heads]
+        return jnp.concatenate(rows, axis=1)
 
     def scores(self, q: Array, slot) -> Array:
         """Packed queries `[passes, R, E * width]` with the keys of an item: `[rows, T]`."""

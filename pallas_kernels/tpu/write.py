@@ -98,8 +98,10 @@ def _kernel(scalars, new_hbm, new_scales_hbm, pages_in, scales_in, pages, scales
     window, old, scale_window, old_scales = (refs[i * ring : (i + 1) * ring] for i in range(4))
     num_tiles = scalars.shape[0] // (len(Tiles._fields) - 1)
     num_heads, planes, window_rows, lanes = window[0].shape
+    tiles_per_token, tile_rows = old[0].shape[1:3]
+    shares_tile = tiles_per_token < planes  # the keys and values of a page
     packed = 4 // pages.dtype.itemsize
-    word_bits, aligned, words = 32 // packed, SUBLANES * packed, rows // packed
+    word_bits, aligned = 32 // packed, SUBLANES * packed
     lead = ring // 2  # tiles between a read and its merge
 
     def field(name, n):
@@ -118,12 +120,12 @@ def _kernel(scalars, new_hbm, new_scales_hbm, pages_in, scales_in, pages, scales
 
     def in_pages(n, plane):
         start = plane * page_size + field("row", n)
-        return pages.at[field("page", n), :, pl.ds(pl.multiple_of(start, aligned), rows), :]
+        return pages.at[field("page", n), :, pl.ds(pl.multiple_of(start, aligned), tile_rows), :]
 
     def reads(n, slot, act):
         start, _ = in_window(n, aligned)
         copies = [(new_hbm.at[:, :, pl.ds(start, window_rows), :], window[slot])]
-        olds = [(in_pages(n, e), old[slot].at[:, e]) for e in range(planes)]
+        olds = [(in_pages(n, e), old[slot].at[:, e]) for e in range(tiles_per_token)]
         if quantised:
             start, _ = in_window(n, LANES)
             size = scale_window[slot].shape[2]
@@ -136,7 +138,7 @@ def _kernel(scalars, new_hbm, new_scales_hbm, pages_in, scales_in, pages, scales
             pl.when(is_real(n) & is_partial(n))(functools.partial(act, copy))
 
     def writes(n, slot, act):
-        copies = [(old[slot].at[:, e], in_pages(n, e)) for e in range(planes)]
+        copies = [(old[slot].at[:, e], in_pages(n, e)) for e in range(tiles_per_token)]
         if quantised:
             copies.append((old_scales[slot], scales.at[field("page", n)]))
         for source, target in copies:
@@ -145,32 +147,42 @@ def _kernel(scalars, new_hbm, new_scales_hbm, pages_in, scales_in, pages, scales
 
     def merge(n, slot):
         """Puts the new rows among the old."""
-        row = packed * lax.broadcasted_iota(jnp.int32, (words, lanes), 0)
+        row = packed * lax.broadcasted_iota(jnp.int32, (tile_rows // packed, lanes), 0)
+        is_value = row >= rows  # where keys and values share a tile
+        token = row - jnp.where(is_value, rows, 0)
         is_new = jnp.zeros_like(row)
         for part in range(packed):
-            inside = (row + part >= field("first", n)) & (row + part < field("end", n))
+            inside = (token + part >= field("first", n)) & (token + part < field("end", n))
             own = jnp.int32(WORD_PART[packed]) << jnp.int32(part * word_bits)
             is_new = is_new | jnp.where(inside, own, 0)
         _, shift = in_window(n, aligned)
         by_words, by_bits = lax.div(shift, packed), (shift & (packed - 1)) * word_bits
         size = window_rows // packed
+
+        def new_rows(h, e):
+            first = rows // packed if shares_tile and e else 0
+            x = pltpu.bitcast(window[slot][h, e], jnp.int32)
+            x = pltpu.roll(x, lax.rem(size + first - by_words, size), 0)
+            if packed > 1:
+                above = jnp.left_shift(jnp.left_shift(pltpu.roll(x, size - 1, 0), 31 - by_bits), 1)
+                x = lax.shift_right_logical(x, jnp.full_like(x, by_bits)) | above
+            return x[: tile_rows // packed]
+
         for h in range(num_heads):
-            for e in range(planes):
-                x = pltpu.bitcast(window[slot][h, e], jnp.int32)
-                x = pltpu.roll(x, lax.rem(size - by_words, size), 0)
-                if packed > 1:
-                    above = jnp.left_shift(jnp.left_shift(pltpu.roll(x, size - 1, 0), 31 - by_bits), 1)
-                    x = lax.shift_right_logical(x, jnp.full_like(x, by_bits)) | above
+            tiles = [new_rows(h, e) for e in range(planes)]
+            if shares_tile:
+                tiles = [jnp.where(is_value, tiles[1], tiles[0])]
+            for e, x in enumerate(tiles):
                 before = pltpu.bitcast(old[slot][h, e], jnp.int32)
-                old[slot][h, e] = pltpu.bitcast(before ^ ((before ^ x[:words]) & is_new), pages.dtype)
+                old[slot][h, e] = pltpu.bitcast(before ^ ((before ^ x) & is_new), pages.dtype)
 
     def merge_scales(n, slot):
         _, shift = in_window(n, LANES)
-        size = scale_window[slot].shape[2]
-        lane = lax.broadcasted_iota(jnp.int32, (num_heads, 2 * rows), 1)
+        size, width = scale_window[slot].shape[2], old_scales[slot].shape[1]
+        lane = lax.broadcasted_iota(jnp.int32, (num_heads, width), 1)
         is_value = lane >= rows
-        key = pltpu.roll(scale_window[slot][0], lax.rem(size - shift, size), 1)[:, : 2 * rows]
-        value = pltpu.roll(scale_window[slot][1], lax.rem(size + rows - shift, size), 1)[:, : 2 * rows]
+        key = pltpu.roll(scale_window[slot][0], lax.rem(size - shift, size), 1)[:, :width]
+        value = pltpu.roll(scale_window[slot][1], lax.rem(size + rows - shift, size), 1)[:, :width]
         at = lane - jnp.where(is_value, rows, 0)
         is_new = (at >= field("first", n)) & (at < field("end", n))
         x = jnp.where(is_value, value, key)
@@ -228,10 +240,13 @@ def write_tiles(tiles: Tiles, k: Array, v: Array, pages: Pages) -> Pages:
         new_scales = packed_tokens(jnp.stack([k_scale.T, v_scale.T]), 2, rows, LANES, scale_window)
     k, v = (x.swapaxes(0, 1).astype(pages.data.dtype) for x in (k, v))
     new = jnp.stack([k, v], axis=1) if is_stacked(pages) else jnp.concatenate([k, v], axis=-1)[:, None]
-    new = packed_tokens(new, 2, rows, aligned, rows + aligned)
+    window_rows = -(-rows // aligned) * aligned + aligned
+    new = packed_tokens(new, 2, rows, aligned, window_rows)
     num_heads, planes, _, lanes = new.shape
-    tile, window = (num_heads, planes, rows, lanes), (num_heads, planes, rows + aligned, lanes)
-    tile_bytes = num_heads * planes * (2 * rows + aligned) * lanes * new.dtype.itemsize
+    tile, window = (num_heads, planes, rows, lanes), (num_heads, planes, window_rows, lanes)
+    if rows < aligned:  # keys and values share a tile
+        tile = (num_heads, 1, aligned, lanes)
+    tile_bytes = num_heads * planes * (rows + window_rows) * lanes * new.dtype.itemsize
     ring = next(n for n in (8, 4, 2) if n == 2 or n * tile_bytes <= RING_BYTES)
     hbm, vmem = pl.BlockSpec(memory_space=pltpu.HBM), pltpu.VMEM
     scratch = [vmem(window, new.dtype)] * ring + [vmem(tile, new.dtype)] * ring

@@ -91,6 +91,7 @@ CASES = (
     Case("mixed: bf16, head size 128", RAGGED, MIXED, (8, 2), 128, 16, "bfloat16", "bfloat16", sinks=True),
     Case("mixed: int8", RAGGED, MIXED, (4, 2), 64, 8, "int8", soft_cap=5.0),
     Case("mixed: int8, head size 128", RAGGED, MIXED, (4, 2), 128, 16, "int8", "bfloat16", window=20),
+    Case("mixed: int8, padded scales", RAGGED, MIXED, (4, 2), 128, 16, "int8", "bfloat16", window=20, is_padded=True),
     Case("mixed: fp8, head size 128", RAGGED, MIXED, (4, 2), 128, 16, "float8_e4m3fn", "bfloat16"),
     Case("mixed: heads 5, 1; head size 80", RAGGED, MIXED, (5, 1), 80, 64, window=30, sinks=True),
     Case("mixed: padded head size 80", RAGGED, MIXED, (5, 1), 80, 64, window=30, sinks=True, is_padded=True),

@@ -8,11 +8,11 @@ from pallas_kernels import init_pages, paged_attention
 from pallas_kernels.gpu import hardware
 
 
-def attend(q_dtype=jnp.bfloat16, heads=(4, 2), head_dim=128, page_size=16, dtype="bfloat16", **options):
-    pages = init_pages(3, heads[1], page_size, head_dim, dtype)
+def attend(q_dtype=jnp.bfloat16, heads=(4, 2), head_dim=128, page_size=16, dtype="bfloat16", is_padded=False):
+    pages = init_pages(3, heads[1], page_size, head_dim, dtype, is_padded)
     q = jnp.zeros((2, heads[0], head_dim), q_dtype)
     table, lengths, starts = jnp.ones((2, 1), jnp.int32), jnp.ones(2, jnp.int32), jnp.arange(3, dtype=jnp.int32)
-    return paged_attention(q, None, None, pages, table, lengths, starts, implementation="pallas_gpu", **options)
+    return paged_attention(q, None, None, pages, table, lengths, starts, implementation="pallas_gpu")
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,7 @@ def attend(q_dtype=jnp.bfloat16, heads=(4, 2), head_dim=128, page_size=16, dtype
             dict(dtype="int8", page_size=8, heads=(3, 3)),
             "take quantised pages of 8 tokens with an even number of KV heads, got 3",
         ),
+        (dict(dtype="int8", is_padded=True), "take quantised pages whose scales are not padded: init_pages"),
     ],
 )
 def test_attention_refuses(arguments, sentence):

@@ -52,10 +52,20 @@ def test_equals_the_oracle_whatever_unowned_slots_and_ids_hold(interpreter, smal
     check(case, make_inputs(case))
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
-def test_quantised(interpreter, small_blocks, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "page_size"),
+    [
+        ("int8", 16),  # keys and values share a tile
+        pytest.param("int8", 64, marks=pytest.mark.long),
+        pytest.param("float8_e4m3fn", 16, marks=pytest.mark.long),
+        pytest.param("float8_e4m3fn", 32, marks=pytest.mark.long),
+    ],
+)
+def test_quantised(interpreter, small_blocks, dtype, page_size):
     lengths = (0, 1, 64, 65, 130, 300)
-    case = Case(dtype, lengths, (0, 1, 1, 1, 1, 1), (8, 2), 128, 64, dtype, "bfloat16", holes=((5, 1),))
+    case = Case(
+        dtype, lengths, (0, 1, 1, 1, 1, 1), (8, 2), 128, page_size, dtype, "bfloat16", holes=((5, 1),), is_padded=True
+    )
     check(case, make_inputs(case))
 
 
@@ -67,15 +77,18 @@ def test_two_heads_of_size_64_side_by_side(interpreter, small_blocks, dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "options"),
+    ("dtype", "head_dim", "page_size", "options"),
     [
-        pytest.param("int8", 128, dict(window=100), marks=pytest.mark.long),
-        ("float8_e4m3fn", 64, dict(soft_cap=5.0, sinks=True)),
+        pytest.param("int8", 128, 16, dict(window=100), marks=pytest.mark.long),
+        pytest.param("int8", 128, 64, dict(window=100), marks=pytest.mark.long),
+        ("float8_e4m3fn", 64, 32, dict(soft_cap=5.0, sinks=True)),
     ],
 )
-def test_mixed_batch_of_8_bit_pages(interpreter, small_blocks, dtype, head_dim, options):
-    lengths, query_lens = (0, 1, 64, 130, 300), (0, 1, 16, 1, 40)
-    case = Case("8-bit", lengths, query_lens, (4, 2), head_dim, 64, dtype, "bfloat16", holes=((4, 1),), **options)
+def test_mixed_batch_of_8_bit_pages(interpreter, small_blocks, dtype, head_dim, page_size, options):
+    lengths, query_lens, options = (0, 1, 64, 130, 300), (0, 1, 16, 1, 40), dict(options, is_padded=True)
+    case = Case(
+        "8-bit", lengths, query_lens, (4, 2), head_dim, page_size, dtype, "bfloat16", holes=((4, 1),), **options
+    )
     check(case, make_inputs(case))
 
 
@@ -117,13 +130,14 @@ def test_a_neighbour_of_nan_changes_nothing(late_copies, small_blocks):
 
 @pytest.mark.parametrize(
     ("head_dim", "dtype", "page_size"),
-    [(128, "bfloat16", 16), (64, "float32", 16), (128, "int8", 64), (64, "float8_e4m3fn", 64)],
+    [(128, "bfloat16", 16), (64, "float32", 16), (128, "int8", 16), (64, "float8_e4m3fn", 64)],
 )
 def test_write(interpreter, head_dim, dtype, page_size):
     # New tokens that start and end inside a tile, fill one, are none, are inert; the last row's page is missing.
     lengths, query_lens = (40, 5, 33, 16, 2, 17), (20, 5, 1, 0, 3, 17)
     q_dtype = dtype if dtype in ("bfloat16", "float32") else "bfloat16"
     case = Case("write", lengths, query_lens, (2, 2), head_dim, page_size, dtype, q_dtype, padding=3, holes=((5, 0),))
+    case = dataclasses.replace(case, is_padded=True)
     inputs = make_inputs(case)
     assert inputs.k is not None and inputs.v is not None
     rest = (inputs.k, inputs.v, inputs.page_table, inputs.lengths, inputs.query_starts)
@@ -149,9 +163,10 @@ def test_copy_reads_before_it_writes(interpreter, source, target, dtype):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (dict(page_size=8), "does not take page size 8: copies move tiles of 16 tokens"),
+        (dict(page_size=8), "does not take page size 8: copies move tiles of 16 rows"),
+        (dict(dtype="int8", head_dim=64), "does not take page size 16: .* one tile of keys and values"),
         (dict(head_dim=80), "does not take head size 80: XLA would copy all pages"),
-        (dict(dtype="int8", page_size=32), "does not take int8 pages of 32 tokens: XLA would copy all their scales"),
+        (dict(dtype="int8"), "does not take int8 pages of 16 tokens: XLA would copy all their scales, 32 for"),
     ],
 )
 def test_refuses(change, sentence):

@@ -29,7 +29,7 @@ for case in (
     StaticCase("decode", (1024,) * 16, dtype="int8", page_size=64),
     StaticCase("decode", (131072,) * 1024, pool_bytes=2 << 30),  # the page table streams
     StaticCase("mixed", (2048,) * 7 + (4096,), (1,) * 7 + (512,)),
-    StaticCase("mixed", (2048,) * 7 + (4096,), (1,) * 7 + (512,), dtype="float8_e4m3fn", page_size=64),
+    StaticCase("mixed", (2048,) * 7 + (4096,), (1,) * 7 + (512,), dtype="int8", page_size=16),
 )[:: 1 if sys.argv[1].startswith("v6e") else 3]:
     compiled = compile_for(sys.argv[1], jitted, *arguments(case), max_query_len=max(case.new_tokens))
     memory, pool = compiled.memory_analysis(), abstract_pages(case).num_bytes
