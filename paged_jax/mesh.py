@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 MODEL_AXIS = "model"  # of the mesh: the devices that share a layer
@@ -42,7 +43,7 @@ def check_splits(mesh: Mesh | AbstractMesh, **sizes: int) -> None:
 def find_mesh(tree: Any) -> Any:
     """The mesh of the first array on one with an axis "model", inside jit an abstract mesh; None: there is none."""
     for leaf in jax.tree.leaves(tree):
-        sharding = jax.typeof(leaf).sharding if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+        sharding = jax.typeof(leaf).sharding if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
         mesh = getattr(sharding, "mesh", None)
         # Inside a `shard_map` over that axis, a device sees nothing but its own heads already.
         if mesh is not None and MODEL_AXIS in mesh.shape and MODEL_AXIS not in mesh.manual_axes:

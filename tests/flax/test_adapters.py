@@ -294,6 +294,18 @@ def test_pages_and_metadata_cross_the_transforms_of_flax(name):
     assert len(trace.out_avals) == 1 + LAYERS
 
 
+@pytest.mark.parametrize("name", ["nnx", "linen"])
+def test_over_a_mesh_each_device_attends_with_its_own_heads(name):
+    step, config = way(name).step, way(name).config()
+
+    def run(pool):
+        metadata = AttentionMetadata.decode(PageTable.create(config), jnp.ones(4, bool))
+        return step.forward(step.params, jnp.arange(4), pool, metadata)
+
+    for mesh, num_split in ((jax.make_mesh((2, 2), ("data", "model")), LAYERS), (None, 0)):
+        assert str(jax.make_jaxpr(run)(PagePool.create(config, mesh))).count("shard_map[") == num_split
+
+
 class Sinks(nnx.Module):
     """Attention of one's own around the cache; its sinks leave no mass to the keys."""
 
