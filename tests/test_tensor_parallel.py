@@ -49,7 +49,7 @@ def attend(pages, q, k, v, sinks, metadata):
     return paged_attention(q, k, v, pages, metadata, sinks=sinks, soft_cap=3.0)
 
 
-attend_jitted = jax.jit(attend, donate_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+attend_jitted = jax.jit(attend, donate_argnums=0)
 
 
 def parts(tree) -> set[tuple[int, ...]]:

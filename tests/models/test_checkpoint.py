@@ -13,30 +13,19 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from tiny import TINY
 
 from paged_jax import models
 from paged_jax.models.checkpoint import decoder_config
 from paged_jax.models.families import FAMILIES
 from paged_jax.models.safetensors_file import list_checkpoint
 
-TINY = dict(
-    model_type="llama",
-    vocab_size=32,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    eos_token_id=[3, 7],
-)
+CONFIG = TINY | dict(rms_norm_eps=1e-5, rope_theta=10000.0, eos_token_id=[3, 7])
 
 
 def make(folder: Path, dtype=None, num_shards: int = 1, **changes):
     """Writes a tiny random checkpoint and returns its weights by path."""
-    hf_config = TINY | changes
+    hf_config = CONFIG | changes
     decoder = models.Decoder(decoder_config(hf_config), rngs=nnx.Rngs(1))
     params = nnx.state(decoder)
     models.save(folder, hf_config, params, dtype=dtype, num_shards=num_shards)
@@ -276,11 +265,11 @@ def test_keys_that_a_config_leaves_out_mean_what_transformers_assumes(model_type
 
 
 def test_layers_alternate_where_the_config_does_not_say_how():
-    gemma2 = decoder_config(TINY | dict(model_type="gemma2", sliding_window=8, num_hidden_layers=4))
+    gemma2 = decoder_config(CONFIG | dict(model_type="gemma2", sliding_window=8, num_hidden_layers=4))
     assert gemma2.windows == (8, None, 8, None)
-    gemma3 = decoder_config(TINY | dict(model_type="gemma3_text", sliding_window=8, num_hidden_layers=7))
+    gemma3 = decoder_config(CONFIG | dict(model_type="gemma3_text", sliding_window=8, num_hidden_layers=7))
     assert gemma3.windows == (8, 8, 8, 8, 8, None, 8)
-    assert decoder_config(TINY).windows == ()
+    assert decoder_config(CONFIG).windows == ()
 
 
 # getrusage's ru_maxrss begins with the parent's memory, VmHWM with the process's own.
@@ -303,7 +292,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 def peak_of_loading(folder: Path, where: str, hidden_size: int, num_layers: int, num_shards: int) -> float:
     """Peak host memory that loading adds, as a multiple of the checkpoint's size."""
     shape = dict(hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=num_layers)
-    hf_config = TINY | shape | dict(vocab_size=16 * hidden_size, num_key_value_heads=4)
+    hf_config = CONFIG | shape | dict(vocab_size=16 * hidden_size, num_key_value_heads=4)
     graph, abstract = nnx.split(nnx.eval_shape(lambda: models.Decoder(decoder_config(hf_config), rngs=nnx.Rngs(0))))
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, jnp.bfloat16), abstract)
     models.save(folder, hf_config, params, num_shards=num_shards)

@@ -9,23 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from tiny import EXPERTS, TINY
 
 from paged_jax import models
 from paged_jax.models.checkpoint import decoder_config
 from paged_jax.models.mxfp4 import unpack
 
-CONFIG = dict(
-    model_type="gpt_oss",
-    vocab_size=32,
-    hidden_size=64,
-    intermediate_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-    num_local_experts=2,
-    num_experts_per_tok=1,
-)
+CONFIG = TINY | EXPERTS | dict(hidden_size=64, intermediate_size=32, num_hidden_layers=1)
 LAYER = "model.layers.0.mlp.experts"
 
 

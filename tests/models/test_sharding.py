@@ -7,27 +7,17 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tiny import EXPERTS, TINY
 
 from paged_jax import Generator, SamplingParams, generator, models
 from paged_jax.models.checkpoint import decoder_config
 
-SIZES = dict(
-    vocab_size=32,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=8,
-    num_local_experts=2,
-    num_experts_per_tok=1,
-    sliding_window=None,
-)
+FOUR_KV_HEADS = dict(num_attention_heads=8, num_key_value_heads=4)
 
 
 def make(folder, model_type: str = "llama", num_shards: int = 1, **changes) -> None:
     """A checkpoint with weights large enough that greedy tokens differ."""
-    hf_config = SIZES | {"model_type": model_type} | changes
+    hf_config = TINY | EXPERTS | FOUR_KV_HEADS | {"model_type": model_type} | changes
     params = nnx.state(models.Decoder(decoder_config(hf_config), rngs=nnx.Rngs(0)))
     models.save(folder, hf_config, jax.tree.map(lambda w: w * 20 if w.ndim > 1 else w, params), num_shards=num_shards)
 
