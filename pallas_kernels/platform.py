@@ -14,6 +14,6 @@ def target_platform() -> str:
     if device is not None:
         platform = device.platform
     else:
-        default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+        default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]  defined at run time
         platform = getattr(default, "platform", default) or jax.default_backend()
     return "gpu" if platform in ("cuda", "rocm") else platform

@@ -106,4 +106,4 @@ def test_it_is_a_static_value():
     config = CacheConfig(num_pages=5, **SIZES)
     assert hash(config) == hash(dataclasses.replace(config))
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.num_pages = 6  # pyright: ignore[reportAttributeAccessIssue]
+        config.num_pages = 6  # pyright: ignore[reportAttributeAccessIssue]  that it is frozen is the point

@@ -128,7 +128,10 @@ def test_the_pool_may_be_exactly_as_large_as_one_request():
 
 def test_stop_tokens_stop_strings_and_max_tokens_end_at_the_same_token_alone_and_in_a_batch():
     texts = prompts(6, 9, 12)
-    decode_text = lambda ids: "".join(chr(65 + t) for t in ids)  # noqa: E731
+
+    def decode_text(ids):
+        return "".join(chr(65 + t) for t in ids)
+
     runs = [toy.dense_greedy(PARAMS, p, 12) for p in texts]
     params = [
         SamplingParams(max_new_tokens=12, stop_tokens=(runs[0][5],)),

@@ -241,7 +241,10 @@ class ForgetsItsReferences(PrefixCache):
 class TrustsTheDigest(PrefixCache):
     def __init__(self, page_size, digest):
         super().__init__(page_size, digest=digest)
-        find = lambda chunk, parent, namespace, digest: next(iter(self._index._buckets.get(digest, ())), None)  # noqa: E731
+
+        def find(chunk, parent, namespace, digest):
+            return next(iter(self._index._buckets.get(digest, ())), None)
+
         self._index._find = find
 
 

@@ -26,14 +26,16 @@ def init_params(seed: int = 0, num_layers=LAYERS, heads=HEADS, kv_heads=KV_HEADS
     def weight(*shape):
         return jnp.asarray(rng.normal(size=shape) * shape[0] ** -0.5, dtype)
 
-    layer = lambda: {  # noqa: E731
-        "q": weight(WIDTH, heads, head_dim),
-        "k": weight(WIDTH, kv_heads, head_dim),
-        "v": weight(WIDTH, kv_heads, head_dim),
-        "o": weight(heads * head_dim, WIDTH),
-        "up": weight(WIDTH, 2 * WIDTH),
-        "down": weight(2 * WIDTH, WIDTH),
-    }
+    def layer():
+        return {
+            "q": weight(WIDTH, heads, head_dim),
+            "k": weight(WIDTH, kv_heads, head_dim),
+            "v": weight(WIDTH, kv_heads, head_dim),
+            "o": weight(heads * head_dim, WIDTH),
+            "up": weight(WIDTH, 2 * WIDTH),
+            "down": weight(2 * WIDTH, WIDTH),
+        }
+
     return {
         "embed": weight(VOCAB, WIDTH) * 6,
         "position": weight(512, WIDTH) * 12,

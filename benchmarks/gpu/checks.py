@@ -1,7 +1,7 @@
 """Every kernel against the reference: on a GPU as it is, elsewhere in Mosaic GPU's interpreter."""
 
 import contextlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +55,8 @@ def check_attention(case: Case) -> dict[str, object]:
     rng = np.random.default_rng(0)
     num_heads, num_kv_heads, head_dim = case.heads
     lengths, queries = np.array(case.lengths, np.int32), np.array(case.queries, np.int32)
-    options = dict(case.options)
-    shared = int(options.get("shared_prefix", 0)) // case.page_size  # pyright: ignore[reportArgumentType]
+    options: dict[str, Any] = dict(case.options)
+    shared = options.get("shared_prefix", 0) // case.page_size
     columns = -(-int(lengths.max()) // case.page_size)
     own = rng.permutation(lengths.size * (columns - shared)).reshape(lengths.size, -1) + 1 + shared
     table = np.concatenate([np.tile(np.arange(shared) + 1, (lengths.size, 1)), own], axis=1).astype(np.int32)

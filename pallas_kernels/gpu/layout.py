@@ -16,9 +16,11 @@ LANES = 64  # likewise, and those of a tile: 128 bytes of bfloat16
 
 def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory for tiles of 8 rows and 64 lanes, swizzled against bank conflicts."""
+    row_bytes = LANES * jnp.dtype(dtype).itemsize
+    # Their base class has a method that is abstract to pyright only.
     transforms = (
         plgpu.TilingTransform((8, LANES)),  # pyright: ignore[reportAbstractUsage]
-        plgpu.SwizzleTransform(LANES * jnp.dtype(dtype).itemsize),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(row_bytes),  # pyright: ignore[reportAbstractUsage]
     )
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu_compile
 @pytest.fixture
 def compile_kernels(tmp_path, monkeypatch, capfd):
     """Compiles a function for an H200; returns what was compiled and the reports of its kernels by name."""
-    pytest.importorskip("jax_plugins.xla_cuda13")
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="the compiler of GPUs is not installed")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
 
