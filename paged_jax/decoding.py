@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int32
 
 from paged_jax.config import CacheConfig
-from paged_jax.mesh import put_everywhere
+from paged_jax.mesh import everywhere
 from paged_jax.metadata import AttentionMetadata
 from paged_jax.page_tables import PageTables
 from paged_jax.pool import PagePool
@@ -70,8 +70,8 @@ class DecodeState:
         """
         num_rows = config.max_sequences
         zeros = lambda *shape: jnp.zeros(shape, jnp.int32)  # noqa: E731  distinct buffers: each is donated
-        pool = PagePool.create(config, mesh)
-        fields: dict[str, Any] = dict(
+        state = cls(
+            pool=PagePool.create(config, mesh),
             tables=PageTables.create(config),
             tokens=zeros(num_rows, capacity),
             num_tokens=zeros(num_rows),
@@ -81,7 +81,12 @@ class DecodeState:
             finish=zeros(num_rows),
             sampler=Sampler.create(num_rows, max_stop_tokens),
         )
-        return cls(pool=pool, **put_everywhere(fields, mesh))
+        return state.settle()
+
+    def settle(self) -> "DecodeState":
+        """All but the pages on every device of their mesh, whatever the decoder split; nothing without a mesh."""
+        others = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "pool"}
+        return dataclasses.replace(self, **everywhere(others, self.pool))
 
     def empty_buffer(self) -> "DecodeState":
         """Forget the drawn tokens, which the host has read."""
@@ -113,7 +118,7 @@ def prefill(
         tables, query_lens, len(tokens), max_query_len=max_query_len, active=reservation.granted
     )
     _, pool = forward(params, tokens, pool, metadata)
-    return dataclasses.replace(state, pool=pool, tables=tables), reservation.granted
+    return dataclasses.replace(state, pool=pool, tables=tables).settle(), reservation.granted
 
 
 def start(
@@ -170,7 +175,7 @@ def decode_step(forward: Forward, params: Any, state: DecodeState) -> tuple[Deco
         state.finish,
     )
     ended = state.active & (finish != Finish.UNFINISHED)
-    return dataclasses.replace(
+    state = dataclasses.replace(
         state,
         pool=pool,
         tables=tables.release(ended),
@@ -180,7 +185,8 @@ def decode_step(forward: Forward, params: Any, state: DecodeState) -> tuple[Deco
         remaining=remaining,
         active=state.active & ~ended,
         finish=finish,
-    ), wants & ~granted
+    )
+    return state.settle(), wants & ~granted
 
 
 def decode_loop(
@@ -214,4 +220,4 @@ def decode_loop(
         return steps + 1, state, refused
 
     _, state, refused = lax.while_loop(goes_on, step, (jnp.int32(0), state, jnp.zeros_like(state.active)))
-    return state, refused
+    return state.settle(), refused

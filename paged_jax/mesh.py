@@ -69,6 +69,7 @@ def split_heads(
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
 
 
-def put_everywhere(tree: Any, mesh: Mesh | None) -> Any:
-    """Arrays, each on all devices of a mesh."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(model_mesh(mesh), WHOLE))
+def everywhere(tree: Any, pages: Any) -> Any:
+    """Arrays, whole on all devices of the mesh over which pages are split; as they are without a mesh."""
+    mesh = find_mesh(pages)
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, WHOLE))
