@@ -9,7 +9,6 @@ import numpy as np
 from paged_jax import AttentionMetadata, PagePool, PageTables
 
 PAGE_SIZE = 16
-COMPILE_FAST = {"xla_backend_optimization_level": 0}  # halves the compile time, which is most of these tests
 
 
 @functools.partial(jax.jit, static_argnames=("num_tokens", "max_query_len"), donate_argnums=0)
@@ -28,13 +27,10 @@ class PagedRun:
         num_rows: sequences.
         max_length: tokens that a sequence can hold.
         step_tokens: T of a prefill step.
-        compiler_options: for `jax.jit`.
         dtype: of the pages.
     """
 
-    def __init__(
-        self, model, num_rows: int, max_length: int, step_tokens: int, compiler_options=None, dtype: str = "float32"
-    ):
+    def __init__(self, model, num_rows: int, max_length: int, step_tokens: int, dtype: str = "float32"):
         pages_per_row = -(-max_length // PAGE_SIZE)
         config = model.cache_config(
             num_pages=num_rows * pages_per_row + 1,
@@ -51,7 +47,7 @@ class PagedRun:
             self.num_traces += 1
             return model.forward(*step)
 
-        self.forward = jax.jit(forward, donate_argnums=2, compiler_options=compiler_options)
+        self.forward = jax.jit(forward, donate_argnums=2)
 
     def step(self, tokens: list[list[int]], num_tokens: int, max_query_len: int | None = None) -> np.ndarray:
         """Feeds new tokens to every row; logits [B, V] at each row's last one."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from paged_run import COMPILE_FAST, PAGE_SIZE, PagedRun, grant
+from paged_run import PAGE_SIZE, PagedRun, grant
 
 from paged_jax import (
     AttentionMetadata,
@@ -98,7 +98,7 @@ def test_bfloat16_stays_near_float32():
 def test_narrow_pages_stay_near_float32(weights, pages, bound):
     """int8: 7 bits of every key and value; bfloat16: 8 bits of every activation as well."""
     expected = load_demo()[1](np.arange(3, 35))[-1]
-    run = PagedRun(load_demo(weights)[0], 1, 64, 32, COMPILE_FAST, dtype=pages)
+    run = PagedRun(load_demo(weights)[0], 1, 64, 32, dtype=pages)
     logits = run.prefill([list(range(3, 34))], chunk=31)
     assert np.isfinite(logits).all()
     logits = run.step([[34]], 1, 1)[0]

@@ -9,7 +9,7 @@ import make_goldens
 import numpy as np
 import pytest
 from live import run_live
-from paged_run import COMPILE_FAST, PagedRun
+from paged_run import PagedRun
 from safetensors.numpy import save_file
 
 from paged_jax import models
@@ -40,7 +40,7 @@ def compare(golden, folder: Path, rows: slice = slice(None)):
     model = models.load(folder, "float32")
     prompts = make_goldens.prompts(int(golden["seed"]), model.config.vocab_size)[rows]
     assert_close("dense", dense_logits(model, prompts[-1])[::25], golden["logits"])
-    run = PagedRun(model, len(prompts), max_length=384, step_tokens=256, compiler_options=COMPILE_FAST)
+    run = PagedRun(model, len(prompts), max_length=384, step_tokens=256)
     logits = run.prefill(prompts, chunk=70)
     assert_close("paged", logits, golden["last_logits"][rows])
     greedy = run.greedy(logits, golden["greedy"].shape[1])
@@ -49,7 +49,7 @@ def compare(golden, folder: Path, rows: slice = slice(None)):
 
 
 def dense_logits(model: models.Model, prompt: list[int]) -> np.ndarray:
-    dense = jax.jit(model.dense_forward, compiler_options=COMPILE_FAST)
+    dense = jax.jit(model.dense_forward)
     return np.asarray(dense(model.params, jnp.asarray(prompt, jnp.int32)))
 
 
