@@ -137,7 +137,7 @@ def operands(case: StaticCase) -> dict[str, dict[int, Any]]:
     sizes = decode_sizes(pages, case.max_pages, packing)
     first_key = None if case.shared_prefix is None else jnp.full_like(lengths, case.shared_prefix)
     rows = attention.decode_rows(lengths, starts, table, sizes, first_key)
-    result = {"paged_decode": {0: rows, 5: chunks}}
+    result = {"paged_decode": {0: rows, 4: chunks}}
     if case.shared_prefix is not None:
         sizes = prefill_sizes(pages, case.heads[0], case.num_tokens)
         prefix = jnp.asarray(case.shared_prefix, jnp.int32)

@@ -13,6 +13,7 @@ from pallas_kernels.pages import Pages, is_mapped, is_stacked, quantise
 from pallas_kernels.reference import AttentionResult
 from pallas_kernels.tpu import decode as kernel
 from pallas_kernels.tpu import prefill as prefill_kernel
+from pallas_kernels.tpu import walk
 from pallas_kernels.tpu.blocks import decode_sizes, prefill_sizes
 from pallas_kernels.tpu.heads import LANES, SUBLANES, pack_heads, pack_queries, pad_group, unpack_outputs, unpack_rows
 from pallas_kernels.tpu.write import tiles_of_step
@@ -21,13 +22,13 @@ from pallas_kernels.tpu.write import tiles_of_step
 def page_chunks(ids: Array) -> tuple[Array, int]:
     """A page table `[B, M]` as rows of whole chunks, flat, and the chunks of a row."""
     max_pages = ids.shape[1]
-    chunks = -(-max_pages // kernel.IDS)
-    ids = jnp.pad(ids, ((0, 0), (0, chunks * kernel.IDS - max_pages)))
+    chunks = -(-max_pages // walk.IDS)
+    ids = jnp.pad(ids, ((0, 0), (0, chunks * walk.IDS - max_pages)))
     return ids.reshape(-1), chunks
 
 
 def decode_rows(
-    lengths: Array, query_starts: Array, ids: Array, sizes: kernel.DecodeSizes, first_key: Array | None
+    lengths: Array, query_starts: Array, ids: Array, sizes: walk.DecodeSizes, first_key: Array | None
 ) -> Array:
     """The scalars of each row that the decode kernel needs; rows without exactly one new token sit out.
 
@@ -44,17 +45,17 @@ def decode_rows(
     column = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :]
     needed = (column >= (first // page_size)[:, None]) & (column <= (last // page_size)[:, None])
     fields = {
-        kernel.TABLE_ROW: row,
-        kernel.LENGTH: length,
-        kernel.TOKEN: query_starts[:-1],
-        kernel.FIRST_KEY: first,
-        kernel.FIRST_BLOCK: first_block,
-        kernel.FIRST_PAGE: first % tokens // page_size,
-        kernel.LAST_PAGE: last % tokens // page_size,
-        kernel.LAST_SLOT: last % page_size,
-        kernel.HOLES: jnp.any(needed & (ids == 0), axis=1).astype(jnp.int32),
+        walk.TABLE_ROW: row,
+        walk.LENGTH: length,
+        walk.TOKEN: query_starts[:-1],
+        walk.FIRST_KEY: first,
+        walk.FIRST_BLOCK: first_block,
+        walk.FIRST_PAGE: first % tokens // page_size,
+        walk.LAST_PAGE: last % tokens // page_size,
+        walk.LAST_SLOT: last % page_size,
+        walk.HOLES: jnp.any(needed & (ids == 0), axis=1).astype(jnp.int32),
     }
-    rows = jnp.stack([fields[i] for i in range(kernel.FIELDS)])
+    rows = jnp.stack([fields[i] for i in range(walk.FIELDS)])
     active = length > 0
     num_items = jnp.sum(jnp.where(active, last_block + 1 - first_block, 0), dtype=jnp.int32)
     return jnp.concatenate([active_first(rows, active), num_items[None]])
@@ -225,16 +226,16 @@ def write_scalars(pages: Pages, ids: Array, lengths: Array, query_starts: Array,
     return tiles_of_step(ids, lengths, query_starts, num_tokens, pages).scalars
 
 
-def new_rows(k: Array, v: Array, pages: Pages) -> tuple[Array, Array | None]:
+def new_rows(k: Array, v: Array, pages: Pages) -> Array:
     """New keys and values as rows of a page, int32 `[T, K * planes, L]`: a value in all parts of its word.
 
-    For 8-bit pages also their scales, float32 `[T, 2, K, 128]`, the same in all lanes.
+    For 8-bit pages 2 K rows follow, the bits of the scales of keys, then of values, each the same in all lanes.
     """
-    scales = None
+    scales = ()
     if pages.scales is not None:
         (k, k_scale), (v, v_scale) = (quantise(x, pages.dtype) for x in (k, v))
-        scales = jnp.stack([k_scale, v_scale], axis=1)[..., None]
-        scales = jnp.broadcast_to(scales, (*scales.shape[:-1], LANES))
+        scales = jax.lax.bitcast_convert_type(jnp.concatenate([k_scale, v_scale], axis=1), jnp.int32)
+        scales = (jnp.broadcast_to(scales[..., None], (*scales.shape, pages.data.shape[3])),)
     k, v = k.astype(pages.data.dtype), v.astype(pages.data.dtype)
     if is_stacked(pages):
         rows = jnp.stack([k, v], axis=2).reshape(k.shape[0], 2 * k.shape[1], k.shape[2])
@@ -243,7 +244,7 @@ def new_rows(k: Array, v: Array, pages: Pages) -> tuple[Array, Array | None]:
     bits = 8 * rows.dtype.itemsize
     words = jax.lax.bitcast_convert_type(rows, f"uint{bits}").astype(jnp.uint32)
     words = words * jnp.uint32(sum(1 << at for at in range(0, 32, bits)))
-    return jax.lax.bitcast_convert_type(words, jnp.int32), scales
+    return jnp.concatenate([jax.lax.bitcast_convert_type(words, jnp.int32), *scales], axis=1)
 
 
 def compute_dtype(q: Array, pages: Pages):
@@ -254,7 +255,7 @@ def compute_dtype(q: Array, pages: Pages):
 def decode(
     q: Array, k: Array | None, v: Array | None, pages: Pages, page_table: Array, lengths: Array, query_starts: Array,
     *, scale: float, window: int | None, soft_cap: float | None, sinks: Array | None, return_lse: bool,
-    first_key: Array | None = None, sizes: kernel.DecodeSizes | None = None,
+    first_key: Array | None = None, sizes: walk.DecodeSizes | None = None,
 ) -> AttentionResult:  # fmt: skip
     """`paged_attention` for the sequences that have exactly one new token; 0 for all other tokens.
 
@@ -279,9 +280,9 @@ def decode(
         scale, first_key is not None, soft_cap,
         append=k is not None, sinks=sinks is not None, lse=return_lse, quantised=pages.scales is not None,
     )  # fmt: skip
-    new, new_scales = (None, None) if k is None or v is None else new_rows(k, v, pages)
+    new = None if k is None or v is None else new_rows(k, v, pages)
     out, lse, data, scales = kernel.decode(
-        pack_queries(q.astype(compute_dtype(q, pages)), packing), new, new_scales, sinks, rows, table,
+        pack_queries(q.astype(compute_dtype(q, pages)), packing), new, sinks, rows, table,
         pages.data, pages.scales, chunks=chunks, sizes=sizes, packing=packing, options=options,
     )  # fmt: skip
     token = jnp.arange(num_tokens, dtype=jnp.int32)

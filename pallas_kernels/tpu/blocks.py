@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.pages import Pages
-from pallas_kernels.tpu.decode import DecodeSizes
 from pallas_kernels.tpu.heads import LANES, HeadPacking
 from pallas_kernels.tpu.prefill import PrefillSizes
+from pallas_kernels.tpu.walk import DecodeSizes
 
 ITEM_BYTES = 1 << 20
 AHEAD_BYTES = 6 << 20  # more than a microsecond of any chip's bandwidth

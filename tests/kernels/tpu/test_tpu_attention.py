@@ -11,7 +11,7 @@ from kernels.cases import CASES, Case, expected, make_inputs
 
 from pallas_kernels import copy_pages, init_pages, paged_attention, write_pages
 from pallas_kernels.tpu import attention, decode
-from pallas_kernels.tpu.decode import DecodeSizes
+from pallas_kernels.tpu.walk import DecodeSizes
 
 # One of each kind in every run; the others with -m long.
 SHORT = (
