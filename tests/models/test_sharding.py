@@ -29,7 +29,7 @@ def leaves(model: models.Model) -> dict[str, jax.Array]:
 def num_compiled() -> np.ndarray:
     """Programs that each step of a generator has been compiled to so far."""
     steps = generator._prefill, generator._decode, generator._start, generator._fork
-    return np.array([step._cache_size() for step in steps])  # pyright: ignore[reportAttributeAccessIssue]
+    return np.array([step._cache_size() for step in steps])  # pyright: ignore[reportAttributeAccessIssue]  jit has it
 
 
 @pytest.fixture(scope="module")
