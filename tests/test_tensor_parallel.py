@@ -84,8 +84,8 @@ def test_a_device_that_sees_its_own_heads_alone_is_left_alone():
 def test_pages_of_one_device_are_split_where_the_queries_are():
     q, *others = problem()
     q = jax.device_put(q, NamedSharding(make_mesh(4), WHOLE))
-    out, pages = attend_jitted(PagePool.create(sizes()).layers[0], q, *others)
-    assert parts(pages) == {(8, 1, 4, 32)} and parts(out) == {(12, 2, 16)}
+    trace = jax.make_jaxpr(attend)(PagePool.create(sizes()).layers[0], q, *others)
+    assert str(trace).count("shard_map[") == 1
 
 
 def test_what_does_not_split_is_refused():
