@@ -1,6 +1,7 @@
 """The TPU kernels in the interpreter against the float64 oracle and the reference."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,9 @@ ATTENTION_CASES = [
 
 
 def attend(case, inputs, implementation="pallas_tpu", **options):
-    arguments = dict(sinks=inputs.sinks, implementation=implementation, **{**case.options, **options})
-    return paged_attention(*inputs.arguments, **arguments)
+    arrays = dict(sinks=inputs.sinks, shared_prefix=options.pop("shared_prefix", None))
+    options = {**case.options, **options, "implementation": implementation}
+    return jax.jit(partial(paged_attention, **options))(*inputs.arguments, **arrays)
 
 
 def assert_same_pages(got, want):
@@ -141,8 +143,8 @@ def test_write(interpreter, head_dim, dtype, page_size):
     inputs = make_inputs(case)
     assert inputs.k is not None and inputs.v is not None
     rest = (inputs.k, inputs.v, inputs.page_table, inputs.lengths, inputs.query_starts)
-    got = write_pages(inputs.pages, *rest, implementation="pallas_tpu")
-    assert_same_pages(got, write_pages(inputs.pages, *rest, implementation="reference"))
+    got = jax.jit(partial(write_pages, implementation="pallas_tpu"))(inputs.pages, *rest)
+    assert_same_pages(got, jax.jit(partial(write_pages, implementation="reference"))(inputs.pages, *rest))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
@@ -156,8 +158,8 @@ def test_copy_reads_before_it_writes(interpreter, source, target, dtype):
     shape = init_pages(10, 2, 16, 128, dtype)
     pages = jax.tree.map(lambda x: jnp.asarray(rng.integers(-9, 9, x.shape), x.dtype), shape)
     pairs = jnp.asarray(source, jnp.int32), jnp.asarray(target, jnp.int32)
-    got = copy_pages(pages, *pairs, implementation="pallas_tpu")
-    assert_same_pages(got, copy_pages(pages, *pairs, implementation="reference"))
+    got = jax.jit(partial(copy_pages, implementation="pallas_tpu"))(pages, *pairs)
+    assert_same_pages(got, jax.jit(partial(copy_pages, implementation="reference"))(pages, *pairs))
 
 
 @pytest.mark.parametrize(
