@@ -1,28 +1,39 @@
 """The command line, in this process."""
 
+import functools
 import io
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from paged_jax import models
 from paged_jax.cli import main
 from paged_jax.generator import Completion
 
+load = functools.cache(models.load)
+
+
+@pytest.fixture(autouse=True)
+def one_model_for_all_calls(monkeypatch):
+    """A model that is loaded again is compiled again."""
+    monkeypatch.setattr(models, "load", load)
+
 
 @pytest.fixture(scope="module")
 def continuation():
     """What the demo model greedily says after a prompt, without any cache."""
-    model = models.load(models.DEMO)
+    model = load(models.DEMO, None)
+    dense = jax.jit(model.dense_forward)
 
     def greedy(text, count):
-        import jax.numpy as jnp
-
         tokens = model.tokenizer.encode(text)
         prompt = len(tokens)
         for _ in range(count):
-            padded = jnp.array(tokens + [0] * (64 - len(tokens)), jnp.int32)
-            tokens.append(int(jnp.argmax(model.dense_forward(model.params, padded)[len(tokens) - 1])))
+            padded = np.array(tokens + [0] * (64 - len(tokens)), np.int32)
+            tokens.append(int(jnp.argmax(dense(model.params, padded)[len(tokens) - 1])))
         return model.tokenizer.decode(tokens[prompt:])
 
     return greedy

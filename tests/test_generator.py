@@ -104,7 +104,7 @@ def test_greedy_samples_agree_with_one():
 def test_when_pages_run_short_samples_are_preempted_and_draw_the_same_tokens(temperature, prefix_cache):
     texts = prompts(17, 18, 19, 20, 21)
     params = SamplingParams(max_new_tokens=30, temperature=temperature, seed=5)
-    plenty = tokens(generator(toy.config(num_pages=256)).run(texts, params))
+    plenty = tokens(generator().run(texts, params))
     preempted = []
 
     class Counting(Generator):
@@ -203,13 +203,13 @@ def test_nothing_is_compiled_again_after_the_first_run():
     [
         ([], SamplingParams(), "the prompt has 0 tokens; it needs at least 1"),
         ([1] * 60, SamplingParams(max_new_tokens=6), "prompt of 60 tokens .* needs a row of 65 tokens, .* hold 64"),
-        ([1] * 50, SamplingParams(max_new_tokens=10), "needs 15 pages, but the pool has 12 .* num_pages to 16"),
+        ([1] * 50, SamplingParams(max_new_tokens=10), "needs 15 pages, but the pool has 8 .* num_pages to 16"),
         ([1], SamplingParams(max_new_tokens=2, stop_tokens=tuple(range(9))), "9 stop tokens; at most 8"),
         ([1], SamplingParams(max_new_tokens=2, stop_strings=("x",)), "pass decode_text to the Generator"),
     ],
 )
 def test_a_request_that_can_never_be_served_is_refused_at_once(prompt, params, message):
-    g = generator(toy.config(num_pages=13))
+    g = generator(toy.config(num_pages=9))
     with pytest.raises(ValueError, match=message):
         g.submit(prompt, params)
     assert tokens(g.run(prompts(4), GREEDY)) == [[toy.dense_greedy(PARAMS, prompts(4)[0], 12)]], "nothing was lost"
