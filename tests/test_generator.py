@@ -99,8 +99,7 @@ def test_greedy_samples_agree_with_one():
     assert many == [toy.dense_greedy(PARAMS, prompt, 9)] * 3
 
 
-@pytest.mark.parametrize("prefix_cache", [True, False])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("temperature", "prefix_cache"), [(0.0, True), (1.0, False)])
 def test_when_pages_run_short_samples_are_preempted_and_draw_the_same_tokens(temperature, prefix_cache):
     texts = prompts(17, 18, 19, 20, 21)
     params = SamplingParams(max_new_tokens=30, temperature=temperature, seed=5)

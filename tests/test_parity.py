@@ -12,7 +12,7 @@ from paged_jax import models
 from paged_jax.generator import Generator
 from paged_jax.sampling import SamplingParams
 
-NUM_PROMPTS, LONGEST, NEW_TOKENS = 104, 1500, 16
+NUM_PROMPTS, LONGEST, NEW_TOKENS = 104, 1500, 8
 PARAMS = SamplingParams(max_new_tokens=NEW_TOKENS)
 
 

@@ -289,8 +289,8 @@ print(peak() - before)
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 
 
-def peak_of_loading(folder: Path, where: str, hidden_size: int, num_layers: int, num_shards: int) -> float:
-    """Peak host memory that loading adds, as a multiple of the checkpoint's size."""
+def peak_of_loading(folder: Path, where: str, hidden_size: int, num_layers: int, num_shards: int) -> tuple[int, int]:
+    """Peak host memory that loading adds, and the checkpoint's size; both in bytes."""
     shape = dict(hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=num_layers)
     hf_config = CONFIG | shape | dict(vocab_size=16 * hidden_size, num_key_value_heads=4)
     graph, abstract = nnx.split(nnx.eval_shape(lambda: models.Decoder(decoder_config(hf_config), rngs=nnx.Rngs(0))))
@@ -299,24 +299,27 @@ def peak_of_loading(folder: Path, where: str, hidden_size: int, num_layers: int,
     del params
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     command = [sys.executable, "-c", MEASURE, str(folder), where]
-    out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    child = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     shutil.rmtree(folder)
-    print(f"{size / 1e6:.0f} MB in {num_shards} file(s), {where}: peak {float(out.stdout) / size:.3f} of it")
-    assert float(out.stdout) > 0.9 * size  # the weights themselves
-    return float(out.stdout) / size
+    peak = int(child.stdout)
+    print(f"{size / 1e6:.0f} MB in {num_shards} file(s), {where}: peak {peak / size:.3f} of it")
+    assert peak > 0.9 * size  # the weights themselves
+    return peak, size
 
 
 @needs_proc
 @pytest.mark.parametrize("where, num_shards", [("whole", 1), ("split", 3)])
 def test_loading_holds_little_more_than_the_weights(tmp_path, where, num_shards):
-    assert peak_of_loading(tmp_path, where, hidden_size=768, num_layers=10, num_shards=num_shards) <= 1.3
+    peak, size = peak_of_loading(tmp_path, where, hidden_size=768, num_layers=10, num_shards=num_shards)
+    assert peak <= 1.1 * size + 64e6  # 40 to 60 MB are needed whatever is loaded
 
 
 @needs_proc
 @pytest.mark.long
 @pytest.mark.parametrize("where", ["whole", "split"])
 def test_loading_a_gigabyte_holds_little_more_than_the_weights(tmp_path, where):
-    assert peak_of_loading(tmp_path, where, hidden_size=2048, num_layers=8, num_shards=1) <= 1.3
+    peak, size = peak_of_loading(tmp_path, where, hidden_size=2048, num_layers=8, num_shards=1)
+    assert peak <= 1.3 * size
 
 
 def test_loading_shows_its_progress(tmp_path, capsys, monkeypatch):
