@@ -53,6 +53,16 @@ def grid() -> list[StaticCase]:
     ]
 
 
+def eight_bit() -> list[StaticCase]:
+    dtypes = {"int8": "int8", "fp8": "float8_e4m3fn"}
+    return [
+        StaticCase(f"decode, {name}, page {page}, context {context}", (context,) * 32, page_size=page, dtype=dtype)
+        for name, dtype in dtypes.items()
+        for page in (16, 64, 128)
+        for context in (1024, 4096)
+    ]
+
+
 def shapes() -> list[StaticCase]:
     ragged = tuple(int(x) for x in np.random.default_rng(1).integers(1, 4097, 32))
     return [
@@ -65,12 +75,6 @@ def shapes() -> list[StaticCase]:
         StaticCase("decode, head size 96", (1024,) * 32, head_dim=96),
         StaticCase("decode, head size 256", (1024,) * 32, head_dim=256),
         StaticCase("decode, lengths 1 to 4096", ragged),
-        StaticCase("decode, int8, context 1024", (1024,) * 32, dtype="int8", page_size=64),
-        StaticCase("decode, int8, context 4096", (4096,) * 32, dtype="int8", page_size=64),
-        StaticCase("decode, fp8, context 1024", (1024,) * 32, dtype="float8_e4m3fn", page_size=64),
-        StaticCase("decode, fp8, context 4096", (4096,) * 32, dtype="float8_e4m3fn", page_size=64),
-        StaticCase("decode, int8, page 16, context 1024", (1024,) * 32, dtype="int8", page_size=16),
-        StaticCase("decode, fp8, page 32, context 1024", (1024,) * 32, dtype="float8_e4m3fn", page_size=32),
         StaticCase("decode, 64 sequences share 2048 of 2176", (2176,) * 64, shared_prefix=2048),
         StaticCase("prefill, 512 on 4096", (4096,), (512,)),
         StaticCase("decode, 31 on 2048", (2048,) * 31),
@@ -85,15 +89,15 @@ GATE = (
     "decode, page 16, context 256 | v7x",
     "decode, batch 1, context 4096 | v7x",
     "decode, head size 64 | v7x",
-    "decode, int8, context 1024 | v5e",
-    "decode, int8, context 1024 | v7x",
-    "decode, fp8, context 1024 | v7x",
+    "decode, int8, page 64, context 1024 | v5e",
+    "decode, int8, page 16, context 1024 | v7x",
+    "decode, fp8, page 64, context 1024 | v7x",
     "prefill, 512 on 4096 | v6e",
 )
 
 
 def all_cases() -> dict[str, StaticCase]:
-    return {case.name: case for case in grid() + shapes()}
+    return {case.name: case for case in grid() + eight_bit() + shapes()}
 
 
 def abstract_pages(case: StaticCase):

@@ -14,6 +14,7 @@ ITEM_BYTES = 1 << 20
 AHEAD_BYTES = 6 << 20  # more than a microsecond of any chip's bandwidth
 BLOCK_BYTES = 4 << 20
 MAX_PAGES = 32  # of an item: one bit each in a scalar
+MANY_PAGES = 16  # of an item: their copies take long to start
 
 
 def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking) -> DecodeSizes:
@@ -39,7 +40,10 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking) -> DecodeSi
     items_per_group = min(8, items_per_mib * (4 if needs_room else 2)) if item_bytes <= ITEM_BYTES else 1
     distance = 1 if item_bytes >= ITEM_BYTES else 2  # the softmax of an item must not wait for its scores
     groups = -(-2 * distance // items_per_group) + max(2, min(3, -(-AHEAD_BYTES // (items_per_group * item_bytes))))
-    return DecodeSizes(pages.page_size, pages_per_item, items_per_group, groups * items_per_group, distance)
+    # Few copies fit behind the products as they are, and strided ones let no load or store pass.
+    hides_copies = pages_per_item >= MANY_PAGES and packing.lanes <= LANES
+    ring = groups * items_per_group
+    return DecodeSizes(pages.page_size, pages_per_item, items_per_group, ring, distance, hides_copies)
 
 
 def prefill_sizes(pages: Pages, num_heads: int, max_query_len: int, dtype=jnp.bfloat16) -> PrefillSizes:

@@ -71,6 +71,9 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, scales_in,
     products = Products(q_hbm.dtype, S, value_row, packing)
     tiles_per_token = 1 if share_tile else planes
     slots, scratch = scratch[:U], scratch[U:]
+    ring = slots  # with the spare page of each slot, where there is one
+    if sizes.hides_copies:
+        slots = [slot.at[pl.ds(0, NP)] for slot in ring]
     scale_slots, scratch = (scratch[:U], scratch[U:]) if quantised else ([], scratch)
     (pages_due, rows_due, dirty, outs_due, tiles_due, q, new, out, lse, tile, scale_tile,
      m_ref, l_ref, acc_ref, s_ref, p_ref, alpha_ref, d_ref, top_ref,
@@ -89,7 +92,12 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, scales_in,
             copies.append((new_hbm.at[row], new.at[sequence]))
         return copies
 
+    def start(copies, sem):
+        for condition, source, target in copies:
+            pl.when(condition)(pltpu.make_async_copy(source, target, sem).start)
+
     def fetch(item, slot):
+        """Starts the copies of the item's pages."""
         r = walk.record(item)
         left, base = walk.left_of[r], walk.ids_of[r]
         for j in range(NP):
@@ -102,13 +110,16 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, scales_in,
             if quantised:
                 pl.when(wanted)(pltpu.make_async_copy(scales.at[page], scale_slots[slot].at[j], sem).start)
 
-        for source, target in row_copies(r):
-            pl.when(walk.first_of[r] > 0)(pltpu.make_async_copy(source, target, row_sem.at[slot // W]).start)
-
     def fetch_group(first, u0):
-        """Fetches W items and remembers what the group will wait for, and how many are to be cleaned."""
         for w in range(W):
             fetch(first + w, u0 + w)
+        complete_fetch(first, u0)
+
+    def complete_fetch(first, u0):
+        """Copies the rows of W items and remembers what the group will wait for, and how many are to be cleaned."""
+        for w in range(W):
+            r = walk.record(first + w)
+            start([(walk.first_of[r] > 0, *copy) for copy in row_copies(r)], row_sem.at[u0 // W])
         pages_due[u0 // W] = add([walk.count_of[walk.record(first + w)] for w in range(W)])
         rows_due[u0 // W] = add([walk.first_of[walk.record(first + w)] for w in range(W)])
         dirty[u0 // W] = add([walk.dirty_of[walk.record(first + w)] for w in range(W)])
@@ -135,10 +146,6 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, scales_in,
             wait(tile, tiles_due[at], tile_sem.at[at])
         if options.append and quantised:
             wait(scale_tile, tiles_due[at], tile_sem.at[at])
-
-    def start(copies, sem):
-        for condition, source, target in copies:
-            pl.when(condition)(pltpu.make_async_copy(source, target, sem).start)
 
     def send_output(r, at):
         sequence, row = walk.sequence_of[r], walk.field(TOKEN, walk.row_of[r])
@@ -278,6 +285,18 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, scales_in,
             own = jnp.where(row_minus_lane == i * LANES, x, -jnp.inf)
             lse[sequence, i : i + 1, :] = jnp.max(own, axis=0, keepdims=True)
 
+    def after_copies(x, r, slot):
+        """Packed queries as they are, which the scheduler can have only when the copies to the slot have started.
+
+        Nothing else needs a copy that has just started, so the scheduler would put all of them behind the last product,
+        where nothing hides them. This reads the spare page at an address that it does not know, and takes none of it.
+        """
+        spare = ring[slot][NP + jnp.minimum(walk.first_of[r], 0), 0, :tile_rows, :]
+        spare = pltpu.bitcast(spare, x.dtype)[:SUBLANES]
+        spare = jnp.concatenate([spare] * (x.shape[2] // spare.shape[1]), axis=1)
+        spare = jnp.concatenate([spare] * (x.shape[1] // SUBLANES), axis=0)
+        return jnp.where(walk.first_of[r] < 0, spare[None], x)
+
     # ---- the pipeline --------------------------------------------------------------------------------------
     def send(r, slot, p, alpha, d, top, acc, at):
         """Adds an item's values and writes the output, which counts where the item is its sequence's last."""
@@ -318,8 +337,13 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, scales_in,
             acc = send(walk.record(first + w - lag), (u0 + w - lag) % U, *weighted.pop(0), acc, at)
             if not is_last_group:
                 products.prepare(slots[u0 + w])
-                scored.append(products.scores(q[walk.sequence_of[r]], slots[u0 + w]))
+                queries = q[walk.sequence_of[r]]
+                if sizes.hides_copies and w:
+                    queries = after_copies(queries, r, (u0 + w - 1 + ahead) % U)
+                scored.append(products.scores(queries, slots[u0 + w]))
                 walk.plan(first + w + ahead + plan_ahead)
+                if sizes.hides_copies:
+                    fetch(first + w + ahead, (u0 + w + ahead) % U)
             if scored:
                 before, slot = walk.record(first + w - D), (u0 + w - D) % U
                 p, alpha, m, total = softmax(before, slot, scored.pop(0), m, total)
@@ -332,7 +356,7 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, scales_in,
             return
         start(late, tile_sem.at[at])
         tiles_due[at] = add([jnp.where(walk.ends_here(r), 1, 0) for r in records])
-        fetch_group(first + ahead, (u0 + ahead) % U)
+        (complete_fetch if sizes.hides_copies else fetch_group)(first + ahead, (u0 + ahead) % U)
         for i in range(D):
             s_ref[i] = scored[i]
             p_ref[i], alpha_ref[i], d_ref[i], top_ref[i] = weighted[i]
@@ -414,7 +438,8 @@ def decode(q: Array, new: Array | None, sinks: Array | None, rows: Array, table:
     lse_rows = -(-N // LANES)
     lse_shape = (num_tokens, lse_rows, LANES) if options.lse else (1, SUBLANES, LANES)
     kept = (ring, lse_rows, LANES) if options.lse else (1, SUBLANES, LANES)
-    scratch = [vmem((sizes.pages_per_item, *pages.shape[1:]), pages.dtype)] * U
+    spare_pages = 1 if sizes.hides_copies else 0
+    scratch = [vmem((sizes.pages_per_item + spare_pages, *pages.shape[1:]), pages.dtype)] * U
     if quantised:
         scratch += [vmem((sizes.pages_per_item, *scales.shape[1:]), f32)] * U
     scratch += [smem((U // W,), i32)] * 5

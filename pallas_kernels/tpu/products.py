@@ -40,11 +40,16 @@ def load_rows(pages, first: int, size: int, dtype, keep_fp8: bool = False) -> Ar
         pages: a reference to `[pages, rows, L]`.
         keep_fp8: leave float8 as it is for the matrix unit; else all are widened to `dtype`.
     """
-    if size % (SUBLANES * 4 // pages.dtype.itemsize) == 0:
-        x = numbers(pages[:, first : first + size, :].reshape(-1, pages.shape[2]))
-        return x if keep_fp8 and x.dtype == FP8 else x.astype(dtype)
-    x = numbers(pages[...]).astype(dtype)  # keys and values share a tile and part on widening
-    return x[:, first : first + size].reshape(-1, pages.shape[2])
+    packed = 4 // pages.dtype.itemsize  # rows in a row of 32-bit words
+    lanes = pages.shape[2]
+    if size % (SUBLANES * packed) == 0:
+        x = pages[:, first : first + size, :].reshape(-1, lanes)
+    else:  # keys and values share a tile: the halves of two pages make a new one
+        words = pltpu.bitcast(pages[...].reshape(-1, lanes), jnp.int32).reshape(-1, SUBLANES, lanes)
+        half = words[:, first // packed : (first + size) // packed]
+        x = pltpu.bitcast(half.reshape(-1, lanes), pages.dtype)
+    x = numbers(x)
+    return x if keep_fp8 and x.dtype == FP8 else x.astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)

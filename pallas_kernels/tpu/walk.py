@@ -25,6 +25,7 @@ class DecodeSizes:
         items_per_group: W.
         items_in_ring: U, a multiple of W.
         distance: D, the items between an item's scores and its softmax, and between that and its values.
+        hides_copies: start the copies of later items beside the products of a group, not behind them.
     """
 
     page_size: int
@@ -32,6 +33,7 @@ class DecodeSizes:
     items_per_group: int
     items_in_ring: int
     distance: int = 1
+    hides_copies: bool = False
 
     @property
     def tokens(self) -> int:

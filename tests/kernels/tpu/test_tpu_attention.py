@@ -93,13 +93,23 @@ def test_mixed_batch_of_8_bit_pages(interpreter, small_blocks, dtype, head_dim, 
     check(case, make_inputs(case))
 
 
-@pytest.mark.parametrize("distance", [pytest.param(1, marks=pytest.mark.long), 2])
-def test_groups_of_items_and_a_page_table_that_streams(interpreter, monkeypatch, distance):
+@pytest.mark.parametrize(
+    ("distance", "hides_copies", "heads", "head_dim", "dtype"),
+    [
+        (2, True, (4, 1), 128, "bfloat16"),
+        pytest.param(1, True, (4, 2), 128, "int8", marks=pytest.mark.long),
+        pytest.param(1, True, (4, 2), 64, "bfloat16", marks=pytest.mark.long),
+        pytest.param(1, False, (4, 1), 128, "bfloat16", marks=pytest.mark.long),
+    ],
+)
+def test_groups_of_items_and_a_page_table_that_streams(
+    interpreter, monkeypatch, distance, hides_copies, heads, head_dim, dtype
+):
     """Several items a basic block, several sequences a group, and page ids copied from HBM as they are needed."""
     monkeypatch.setattr(decode, "RESIDENT_BYTES", 0)
-    monkeypatch.setattr(attention, "decode_sizes", lambda pages, *_: DecodeSizes(16, 8, 2, 8, distance))
+    monkeypatch.setattr(attention, "decode_sizes", lambda pages, *_: DecodeSizes(16, 8, 2, 8, distance, hides_copies))
     lengths = (3, 130, 1, 128, 129, 7, 0, 260, 16, 2, 5)
-    case = Case("streams", lengths, (1,) * len(lengths), (4, 1), 128, 16, "bfloat16", "bfloat16")
+    case = Case("streams", lengths, (1,) * len(lengths), heads, head_dim, 16, dtype, "bfloat16", is_padded=True)
     check(case, make_inputs(case))
 
 
