@@ -164,7 +164,7 @@ class Generator:
     def run(
         self,
         prompts: Iterable[Sequence[int]],
-        sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008
+        sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008  frozen
     ) -> list[list[Completion]]:
         """All samples of all prompts, in their order."""
         prompts = list(prompts)

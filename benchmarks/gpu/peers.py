@@ -90,7 +90,7 @@ def torch_sdpa(problem: Problem) -> Runner | str:
     """PyTorch's scaled_dot_product_attention, on a contiguous cache."""
     if reason := reason_to_skip(problem, "torch"):
         return reason
-    import torch  # pyright: ignore[reportMissingImports]
+    import torch  # pyright: ignore[reportMissingImports]  optional
 
     k, v = (torch.from_dlpack(jnp.swapaxes(x, 1, 2)) for x in contiguous(problem))
     q = jnp.swapaxes(problem.q.reshape(k.shape[0], -1, NUM_HEADS, HEAD_DIM), 1, 2)
@@ -108,8 +108,8 @@ def flashinfer(problem: Problem) -> Runner | str:
     """FlashInfer's paged decode, planned outside of the time."""
     if reason := reason_to_skip(problem, "flashinfer", is_decode=True):
         return reason
-    import flashinfer as library  # pyright: ignore[reportMissingImports]
-    import torch  # pyright: ignore[reportMissingImports]
+    import flashinfer as library  # pyright: ignore[reportMissingImports]  optional
+    import torch  # pyright: ignore[reportMissingImports]  optional
 
     batch, columns = problem.page_table.shape
     page_size = problem.pages.page_size

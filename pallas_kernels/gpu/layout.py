@@ -17,10 +17,9 @@ LANES = 64  # likewise, and those of a tile: 128 bytes of bfloat16
 def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory for tiles of 8 rows and 64 lanes, swizzled against bank conflicts."""
     row_bytes = LANES * jnp.dtype(dtype).itemsize
-    # Their base class has a method that is abstract to pyright only.
     transforms = (
-        plgpu.TilingTransform((8, LANES)),  # pyright: ignore[reportAbstractUsage]
-        plgpu.SwizzleTransform(row_bytes),  # pyright: ignore[reportAbstractUsage]
+        plgpu.TilingTransform((8, LANES)),  # pyright: ignore[reportAbstractUsage]  abstract to pyright only
+        plgpu.SwizzleTransform(row_bytes),  # pyright: ignore[reportAbstractUsage]  abstract to pyright only
     )
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 

@@ -7,11 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.pages import Pages, is_mapped
+from pallas_kernels.pages import LANES, SUBLANES, Pages, is_mapped
 from pallas_kernels.reference import AttentionResult
 from pallas_kernels.tpu import attention
 from pallas_kernels.tpu.copy import copy_arrays
-from pallas_kernels.tpu.heads import LANES, SUBLANES
 from pallas_kernels.tpu.write import tiles_of_step, write_tiles
 
 __all__ = ["copy_pages", "paged_attention", "refusal", "write_pages"]

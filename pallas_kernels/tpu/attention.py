@@ -9,21 +9,23 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.merge import merge_states
-from pallas_kernels.pages import Pages, is_mapped, is_stacked, quantise
+from pallas_kernels.pages import LANES, SUBLANES, Pages, is_mapped, is_stacked, quantise
 from pallas_kernels.reference import AttentionResult
 from pallas_kernels.tpu import decode as kernel
 from pallas_kernels.tpu import prefill as prefill_kernel
-from pallas_kernels.tpu import walk
+from pallas_kernels.tpu import tasks, walk
 from pallas_kernels.tpu.blocks import decode_sizes, prefill_sizes
-from pallas_kernels.tpu.heads import LANES, SUBLANES, pack_heads, pack_queries, pad_group, unpack_outputs, unpack_rows
+from pallas_kernels.tpu.heads import pack_heads, pack_queries, pad_group, unpack_outputs, unpack_rows
+from pallas_kernels.tpu.memory import IDS
+from pallas_kernels.tpu.tasks import PrefillSizes
 from pallas_kernels.tpu.write import tiles_of_step
 
 
 def page_chunks(ids: Array) -> tuple[Array, int]:
     """A page table `[B, M]` as rows of whole chunks, flat, and the chunks of a row."""
     max_pages = ids.shape[1]
-    chunks = -(-max_pages // walk.IDS)
-    ids = jnp.pad(ids, ((0, 0), (0, chunks * walk.IDS - max_pages)))
+    chunks = -(-max_pages // IDS)
+    ids = jnp.pad(ids, ((0, 0), (0, chunks * IDS - max_pages)))
     return ids.reshape(-1), chunks
 
 
@@ -73,37 +75,40 @@ def active_first(rows: Array, active: Array) -> Array:
     return jnp.concatenate([rows.reshape(-1), jnp.sum(active, dtype=jnp.int32)[None]])
 
 
-def prefill_rows(lengths: Array, query_starts: Array, ids: Array, sizes: prefill_kernel.PrefillSizes) -> Array:
+def prompts(lengths: Array, query_starts: Array) -> tuple[Array, Array, Array]:
+    """Of each row: its first token that is not inert (of negative position), how many follow, whether several came."""
+    num_tokens = jnp.diff(query_starts)
+    inert = jnp.maximum(num_tokens - lengths, 0)
+    return query_starts[:-1] + inert, num_tokens - inert, (num_tokens > 1) & (lengths > 0)
+
+
+def prefill_rows(lengths: Array, query_starts: Array, ids: Array, sizes: PrefillSizes) -> Array:
     """The scalars of each row that the prefill kernel needs; rows with fewer than two new tokens sit out."""
-    num_tokens = query_starts[1:] - query_starts[:-1]
-    active = (num_tokens > 1) & (lengths > 0)
-    inert = jnp.maximum(num_tokens - lengths, 0)  # tokens in front, with negative positions
+    first, count, active = prompts(lengths, query_starts)
     column = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :]
     needed = column * sizes.page_size < lengths[:, None]
     fields = {
-        prefill_kernel.TABLE_ROW: jnp.arange(lengths.size, dtype=jnp.int32),
-        prefill_kernel.LENGTH: lengths,
-        prefill_kernel.TOKEN: query_starts[:-1] + inert,
-        prefill_kernel.NUM_TOKENS: num_tokens - inert,
-        prefill_kernel.HOLES: jnp.any(needed & (ids == 0), axis=1).astype(jnp.int32),
-        prefill_kernel.FIRST_POSITION: lengths - num_tokens + inert,
+        tasks.TABLE_ROW: jnp.arange(lengths.size, dtype=jnp.int32),
+        tasks.LENGTH: lengths,
+        tasks.TOKEN: first,
+        tasks.NUM_TOKENS: count,
+        tasks.HOLES: jnp.any(needed & (ids == 0), axis=1).astype(jnp.int32),
+        tasks.FIRST_POSITION: lengths - count,
     }
-    return active_first(jnp.stack([fields[i] for i in range(prefill_kernel.FIELDS)]), active)
+    return active_first(jnp.stack([fields[i] for i in range(tasks.FIELDS)]), active)
 
 
 def is_prefilled(lengths: Array, query_starts: Array, num_tokens: int) -> Array:
     """Which tokens belong to sequences with several new tokens."""
     token = jnp.arange(num_tokens, dtype=jnp.int32)[:, None]
-    inert = jnp.maximum(jnp.diff(query_starts) - lengths, 0)
-    starts, ends = query_starts[:-1] + inert, query_starts[1:]
-    is_several = (jnp.diff(query_starts) > 1) & (lengths > 0)
-    return jnp.any((starts[None] <= token) & (token < ends[None]) & is_several[None], axis=1)
+    first, count, active = (x[None] for x in prompts(lengths, query_starts))
+    return jnp.any((first <= token) & (token < first + count) & active, axis=1)
 
 
 def prefill(
     out: Array, lse: Array | None, pages: Pages, page_table: Array, lengths: Array, query_starts: Array, *,
     scale: float, window: int | None, soft_cap: float | None, sinks: Array | None, max_query_len: int,
-    sizes: prefill_kernel.PrefillSizes | None = None,
+    sizes: PrefillSizes | None = None,
 ) -> tuple[Array, Array | None]:  # fmt: skip
     """Attention for the tokens of sequences with several new tokens, which their pages hold already.
 
@@ -126,24 +131,24 @@ def prefill(
     return _run_prefill(out, is_query, lse, sinks, rows, ids, pages, sizes, options)
 
 
-def prefix_rows(ids: Array, prefix: Array, num_tokens: int, sizes: prefill_kernel.PrefillSizes) -> Array:
+def prefix_rows(ids: Array, prefix: Array, num_tokens: int, sizes: PrefillSizes) -> Array:
     """The scalars of the prefill kernel where all queries see the same `prefix` keys, of pages `[1, M]`."""
     column = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :]
     zero = jnp.zeros((1,), jnp.int32)
     fields = {
-        prefill_kernel.TABLE_ROW: zero,
-        prefill_kernel.LENGTH: prefix[None],
-        prefill_kernel.TOKEN: zero,
-        prefill_kernel.NUM_TOKENS: zero + num_tokens,
-        prefill_kernel.HOLES: jnp.any((column * sizes.page_size < prefix) & (ids == 0), axis=1).astype(jnp.int32),
-        prefill_kernel.FIRST_POSITION: zero,
+        tasks.TABLE_ROW: zero,
+        tasks.LENGTH: prefix[None],
+        tasks.TOKEN: zero,
+        tasks.NUM_TOKENS: zero + num_tokens,
+        tasks.HOLES: jnp.any((column * sizes.page_size < prefix) & (ids == 0), axis=1).astype(jnp.int32),
+        tasks.FIRST_POSITION: zero,
     }
-    return active_first(jnp.stack([fields[i] for i in range(prefill_kernel.FIELDS)]), prefix[None] > 0)
+    return active_first(jnp.stack([fields[i] for i in range(tasks.FIELDS)]), prefix[None] > 0)
 
 
 def attend_to_prefix(
     q: Array, pages: Pages, ids: Array, prefix: Array, *, scale: float, soft_cap: float | None,
-    sizes: prefill_kernel.PrefillSizes | None = None,
+    sizes: PrefillSizes | None = None,
 ) -> tuple[Array, Array]:  # fmt: skip
     """Attention of all queries to the same keys, which are read once for each task of them.
 
@@ -194,7 +199,7 @@ def decode_shared(
 
 def _run_prefill(
     out: Array, is_query: Array, lse: Array | None, sinks: Array | None, rows: Array, ids: Array, pages: Pages,
-    sizes: prefill_kernel.PrefillSizes, options: prefill_kernel.PrefillOptions,
+    sizes: PrefillSizes, options: prefill_kernel.PrefillOptions,
 ) -> tuple[Array, Array | None]:  # fmt: skip
     """The prefill kernel, from and to heads as the model has them: where they fill registers, without a copy."""
     num_tokens, num_heads, head_dim = out.shape

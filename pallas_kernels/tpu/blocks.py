@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.pages import Pages
-from pallas_kernels.tpu.heads import LANES, HeadPacking
-from pallas_kernels.tpu.prefill import PrefillSizes
+from pallas_kernels.pages import LANES, Pages
+from pallas_kernels.tpu.heads import HeadPacking
+from pallas_kernels.tpu.tasks import PrefillSizes
 from pallas_kernels.tpu.walk import DecodeSizes
 
 ITEM_BYTES = 1 << 20

@@ -25,14 +25,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from pallas_kernels.tpu.heads import LANES, SUBLANES, HeadPacking
-from pallas_kernels.tpu.memory import WORD_PART, in_hbm
+from pallas_kernels.pages import LANES, SUBLANES
+from pallas_kernels.tpu.heads import HeadPacking
+from pallas_kernels.tpu.memory import IDS, WORD_PART, in_hbm
 from pallas_kernels.tpu.products import Products
-from pallas_kernels.tpu.walk import FIELDS, HOLES, IDS, LAST_PAGE, LAST_SLOT, TOKEN, DecodeSizes, Walk
+from pallas_kernels.tpu.softmax import FLOOR, LOG2E, MASKED
+from pallas_kernels.tpu.walk import FIELDS, HOLES, LAST_PAGE, LAST_SLOT, TOKEN, DecodeSizes, Walk
 
-MASKED = -1e30  # score of a key that does not exist
-FLOOR = -1e20  # the running maximum before the first key: exp2(MASKED - FLOOR) is 0
-LOG2E = 1.4426950408889634
 RESIDENT_BYTES = 256 << 10  # a page table up to this size lies in scalar memory, a larger one streams
 
 

@@ -12,8 +12,8 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array
 
-SUBLANES = 8  # float32 rows of a register
-LANES = 128
+from pallas_kernels.pages import LANES, SUBLANES
+
 MATRIX_LANES = 256
 
 

@@ -1,4 +1,4 @@
-"""Where arrays live, and how values share a 32-bit word."""
+"""Where arrays live, how page ids lie in them, and how values share a 32-bit word."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from jaxtyping import Array
 
 from pallas_kernels.platform import target_platform
 
+IDS = 128  # page ids in a chunk of the page table: one row of lanes
 WORD_PART = {1: -1, 2: 0xFFFF, 4: 0xFF}  # the first of so many values packed in a word
 
 

@@ -22,51 +22,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from pallas_kernels.tpu.heads import LANES, SUBLANES
-from pallas_kernels.tpu.memory import in_hbm
+from pallas_kernels.pages import LANES, SUBLANES
+from pallas_kernels.tpu.memory import IDS, in_hbm
 from pallas_kernels.tpu.products import dot, load_rows
+from pallas_kernels.tpu.softmax import FLOOR, LOG2E, MASKED
+from pallas_kernels.tpu.tasks import FIELDS, HOLES, NUM_TOKENS, TABLE_ROW, TOKEN, PrefillSizes, Tasks
+from pallas_kernels.tpu.units import Units
 
-MASKED = -1e30  # score of a key that is not visible
-FLOOR = -1e20  # the running maximum before the first key: exp2(MASKED - FLOOR) is 0
-LOG2E = 1.4426950408889634
 NEVER = 1 << 30  # a position behind all others
-UPPER_HALF = -65536  # of a word
-IDS = 128  # page ids in a chunk of the page table: one row of lanes
-FIELDS = 6  # of a row in `rows`
-TABLE_ROW, LENGTH, TOKEN, NUM_TOKENS, HOLES, FIRST_POSITION = range(FIELDS)
-WORDS_AT_ONCE = 256  # rows of 32-bit words that move between the layouts of a token and of a head
-
-
-@dataclasses.dataclass(frozen=True)
-class PrefillSizes:
-    """Static sizes of one kernel.
-
-    Args:
-        page_size: S.
-        pages_per_block: pages in a block of T keys; a power of two, at most 32.
-        query_tokens: Q, tokens of a task; a power of two.
-        heads_per_unit: query heads of a unit, a divisor of the group; R is Q times this.
-        blocks_in_ring: blocks in VMEM, a power of two: two at work, the others on their way.
-    """
-
-    page_size: int
-    pages_per_block: int
-    query_tokens: int
-    heads_per_unit: int
-    blocks_in_ring: int = 4
-
-    @property
-    def tokens(self) -> int:
-        return self.page_size * self.pages_per_block
-
-    @property
-    def rows_per_unit(self) -> int:
-        return self.query_tokens * self.heads_per_unit
-
-    def interleave(self, dtype) -> int:
-        """Heads whose rows alternate in a unit: those that share 32-bit words, if they are of one KV head."""
-        packed = 4 // dtype.itemsize
-        return packed if self.heads_per_unit % packed == 0 else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,56 +50,26 @@ class PrefillOptions:
         return self.scale * LOG2E if self.soft_cap is None else self.scale / self.soft_cap
 
 
-def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hbm, kv, kv_scales, task, due, ids,
-            q_in, words, q, out, lse, m_ref, l_ref, alpha_ref, acc_ref, s_a, s_b, p_a, p_b,
+def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hbm, kv, kv_scales, front, sent, due,
+            ids, q_in, words, q, out, lse, m_ref, l_ref, alpha_ref, acc_ref, s_a, s_b, p_a, p_b,
             page_sem, id_sem, q_sem, out_sem, *, num_rows: int, chunks: int, num_heads: int,
             sizes: PrefillSizes, options: PrefillOptions):  # fmt: skip
     del q_in_hbm, lse_in  # the same memory as `out_hbm` and `lse_hbm`: a task's outputs replace its queries
     S, NP, T, Q, R = (sizes.page_size, sizes.pages_per_block, sizes.tokens, sizes.query_tokens, sizes.rows_per_unit)
     ring = sizes.blocks_in_ring
     K = pages.shape[1]
-    units = q.shape[0]
-    units_per_head = units // K
-    steps = units + units % 2  # of a block
     L = pages.shape[3]
     planes = pages.shape[2] // S  # 2: value rows below key rows; 1: side by side in the lanes
     value_row = (planes - 1) * S
     shares_tile = S % (SUBLANES * 4 // pages.dtype.itemsize) != 0  # the keys and values of a page
-    packed, interleave = 4 // q.dtype.itemsize, sizes.interleave(q.dtype)
-    words_per_token = q_in.shape[1] // packed  # rows of words, each with `packed` heads
     num_active = rows[FIELDS * num_rows]
+    tasks = Tasks(sizes, options.causal, options.window, rows, num_rows, num_active, front)
+    field = tasks.field
+    all_units = Units(sizes, num_heads, K, q_in, words, q, m_ref, l_ref, acc_ref, out, lse)
+    units, interleave = q.shape[0], all_units.interleave
+    steps = units + units % 2  # of a block
 
-    def field(index, row):
-        return rows[index * num_rows + jnp.minimum(row, num_active - 1)]
-
-    # ---- the walk over tasks and blocks ------------------------------------------------------------------
-    def first_position(row, nth):
-        """Position of the task's first token."""
-        return field(FIRST_POSITION, row) + nth * Q
-
-    def end_of_keys(row, nth):
-        """How many keys the task's last token sees."""
-        return jnp.minimum(field(LENGTH, row), first_position(row, nth) + Q) if options.causal else field(LENGTH, row)
-
-    def first_block(row, nth):
-        if options.window is None:
-            return jnp.int32(0)
-        return lax.div(jnp.maximum(first_position(row, nth) - options.window + 1, 0), T)
-
-    def num_blocks(row, nth):
-        """At least one, so that a task without keys still writes zeros."""
-        end = lax.div(jnp.maximum(end_of_keys(row, nth), 0) + (T - 1), T)
-        return jnp.maximum(end - first_block(row, nth), 1)
-
-    # The front of the walk runs ahead of the work: its task (row, nth), and the block in it.
-    def advance():
-        row, nth, block = task[0], task[1], task[2]
-        more_blocks = block + 1 < num_blocks(row, nth)
-        more_tasks = (nth + 1) * Q < field(NUM_TOKENS, row)
-        task[2] = jnp.where(more_blocks, block + 1, 0)
-        task[1] = jnp.where(more_blocks, nth, jnp.where(more_tasks, nth + 1, 0))
-        task[0] = jnp.where(more_blocks | more_tasks, row, row + 1)
-
+    # ---- copies --------------------------------------------------------------------------------------------
     def chunk_copy(row, block, slot):
         chunk = field(TABLE_ROW, row) * chunks + lax.div(block * NP, IDS)
         here = pl.ds(pl.multiple_of(slot * IDS, IDS), IDS)
@@ -161,25 +94,18 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
             part = array.at[pl.ds(0, due[slot])]
             pl.when(due[slot] > 0)(pltpu.make_async_copy(part, part, page_sem.at[slot]).wait)
 
-    def geometry(row, nth, block):
-        """Of the block: keys from its start to the last one visible, those before the first, its ids' column."""
-        start = (first_block(row, nth) + block) * T
-        left = end_of_keys(row, nth) - start
-        low = first_position(row, nth) - options.window + 1 - start if options.window is not None else jnp.int32(0)
-        return left, low, ((first_block(row, nth) + block) * NP) & (IDS - 1)
-
     def fetch(slot):
         """Starts the copies of the block at the front of the walk and moves the front on."""
-        row, nth, block = task[0], task[1], task[2]
+        row, nth, block = front[0], front[1], front[2]
 
         @pl.when(row < num_active)
         def _():
-            copy = chunk_copy(row, first_block(row, nth) + block, slot)
+            copy = chunk_copy(row, tasks.first_block(row, nth) + block, slot)
             copy.start()
             copy.wait()
-            left, low, column = geometry(row, nth, block)
+            left, low, column = tasks.geometry(row, nth, block)
             start_pages(slot, left, column, low)
-            advance()
+            tasks.advance()
 
     def tokens_of_task(row, nth):
         """Where its tokens are in out_hbm, their queries before and their outputs after, and how many."""
@@ -252,7 +178,7 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
         position: of the task's first token, from the block's start.
         """
         real = jnp.minimum(unit, units - 1)
-        head = lax.div(real, units_per_head)
+        head = lax.div(real, all_units.per_head)
         s = dot(q[real], head_rows(slot, head, 0), 1)  # [R, T]
         if options.quantised:
             s = s * scales_of_head(slot, head, 0)
@@ -280,14 +206,10 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
 
     def values(unit, slot, p):
         v = head_rows(slot, head_of_old(unit), value_row)
-        acc_ref[unit] = acc_ref[unit] * wide(alpha_ref[unit]) + dot(p, v, 0)
+        acc_ref[unit] = acc_ref[unit] * all_units.wide(alpha_ref[unit]) + dot(p, v, 0)
 
     def head_of_old(unit):
-        return jnp.minimum(lax.div(unit, units_per_head), K - 1)
-
-    def wide(x):
-        """A value held in all 128 lanes, in L lanes."""
-        return x if L == LANES else jnp.concatenate([x] * (L // LANES), axis=1)
+        return jnp.minimum(lax.div(unit, all_units.per_head), K - 1)
 
     def reset(unit, _):
         m_ref[unit] = sinks[unit] * LOG2E if options.sinks else jnp.full((R, LANES), FLOOR, jnp.float32)
@@ -296,89 +218,15 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
         return 0
 
     # ---- a task ----------------------------------------------------------------------------------------------
-    chunk = min(Q, WORDS_AT_ONCE // words_per_token)  # tokens
-
-    def to_words():
-        def body(i, _):
-            x = pltpu.bitcast(q_in[pl.ds(i * chunk, chunk)], jnp.int32).reshape(chunk * words_per_token, L)
-            here = pl.ds(pl.multiple_of(i * chunk * words_per_token, SUBLANES), chunk * words_per_token)
-            for c in range(0, L, LANES):
-                words[c // LANES, here, :] = x[:, c : c + LANES]
-            return 0
-
-        lax.fori_loop(0, Q // chunk, body, 0)
-
-    def from_words():
-        def body(i, _):
-            here = pl.ds(pl.multiple_of(i * chunk * words_per_token, SUBLANES), chunk * words_per_token)
-            x = jnp.concatenate([words[c, here, :] for c in range(L // LANES)], axis=1)
-            out[pl.ds(i * chunk, chunk)] = pltpu.bitcast(x.reshape(chunk, words_per_token, L), out.dtype)
-            return 0
-
-        lax.fori_loop(0, Q // chunk, body, 0)
-
-    def words_of_head(n):
-        """One row a token: head n, and those that share its words."""
-        return pl.ds(n // packed, Q, stride=words_per_token)
-
-    def rows_of_head(n):
-        """The unit of head n, and the first of its rows there."""
-        head, rest = divmod(n, num_heads // K)
-        part, place = divmod(rest, sizes.heads_per_unit)
-        return head * units_per_head + part, place * Q
-
-    def load_queries():
-        to_words()
-        for n in range(0, num_heads, interleave):
-            unit, first = rows_of_head(n)
-            x = jnp.concatenate([words[c, words_of_head(n), :] for c in range(L // LANES)], axis=1)
-            if interleave < packed:  # the head's half of each word is the upper half of a float32
-                x = jnp.left_shift(x, 16) if n % packed == 0 else x & UPPER_HALF
-                x = pltpu.bitcast(x, jnp.float32)
-            else:
-                x = pltpu.bitcast(x, q.dtype).astype(jnp.float32)
-            q[unit, first : first + interleave * Q, :] = (x * options.query_factor).astype(q.dtype)
-
-    def output_of_head(n):
-        unit, first = rows_of_head(n)
-        here = slice(first, first + interleave * Q)
-        total = l_ref[unit, here]
-        return (acc_ref[unit, here] / wide(jnp.where(total > 0, total, 1.0))).astype(q.dtype)
-
-    def store_outputs():
-        for n in range(0, num_heads, packed):
-            if interleave == packed:
-                x = pltpu.bitcast(output_of_head(n), jnp.int32)
-            else:
-                halves = [pltpu.bitcast(output_of_head(i).astype(jnp.float32), jnp.int32)
-                          for i in range(n, min(n + packed, num_heads))]  # fmt: skip
-                x = jnp.bitwise_or(lax.shift_right_logical(halves[0], 16), halves[-1] & UPPER_HALF)
-            for c in range(0, L, LANES):
-                words[c // LANES, words_of_head(n), :] = x[:, c : c + LANES]
-        from_words()
-
-    def store_lse():
-        """Puts each head's in a lane."""
-        lane = lax.broadcasted_iota(jnp.int32, (Q, LANES), 1)
-        for first in range(0, num_heads, LANES):
-            x = jnp.zeros((Q, LANES), jnp.float32)
-            for n in range(first, min(first + LANES, num_heads)):
-                unit, row = rows_of_head(n - n % interleave)
-                here = pl.ds(row + n % interleave, Q, stride=interleave) if interleave > 1 else pl.ds(row, Q)
-                total = l_ref[unit, here, :]
-                log = (m_ref[unit, here, :] + jnp.log2(jnp.where(total > 0, total, 1.0))) * (1 / LOG2E)
-                x = jnp.where(lane == n - first, jnp.where(total > 0, log, -jnp.inf), x)
-            lse[:, first // LANES, :] = x
-
     def run_task(row, nth, number, slot):
         """Args:
         number: of the task. slot: of its first block in the ring.
         """
-        blocks = num_blocks(row, nth)
+        blocks = tasks.num_blocks(row, nth)
         lax.fori_loop(0, units + 1, reset, 0)
         q_copy(row, nth).wait()
-        load_queries()
-        more = (nth + 1) * Q < field(NUM_TOKENS, row)
+        all_units.load_queries(options.query_factor)
+        more = tasks.has_more(row, nth)
         next_row, next_nth = jnp.where(more, row, row + 1), jnp.where(more, nth + 1, 0)
         pl.when(next_row < num_active)(lambda: q_copy(next_row, next_nth).start())
 
@@ -388,8 +236,8 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
         def geometry_and_masks(block):
             """The scalars of a block, read by the stages of its units."""
             here = ring_slot(block)
-            left, low, column = geometry(row, nth, block)
-            position = first_position(row, nth) - (first_block(row, nth) + block) * T
+            left, low, column = tasks.geometry(row, nth, block)
+            position = tasks.first_position(row, nth) - (tasks.first_block(row, nth) + block) * T
             has_holes = field(HOLES, row) > 0
             is_edge = (left < T) | (low > 0) | has_holes
             is_masked = is_edge
@@ -456,27 +304,27 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
         lax.fori_loop(0, blocks, run_block, slot)
 
         def wait_for_last():
-            for copy in out_copies(task[4], task[5]):
+            for copy in out_copies(sent[0], sent[1]):
                 copy.wait()
 
         pl.when(number > 0)(wait_for_last)
-        store_outputs()
+        all_units.store_outputs()
         if options.lse:
-            store_lse()
+            all_units.store_lse()
         for copy in out_copies(row, nth):
             copy.start()
-        task[4], task[5] = row, nth
+        sent[0], sent[1] = row, nth
         return next_row, next_nth, number + 1, ring_slot(blocks)
 
     def run():
-        for i in range(6):
-            task[i] = jnp.int32(0)
+        for i in range(3):
+            front[i] = jnp.int32(0)
         q_copy(jnp.int32(0), jnp.int32(0)).start()
         for slot in range(ring - 1):
             fetch(jnp.int32(slot))
         zero = jnp.int32(0)
         lax.while_loop(lambda state: state[0] < num_active, lambda state: run_task(*state), (zero, zero, zero, zero))
-        for copy in out_copies(task[4], task[5]):
+        for copy in out_copies(sent[0], sent[1]):
             copy.wait()
 
     pl.when(num_active > 0)(run)
@@ -527,7 +375,8 @@ def prefill(q: Array, lse: Array | None, sinks: Array | None, rows: Array, table
         scratch_shapes=[
             vmem((sizes.blocks_in_ring, sizes.pages_per_block, *pages.shape[1:]), pages.dtype),
             vmem((*kv_scales, *scales.shape[1:]), f32),
-            smem((6,), jnp.int32),
+            smem((3,), jnp.int32),
+            smem((2,), jnp.int32),
             smem((sizes.blocks_in_ring,), jnp.int32),
             smem((sizes.blocks_in_ring * IDS,), jnp.int32),
             vmem((Q, *q.shape[1:]), q.dtype),

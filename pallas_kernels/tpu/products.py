@@ -14,8 +14,8 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from pallas_kernels.pages import FP8, numbers
-from pallas_kernels.tpu.heads import LANES, SUBLANES, HeadPacking
+from pallas_kernels.pages import FP8, LANES, SUBLANES, numbers
+from pallas_kernels.tpu.heads import HeadPacking
 
 
 def dot(a: Array, b: Array, contract_b: int) -> Array:

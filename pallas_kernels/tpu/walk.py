@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-IDS = 128  # page ids in a chunk of the page table: one row of lanes
+from pallas_kernels.tpu.memory import IDS
+
 ID_GROUPS = 16  # groups whose page ids can be under way; a power of two
 FIELDS = 9  # of a row in `rows`
 TABLE_ROW, LENGTH, TOKEN, FIRST_KEY, FIRST_BLOCK, FIRST_PAGE, LAST_PAGE, LAST_SLOT, HOLES = range(FIELDS)

@@ -17,8 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from pallas_kernels.pages import Pages, is_stacked, quantise
-from pallas_kernels.tpu.heads import LANES, SUBLANES
+from pallas_kernels.pages import LANES, SUBLANES, Pages, is_stacked, quantise
 from pallas_kernels.tpu.memory import WORD_PART, in_hbm
 
 RING_BYTES = 8 << 20  # of VMEM for the tiles under way

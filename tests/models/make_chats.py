@@ -181,7 +181,7 @@ def write_folder(folder: Path, style: str, tokenizer_json: str) -> None:
 
 
 def main():
-    from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports]  an environment of its own
+    from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports]  own environment
 
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)

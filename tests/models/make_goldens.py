@@ -146,8 +146,8 @@ def prompts(seed: int, vocab_size: int) -> list[list[int]]:
 
 def compute(case: str, seed: int) -> dict[str, np.ndarray]:
     """Config, tensor shapes, logits at the last token of every prompt, and greedy continuations."""
-    import torch  # pyright: ignore[reportMissingImports]  an environment of its own
-    from transformers import AutoConfig, AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
+    import torch  # pyright: ignore[reportMissingImports]  own environment
+    from transformers import AutoConfig, AutoModelForCausalLM  # pyright: ignore[reportMissingImports]  own environment
 
     model_type, changes = CASES[case]
     config = AutoConfig.for_model(model_type, **(COMMON | changes))
@@ -185,8 +185,8 @@ def compute(case: str, seed: int) -> dict[str, np.ndarray]:
 
 def mxfp4(seed: int) -> dict[str, np.ndarray]:
     """Packed weights of two experts, 64 inputs and 6 outputs, and what transformers unpacks them to."""
-    import torch  # pyright: ignore[reportMissingImports]
-    from transformers.integrations.mxfp4 import (  # pyright: ignore[reportMissingImports]
+    import torch  # pyright: ignore[reportMissingImports]  own environment
+    from transformers.integrations.mxfp4 import (  # pyright: ignore[reportMissingImports]  own environment
         convert_moe_packed_tensors,
     )
 
@@ -198,7 +198,7 @@ def mxfp4(seed: int) -> dict[str, np.ndarray]:
 
 def default_configs() -> dict[str, dict]:
     """Every model_type's config as transformers fills it where a file says nothing."""
-    from transformers import AutoConfig  # pyright: ignore[reportMissingImports]
+    from transformers import AutoConfig  # pyright: ignore[reportMissingImports]  own environment
 
     types = sorted({model_type for model_type, _ in CASES.values()})
     return {name: json.loads(AutoConfig.for_model(name).to_json_string(use_diff=True)) for name in types}

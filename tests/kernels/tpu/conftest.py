@@ -8,7 +8,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu import attention
-from pallas_kernels.tpu.prefill import PrefillSizes
+from pallas_kernels.tpu.tasks import PrefillSizes
 from pallas_kernels.tpu.walk import DecodeSizes
 
 

@@ -47,7 +47,7 @@ assert memory.temp_size_in_bytes < 0.02 * pages.num_bytes
 
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 def test_compiles_and_copies_no_pages(chip):
-    pytest.importorskip("libtpu")
+    pytest.importorskip("libtpu", reason="the compiler of TPUs is not installed")
     environment = dict(
         os.environ,
         JAX_PLATFORMS="cpu",
