@@ -13,7 +13,7 @@ import numpy as np
 from pallas_kernels import init_pages, page_bytes, paged_attention
 from pallas_kernels.pages import stored
 from pallas_kernels.tpu import attention
-from pallas_kernels.tpu.blocks import decode_sizes, prefill_sizes
+from pallas_kernels.tpu.blocks import decode_sizes, prefill_kernels, prefill_sizes
 from pallas_kernels.tpu.heads import pack_heads
 
 POOL_BYTES = 400 << 20  # more than VMEM, or XLA would move the pages there
@@ -30,7 +30,12 @@ class StaticCase:
     dtype: str = "bfloat16"
     in_grid: bool = False  # one of the 27 cells of chips x pages x contexts
     shared_prefix: int | None = None
+    prefill_tokens: int | None = None  # most of a sequence in a step, as the step knows; None: as many as come
     pool_bytes: int | None = None  # None: a page for every column of the table
+
+    @property
+    def max_query_len(self) -> int:
+        return self.prefill_tokens or max(self.new_tokens)
 
     @property
     def num_tokens(self) -> int:
@@ -76,7 +81,10 @@ def shapes() -> list[StaticCase]:
         StaticCase("decode, head size 256", (1024,) * 32, head_dim=256),
         StaticCase("decode, lengths 1 to 4096", ragged),
         StaticCase("decode, 64 sequences share 2048 of 2176", (2176,) * 64, shared_prefix=2048),
+        StaticCase("decode, 64 sequences of 2176, nothing shared", (2176,) * 64),
         StaticCase("prefill, 512 on 4096", (4096,), (512,)),
+        StaticCase("prefill, 16 prompts of 32", (32,) * 16, (32,) * 16, prefill_tokens=512),
+        StaticCase("prefill, 16 of 32 on 2048", (2048,) * 16, (32,) * 16, prefill_tokens=512),
         StaticCase("decode, 31 on 2048", (2048,) * 31),
         StaticCase("mixed, 31 decodes on 2048 and 512 on 4096", (2048,) * 31 + (4096,), (1,) * 31 + (512,)),
     ]
@@ -146,11 +154,12 @@ def operands(case: StaticCase) -> dict[str, dict[int, Any]]:
         sizes = prefill_sizes(pages, case.heads[0], case.num_tokens)
         prefix = jnp.asarray(case.shared_prefix, jnp.int32)
         rows = attention.prefix_rows(table[:1], prefix, case.num_tokens, sizes)
-        result["paged_prefill"] = {0: rows, 2: chunks[: chunks.size // batch]}
-    longest = max(case.new_tokens)
+        result[f"paged_prefill_{sizes.query_tokens}"] = {0: rows, 2: chunks[: chunks.size // batch]}
+    longest = case.max_query_len
     if longest > 1:
-        sizes = prefill_sizes(pages, case.heads[0], longest)
-        result["paged_prefill"] = {0: attention.prefill_rows(lengths, starts, table, sizes), 2: chunks}
+        for sizes, counts in prefill_kernels(pages, case.heads[0], batch, longest):
+            rows = attention.prefill_rows(lengths, starts, table, sizes, counts)
+            result[f"paged_prefill_{sizes.query_tokens}"] = {0: rows, 2: chunks}
         several = jnp.where(starts[1:] - starts[:-1] > 1, lengths, 0)
         result["paged_write"] = {0: attention.write_scalars(pages, table, several, starts, case.num_tokens)}
     return {

@@ -23,7 +23,7 @@ def main() -> None:
 
     case = all_cases()[sys.argv[1]]
     jitted = jax.jit(step, donate_argnums=3, static_argnames="max_query_len")
-    compiled = compile_for(CHIPS[sys.argv[2]].topology, jitted, *arguments(case), max_query_len=max(case.new_tokens))
+    compiled = compile_for(CHIPS[sys.argv[2]].topology, jitted, *arguments(case), max_query_len=case.max_query_len)
     memory = compiled.memory_analysis()
     print(json.dumps({"temp_bytes": memory.temp_size_in_bytes, "alias_bytes": memory.alias_size_in_bytes}))
 

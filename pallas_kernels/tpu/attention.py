@@ -14,7 +14,7 @@ from pallas_kernels.reference import AttentionResult
 from pallas_kernels.tpu import decode as kernel
 from pallas_kernels.tpu import prefill as prefill_kernel
 from pallas_kernels.tpu import tasks, walk
-from pallas_kernels.tpu.blocks import decode_sizes, prefill_sizes
+from pallas_kernels.tpu.blocks import decode_sizes, prefill_kernels, prefill_sizes
 from pallas_kernels.tpu.heads import pack_heads, pack_queries, pad_group, unpack_outputs, unpack_rows
 from pallas_kernels.tpu.memory import IDS
 from pallas_kernels.tpu.tasks import PrefillSizes
@@ -82,9 +82,10 @@ def prompts(lengths: Array, query_starts: Array) -> tuple[Array, Array, Array]:
     return query_starts[:-1] + inert, num_tokens - inert, (num_tokens > 1) & (lengths > 0)
 
 
-def prefill_rows(lengths: Array, query_starts: Array, ids: Array, sizes: PrefillSizes) -> Array:
-    """The scalars of each row that the prefill kernel needs; rows with fewer than two new tokens sit out."""
+def prefill_rows(lengths: Array, query_starts: Array, ids: Array, sizes: PrefillSizes, counts: range) -> Array:
+    """The scalars of each row that a prefill kernel needs; rows with other counts of new tokens sit out."""
     first, count, active = prompts(lengths, query_starts)
+    active &= (counts.start <= count) & (count < counts.stop)
     column = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :]
     needed = column * sizes.page_size < lengths[:, None]
     fields = {
@@ -120,15 +121,18 @@ def prefill(
         out and lse, with those tokens' in them.
     """
     if sizes is None:
-        sizes = prefill_sizes(pages, out.shape[1], max_query_len, compute_dtype(out, pages))
+        dtype = compute_dtype(out, pages)
+        kernels = prefill_kernels(pages, out.shape[1], lengths.size, max_query_len, dtype)
+    else:
+        kernels = [(sizes, range(1, max_query_len + 1))]
     lengths = jnp.minimum(lengths, page_table.shape[1] * pages.page_size)
     ids = jnp.where(is_mapped(page_table, pages), page_table, 0)
-    rows = prefill_rows(lengths, query_starts, ids, sizes)
+    tasks_of = [(sizes, prefill_rows(lengths, query_starts, ids, sizes, counts)) for sizes, counts in kernels]
     options = prefill_kernel.PrefillOptions(
         scale, window, soft_cap, sinks is not None, lse is not None, causal=True, quantised=pages.scales is not None
     )
     is_query = is_prefilled(lengths, query_starts, out.shape[0])
-    return _run_prefill(out, is_query, lse, sinks, rows, ids, pages, sizes, options)
+    return _run_prefill(out, is_query, lse, sinks, tasks_of, ids, pages, options)
 
 
 def prefix_rows(ids: Array, prefix: Array, num_tokens: int, sizes: PrefillSizes) -> Array:
@@ -168,7 +172,7 @@ def attend_to_prefix(
     )
     nothing = jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
     everyone = jnp.ones(num_tokens, bool)
-    out, lse = _run_prefill(q, everyone, nothing, None, rows, ids, pages, sizes, options)
+    out, lse = _run_prefill(q, everyone, nothing, None, [(sizes, rows)], ids, pages, options)
     assert lse is not None
     return out, lse
 
@@ -198,10 +202,10 @@ def decode_shared(
 
 
 def _run_prefill(
-    out: Array, is_query: Array, lse: Array | None, sinks: Array | None, rows: Array, ids: Array, pages: Pages,
-    sizes: PrefillSizes, options: prefill_kernel.PrefillOptions,
+    out: Array, is_query: Array, lse: Array | None, sinks: Array | None, kernels: list[tuple[PrefillSizes, Array]],
+    ids: Array, pages: Pages, options: prefill_kernel.PrefillOptions,
 ) -> tuple[Array, Array | None]:  # fmt: skip
-    """The prefill kernel, from and to heads as the model has them: where they fill registers, without a copy."""
+    """The prefill kernels, from and to heads as the model has them: where they fill registers, without a copy."""
     num_tokens, num_heads, head_dim = out.shape
     lanes, dtype = pages.data.shape[3], compute_dtype(out, pages)
     table, chunks = page_chunks(ids)
@@ -212,18 +216,21 @@ def _run_prefill(
         beside = jnp.where(is_query[:, None, None], 0, new)
         new = jnp.concatenate([jnp.pad(new, ((0, 0), (0, 0), (0, lanes - 2 * head_dim))), beside], axis=2)
     new = jnp.pad(new, ((0, 0), (0, more_heads), (0, 0)))
-    if sinks is not None:
-        by_head = sinks.astype(jnp.float32).reshape(-1, 1, sizes.interleave(dtype))
-        by_row = jnp.repeat(by_head, sizes.query_tokens, axis=1).reshape(-1, sizes.rows_per_unit, 1)
-        sinks = jnp.broadcast_to(by_row, (*by_row.shape[:2], LANES))
     if lse is not None:
         lse = jnp.pad(lse, ((0, 0), (0, -num_heads % LANES))).reshape(num_tokens, -1, LANES)
-    out_rows, lse_rows = prefill_kernel.prefill(
-        new, lse, sinks, rows, table, pages.data, pages.scales,
-        chunks=chunks, num_heads=num_heads, sizes=sizes, options=options,
-    )  # fmt: skip
-    out = out_rows[:, :num_heads, lanes - head_dim :].astype(out.dtype)
-    return out, None if lse is None else lse_rows.reshape(num_tokens, -1)[:, :num_heads]
+    for sizes, rows in kernels:
+        by_row = None
+        if sinks is not None:
+            by_head = sinks.astype(jnp.float32).reshape(-1, 1, sizes.interleave(dtype))
+            by_row = jnp.repeat(by_head, sizes.query_tokens, axis=1).reshape(-1, sizes.rows_per_unit, 1)
+            by_row = jnp.broadcast_to(by_row, (*by_row.shape[:2], LANES))
+        new, new_lse = prefill_kernel.prefill(
+            new, lse, by_row, rows, table, pages.data, pages.scales,
+            chunks=chunks, num_heads=num_heads, sizes=sizes, options=options,
+        )  # fmt: skip
+        lse = None if lse is None else new_lse
+    out = new[:, :num_heads, lanes - head_dim :].astype(out.dtype)
+    return out, None if lse is None else lse.reshape(num_tokens, -1)[:, :num_heads]
 
 
 def write_scalars(pages: Pages, ids: Array, lengths: Array, query_starts: Array, num_tokens: int) -> Array:

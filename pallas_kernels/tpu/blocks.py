@@ -14,6 +14,7 @@ ITEM_BYTES = 1 << 20
 AHEAD_BYTES = 6 << 20  # more than a microsecond of any chip's bandwidth
 BLOCK_BYTES = 4 << 20
 MAX_PAGES = 32  # of an item: one bit each in a scalar
+SHORT_TASK = 64  # tokens
 MANY_PAGES = 16  # of an item: their copies take long to start
 
 
@@ -44,6 +45,20 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking) -> DecodeSi
     hides_copies = pages_per_item >= MANY_PAGES and packing.lanes <= LANES
     ring = groups * items_per_group
     return DecodeSizes(pages.page_size, pages_per_item, items_per_group, ring, distance, hides_copies)
+
+
+def prefill_kernels(
+    pages: Pages, num_heads: int, num_rows: int, max_query_len: int, dtype=jnp.bfloat16
+) -> list[tuple[PrefillSizes, range]]:
+    """The prefill kernels of a step, and how many new tokens the rows have that each takes.
+
+    A kernel computes whole tasks. Where several rows share a step, those with few new tokens get one with short tasks.
+    """
+    sizes = prefill_sizes(pages, num_heads, max_query_len, dtype)
+    if num_rows == 1 or sizes.query_tokens <= SHORT_TASK:
+        return [(sizes, range(1, max_query_len + 1))]
+    short = prefill_sizes(pages, num_heads, SHORT_TASK, dtype)
+    return [(short, range(1, SHORT_TASK + 1)), (sizes, range(SHORT_TASK + 1, max_query_len + 1))]
 
 
 def prefill_sizes(pages: Pages, num_heads: int, max_query_len: int, dtype=jnp.bfloat16) -> PrefillSizes:

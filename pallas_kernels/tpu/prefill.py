@@ -367,7 +367,7 @@ def prefill(q: Array, lse: Array | None, sinks: Array | None, rows: Array, table
     arrays = (table.reshape(-1, 1, IDS), pages, scales, q, lse)
     return pl.pallas_call(
         functools.partial(_kernel, num_rows=num_rows, chunks=chunks, num_heads=num_heads, sizes=sizes, options=options),
-        name="paged_prefill",
+        name=f"paged_prefill_{Q}",
         out_shape=(pltpu.HBM(q.shape, q.dtype), pltpu.HBM(lse.shape, f32)),
         in_specs=[scalars, pl.BlockSpec(memory_space=vmem)] + [hbm] * len(arrays),
         out_specs=(hbm, hbm),

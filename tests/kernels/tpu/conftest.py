@@ -61,10 +61,11 @@ def small_blocks(monkeypatch):
     def decode_sizes(pages, max_pages, packing):
         return DecodeSizes(pages.page_size, pages_per_block(pages.page_size), items_per_group=1, items_in_ring=4)
 
-    def prefill_sizes(pages, num_heads, *_):
+    def prefill_kernels(pages, num_heads, *_):
         group = num_heads // pages.num_kv_heads
         heads_per_unit = 2 if group % 2 == 0 else 1
-        return PrefillSizes(pages.page_size, pages_per_block(pages.page_size), 16, heads_per_unit)
+        sizes = PrefillSizes(pages.page_size, pages_per_block(pages.page_size), 16, heads_per_unit)
+        return [(sizes, range(1, 1 << 30))]
 
     monkeypatch.setattr(attention, "decode_sizes", decode_sizes)
-    monkeypatch.setattr(attention, "prefill_sizes", prefill_sizes)
+    monkeypatch.setattr(attention, "prefill_kernels", prefill_kernels)

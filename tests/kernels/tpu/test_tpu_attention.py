@@ -12,6 +12,8 @@ from kernels.cases import CASES, Case, expected, make_inputs
 
 from pallas_kernels import copy_pages, init_pages, paged_attention, write_pages
 from pallas_kernels.tpu import attention, decode
+from pallas_kernels.tpu.blocks import prefill_kernels
+from pallas_kernels.tpu.tasks import PrefillSizes
 from pallas_kernels.tpu.walk import DecodeSizes
 
 # One of each kind in every run; the others with -m long.
@@ -111,6 +113,26 @@ def test_groups_of_items_and_a_page_table_that_streams(
     lengths = (3, 130, 1, 128, 129, 7, 0, 260, 16, 2, 5)
     case = Case("streams", lengths, (1,) * len(lengths), heads, head_dim, 16, dtype, "bfloat16", is_padded=True)
     check(case, make_inputs(case))
+
+
+def test_short_and_long_prompts_in_one_step(interpreter, small_blocks, monkeypatch):
+    """Each prompt goes to the kernel whose tasks have its size."""
+    short, long = (PrefillSizes(16, 8, query_tokens, 2) for query_tokens in (16, 32))
+    kernels = [(short, range(1, 17)), (long, range(17, 1 << 30))]
+    monkeypatch.setattr(attention, "prefill_kernels", lambda *_: kernels)
+    case = Case("two kernels", (20, 45, 7), (3, 20, 1), (2, 1), 128, sinks=True)
+    check(case, make_inputs(case))
+
+
+def test_every_prompt_has_one_kernel():
+    pages = init_pages(9, 8, 16, 128)
+    for num_rows in (1, 16):
+        for max_query_len in (2, 64, 65, 512):
+            counts = [count for _, counts in prefill_kernels(pages, 32, num_rows, max_query_len) for count in counts]
+            assert sorted(counts) == list(range(1, max_query_len + 1))
+    assert len(prefill_kernels(pages, 32, 1, 512)) == 1
+    short, long = (sizes.query_tokens for sizes, _ in prefill_kernels(pages, 32, 16, 512))
+    assert short < long
 
 
 @pytest.mark.parametrize("prefix", [pytest.param(0, marks=pytest.mark.long), 32])

@@ -31,7 +31,7 @@ for case in (
     StaticCase("mixed", (2048,) * 7 + (4096,), (1,) * 7 + (512,)),
     StaticCase("mixed", (2048,) * 7 + (4096,), (1,) * 7 + (512,), dtype="int8", page_size=16),
 )[:: 1 if sys.argv[1].startswith("v6e") else 3]:
-    compiled = compile_for(sys.argv[1], jitted, *arguments(case), max_query_len=max(case.new_tokens))
+    compiled = compile_for(sys.argv[1], jitted, *arguments(case), max_query_len=case.max_query_len)
     memory, pool = compiled.memory_analysis(), abstract_pages(case).num_bytes
     assert memory.alias_size_in_bytes >= pool, (case, memory)
     tokens = case.num_tokens * case.heads[0] * case.head_dim
