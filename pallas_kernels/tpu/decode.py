@@ -168,22 +168,23 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, scales_in,
             def _():
                 walk.bits_of[r] = lax.fori_loop(0, NP, drop_hole, walk.bits_of[r])
 
-            def page(j, _):
-                @pl.when((jnp.right_shift(walk.bits_of[r], j) & 1) == 0)
-                def _():
-                    slots[slot][j, :, value_row : value_row + S, :] = jnp.zeros((K, S, L), pages.dtype)
+            def zero_page(j, _):
+                slots[slot][j, :, value_row : value_row + S, :] = jnp.zeros((K, S, L), pages.dtype)
 
-                return 0
+            def zero_if_missing(j, _):
+                pl.when((jnp.right_shift(walk.bits_of[r], j) & 1) == 0)(lambda: zero_page(j, None))
 
             def behind(t, _):
                 here = pl.ds(pl.multiple_of(value_row + t * tile_rows, tile_rows), tile_rows)
                 j = walk.field(LAST_PAGE, row)
                 slots[slot][j, :, here, :] = jnp.zeros((K, tile_rows, L), pages.dtype)
-                return 0
 
-            lax.fori_loop(0, NP, page, 0)
+            end = jnp.where(left > T, NP, walk.field(LAST_PAGE, row) + 1)
+            lax.fori_loop(end, NP, zero_page, None)
+            is_broken = has_holes | (walk.low_of[r] > 0) if options.bounded else has_holes
+            pl.when(is_broken)(lambda: lax.fori_loop(0, end, zero_if_missing, None))
             first_behind = lax.div(walk.field(LAST_SLOT, row), tile_rows) + 1
-            lax.fori_loop(jnp.where(left <= T, first_behind, S // tile_rows), S // tile_rows, behind, 0)
+            lax.fori_loop(jnp.where(left <= T, first_behind, S // tile_rows), S // tile_rows, behind, None)
 
     def put_new_token(r, slot):
         """Appends to the tile of the last token, as 32-bit words; other items keep theirs as it is.
