@@ -14,7 +14,7 @@ from pallas_kernels.reference import AttentionResult
 from pallas_kernels.tpu import decode as kernel
 from pallas_kernels.tpu import prefill as prefill_kernel
 from pallas_kernels.tpu import tasks, walk
-from pallas_kernels.tpu.blocks import decode_sizes, prefill_kernels, prefill_sizes
+from pallas_kernels.tpu.blocks import ALL_COUNTS, decode_sizes, prefill_kernels, prefill_sizes
 from pallas_kernels.tpu.heads import pack_heads, pack_queries, pad_group, unpack_outputs, unpack_rows
 from pallas_kernels.tpu.memory import IDS
 from pallas_kernels.tpu.tasks import PrefillSizes
@@ -124,15 +124,15 @@ def prefill(
         dtype = compute_dtype(out, pages)
         kernels = prefill_kernels(pages, out.shape[1], lengths.size, max_query_len, dtype)
     else:
-        kernels = [(sizes, range(1, max_query_len + 1))]
+        kernels = [(sizes, ALL_COUNTS)]
     lengths = jnp.minimum(lengths, page_table.shape[1] * pages.page_size)
     ids = jnp.where(is_mapped(page_table, pages), page_table, 0)
-    tasks_of = [(sizes, prefill_rows(lengths, query_starts, ids, sizes, counts)) for sizes, counts in kernels]
+    kernels = [(sizes, prefill_rows(lengths, query_starts, ids, sizes, counts)) for sizes, counts in kernels]
     options = prefill_kernel.PrefillOptions(
         scale, window, soft_cap, sinks is not None, lse is not None, causal=True, quantised=pages.scales is not None
     )
     is_query = is_prefilled(lengths, query_starts, out.shape[0])
-    return _run_prefill(out, is_query, lse, sinks, tasks_of, ids, pages, options)
+    return _run_prefill(out, is_query, lse, sinks, kernels, ids, pages, options)
 
 
 def prefix_rows(ids: Array, prefix: Array, num_tokens: int, sizes: PrefillSizes) -> Array:

@@ -15,6 +15,7 @@ AHEAD_BYTES = 6 << 20  # more than a microsecond of any chip's bandwidth
 BLOCK_BYTES = 4 << 20
 MAX_PAGES = 32  # of an item: one bit each in a scalar
 SHORT_TASK = 64  # tokens
+ALL_COUNTS = range(1, 1 << 30)  # of a row's new tokens
 MANY_PAGES = 16  # of an item: their copies take long to start
 
 
@@ -41,7 +42,7 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking) -> DecodeSi
     items_per_group = min(8, items_per_mib * (4 if needs_room else 2)) if item_bytes <= ITEM_BYTES else 1
     distance = 1 if item_bytes >= ITEM_BYTES else 2  # the softmax of an item must not wait for its scores
     groups = -(-2 * distance // items_per_group) + max(2, min(3, -(-AHEAD_BYTES // (items_per_group * item_bytes))))
-    # Few copies fit behind the products as they are, and strided ones let no load or store pass.
+    # Beside the products, few copies cost more than behind them, and strided ones let no load or store pass.
     hides_copies = pages_per_item >= MANY_PAGES and packing.lanes <= LANES
     ring = groups * items_per_group
     return DecodeSizes(pages.page_size, pages_per_item, items_per_group, ring, distance, hides_copies)
@@ -56,9 +57,9 @@ def prefill_kernels(
     """
     sizes = prefill_sizes(pages, num_heads, max_query_len, dtype)
     if num_rows == 1 or sizes.query_tokens <= SHORT_TASK:
-        return [(sizes, range(1, max_query_len + 1))]
+        return [(sizes, ALL_COUNTS)]
     short = prefill_sizes(pages, num_heads, SHORT_TASK, dtype)
-    return [(short, range(1, SHORT_TASK + 1)), (sizes, range(SHORT_TASK + 1, max_query_len + 1))]
+    return [(short, ALL_COUNTS[:SHORT_TASK]), (sizes, ALL_COUNTS[SHORT_TASK:])]
 
 
 def prefill_sizes(pages: Pages, num_heads: int, max_query_len: int, dtype=jnp.bfloat16) -> PrefillSizes:

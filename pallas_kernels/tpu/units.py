@@ -33,8 +33,8 @@ class Units:
         tokens_in: the task's queries `[Q, padded heads, L]`.
         words: the 32-bit words of its queries or outputs, `[registers of a row, words, 128]`.
         q: the queries of each unit, `[units, R, L]`.
-        m: of each unit the running maximum of the scores in base 2, `[units + 1, R, 128]`, as is
-        total: the sum of its weights.
+        m: of each unit the running maximum of the scores, in base 2, `[units + 1, R, 128]`.
+        total: the sum of its weights, likewise.
         acc: the weighted sum of its values, `[units + 1, R, L]`.
         out: the task's outputs `[Q, padded heads, L]`.
         lse: float32 `[Q, ceil(N / 128), 128]`.

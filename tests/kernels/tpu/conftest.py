@@ -8,6 +8,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu import attention
+from pallas_kernels.tpu.blocks import ALL_COUNTS
 from pallas_kernels.tpu.tasks import PrefillSizes
 from pallas_kernels.tpu.walk import DecodeSizes
 
@@ -65,7 +66,7 @@ def small_blocks(monkeypatch):
         group = num_heads // pages.num_kv_heads
         heads_per_unit = 2 if group % 2 == 0 else 1
         sizes = PrefillSizes(pages.page_size, pages_per_block(pages.page_size), 16, heads_per_unit)
-        return [(sizes, range(1, 1 << 30))]
+        return [(sizes, ALL_COUNTS)]
 
     monkeypatch.setattr(attention, "decode_sizes", decode_sizes)
     monkeypatch.setattr(attention, "prefill_kernels", prefill_kernels)
