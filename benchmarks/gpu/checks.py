@@ -33,6 +33,7 @@ CASES = (
     Case("decode", (65, 150), (1, 1), (4, 2, 64), 64, dtype="float8_e4m3fn"),
     Case("rows", (40, 150, 65), (40, 37, 1), (2, 1, 128)),
     Case("rows", (70, 20), (40, 20), (2, 1, 128), dtype="float8_e4m3fn"),
+    Case("rows", (70,), (40,), (2, 1, 128), 64, dtype="int8"),
     Case("rows, large group", (70, 20), (1, 1), (20, 1, 128), 64),
     Case("shared prefix", (97, 130), (1, 1), options=(("shared_prefix", 96),)),
 )

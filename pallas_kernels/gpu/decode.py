@@ -19,8 +19,18 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpu.hardware import shared_memory_per_block
 from pallas_kernels.gpu.layout import ACC, clear, drain, swizzled
-from pallas_kernels.gpu.quantised import load_scales, read_scales, scale_buffer, view_scales, widen
+from pallas_kernels.gpu.quantised import (
+    STEP,
+    load_scales,
+    read_scales,
+    scale_buffer,
+    split_queries,
+    sum_dtype,
+    view_scales,
+    widen,
+)
 from pallas_kernels.gpu.schedule import Schedule
+from pallas_kernels.pages import numbers
 
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # a score that no key has; finite, so that a difference of two is not NaN
@@ -112,11 +122,18 @@ def attend_segments(
     all_mapped = (1 << copies) - 1
     is_quantised = scales is not None
     scale_copies = (copies if page_size <= tokens else 2) if is_quantised else 0
-    inputs = [q, data, page_table, rows, schedule.segments, schedule.share_starts]
-    inputs += [] if scales is None else [view_scales(scales)]
+    score_scale = scale * LOG2E if soft_cap is None else scale / soft_cap
+    wide = q.dtype  # of weights, and of values for the tensor core
+    token_layout, query_layout = (plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0))
+    inputs = [page_table, rows, schedule.segments, schedule.share_starts]
+    if scales is not None:
+        data = numbers(data)
+        high, low, q_scales = split_queries(q, data.dtype)
+        q = jnp.concatenate([high, low], axis=2)
+        inputs += [q_scales * score_scale, view_scales(scales)]
 
     def kernel(q_ref, data_ref, table_ref, rows_ref, segments_ref, starts_ref, *refs):
-        scales_ref, refs = (None, refs) if scales is None else (refs[0], refs[1:])
+        (q_scales_ref, scales_ref), refs = ((None, None), refs) if scales is None else (refs[:2], refs[2:])
         (out_ref, lse_ref, q_smem, k_smem, v_smem, p_smem, ids_smem, mapped_smem, field_smem, out_smem, lse_smem,
          q_bar, k_bar, v_bar, ids_bar, q_free, k_free, v_free, *refs) = refs  # fmt: skip
         wide_smem, scale_smem = refs if refs else (None, None)
@@ -133,7 +150,7 @@ def attend_segments(
             def _():
                 plgpu.barrier_wait(q_free.at[buffer])
 
-            for field, value in enumerate((begin, end, first_tile, num_tiles)):
+            for field, value in enumerate((row, begin, end, first_tile, num_tiles)):
                 field_smem[buffer, field] = value
             plgpu.copy_gmem_to_smem(q_ref.at[row, head], q_smem.at[buffer], q_bar.at[buffer])
 
@@ -184,7 +201,10 @@ def attend_segments(
         def attend_segment(segment, step):
             buffer = lax.rem(segment - first_segment, jnp.int32(2))
             plgpu.barrier_wait(q_bar.at[buffer])
-            begin, end, first_tile, num_tiles = (field_smem[buffer, field] for field in range(4))
+            row, begin, end, first_tile, num_tiles = (field_smem[buffer, field] for field in range(5))
+            q_scale: Any = None
+            if q_scales_ref is not None:
+                q_scale = plgpu.load(q_scales_ref.at[row, head], layout=query_layout, optimized=False)
 
             def attend_tile(i, carry):
                 acc, top, total = carry
@@ -192,26 +212,27 @@ def attend_segments(
                 position = (first_tile + i) * tokens
                 plgpu.barrier_wait(k_bar.at[slot])
                 mapped = mapped_smem[slot]
-                keys, values = k_smem.at[slot], v_smem.at[slot]
+                values = v_smem.at[slot]
                 k_scale = v_scale = None
-                if scale_smem is not None and wide_smem is not None:
+                if scale_smem is not None:
                     k_scale, v_scale = (
-                        read_scales(scale_smem.at[slot], part, page_size, tokens, head) for part in range(2)
+                        read_scales(scale_smem.at[slot], part, page_size, tokens, head, token_layout)
+                        for part in range(2)
                     )
-                    keys = widen(keys, wide_smem)
 
                 def score(acc_ref):
-                    plgpu.wgmma(acc_ref, keys, q_smem.at[buffer].transpose((1, 0)))
+                    plgpu.wgmma(acc_ref, k_smem.at[slot], q_smem.at[buffer].transpose((1, 0)))
                     return acc_ref[...]
 
-                s = pl.run_scoped(score, ACC((tokens, group), jnp.float32))
+                s = pl.run_scoped(score, ACC((tokens, q.shape[2]), sum_dtype(data.dtype)))
                 plgpu.barrier_arrive(k_free.at[slot])
-                if k_scale is not None:
-                    s = s * lax.broadcast_in_dim(k_scale, s.shape, [0])
-                if soft_cap is None:
-                    s = s * (scale * LOG2E)
-                else:
-                    s = jnp.tanh(s * (scale / soft_cap)) * (soft_cap * LOG2E)
+                if k_scale is None:
+                    s = s * score_scale
+                else:  # of the two parts of each query
+                    s = (s[:, :group] * STEP[data.dtype.name] + s[:, group:]).astype(jnp.float32)
+                    s = s * lax.broadcast_in_dim(k_scale, s.shape, [0]) * lax.broadcast_in_dim(q_scale, s.shape, [1])
+                if soft_cap is not None:
+                    s = jnp.tanh(s) * (soft_cap * LOG2E)
 
                 def exists(token):
                     is_mapped = (lax.shift_right_logical(mapped, token // copy_tokens) & 1) == 1
@@ -230,7 +251,8 @@ def attend_segments(
                 plgpu.barrier_wait(v_bar.at[slot])
 
                 if wide_smem is not None:
-                    values = widen(values, wide_smem)
+                    widen(values, wide_smem, tokens, head_dim)
+                    values = wide_smem
                 is_whole = (begin <= position) & (position + tokens <= end) & (mapped == all_mapped)
                 pl.when(jnp.logical_not(is_whole))(lambda: clear(values, exists))
 
@@ -270,13 +292,13 @@ def attend_segments(
             drain(v_free, stages, num_tiles)
 
     scratch_types: list[Any] = [
-        swizzled((2, group, head_dim), q.dtype),
+        swizzled((2, q.shape[2], head_dim), q.dtype),
         swizzled((stages, tokens, head_dim), data.dtype),
         swizzled((stages, tokens, head_dim), data.dtype),
-        swizzled((group, tokens), q.dtype),
+        swizzled((group, tokens), wide),
         plgpu.SMEM((tile.ids,), jnp.int32),
         plgpu.SMEM((stages,), jnp.int32),
-        plgpu.SMEM((2, 4), jnp.int32),
+        plgpu.SMEM((2, 5), jnp.int32),
         plgpu.SMEM((head_dim, group), jnp.float32),
         plgpu.SMEM((LSE_LANES,), jnp.float32),
         plgpu.Barrier(num_barriers=2),
@@ -288,7 +310,7 @@ def attend_segments(
         plgpu.Barrier(num_barriers=stages),
     ]
     if is_quantised:
-        scratch_types.append(swizzled((tokens, head_dim), q.dtype))
+        scratch_types.append(swizzled((tokens, head_dim), wide))
         scratch_types.append(plgpu.SMEM((stages, *scale_buffer(page_size, tokens)), jnp.float32))
     return plgpu.kernel(
         kernel,
@@ -303,7 +325,7 @@ def attend_segments(
         scratch_types=scratch_types,
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_decode",
-    )(*inputs)
+    )(q, data, *inputs)
 
 
 def merge_segments(

@@ -10,36 +10,49 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.gpu.layout import LANES, parts
-from pallas_kernels.pages import FP8, numbers
+from pallas_kernels.pages import FP8
 
+STEP = {"int8": 128, FP8.name: 1}  # what a high part counts more than a low one; 1: the tensor core can add them up
+EXPONENT = {"int8": 7, FP8.name: 8}  # of the largest number of a query: scaled, it is less than 2 to so much
 BYTES = plgpu.Layout.WGMMA_UPCAST_4X  # a thread holds 8 lanes side by side: one load of 8 bytes, one store of 16
 LEAST_SCALES = 32  # of a copy, which moves 128 bytes at least
 
 
-def widen(source: Any, target: Any) -> Any:
-    """An 8-bit tile as bfloat16 in another place, which the tensor core then reads."""
-    for rows, lanes in parts(target.shape):
-        part = numbers(plgpu.load(source.at[rows, lanes], layout=BYTES))
-        if part.dtype == FP8:
-            part = part.astype(jnp.float32)  # the chip has no conversion to bfloat16
-        target.at[rows, lanes][...] = part.astype(target.dtype)
-    plgpu.commit_smem()
-    return target
+def split_queries(q: Float[Array, "*n H"], dtype: Any) -> tuple[Array, Array, Float[Array, "*n"]]:
+    """Queries as two vectors of 8-bit numbers, `(high * STEP + low) * scale`, and a scale.
 
-
-def dequantise(source: Any, target: Any, scales: Any) -> None:
-    """An 8-bit tile of 64 tokens times their scales `[tokens]` as bfloat16 in another place; 0 where the scale is.
-
-    The caller commits the shared memory.
+    Keys are then multiplied as the pages hold them. Of the largest number of its vector, each is exact to 2**-14 in
+    int8 and to 2**-17 in float8; to a bfloat16 that is not a small part of that number both are exact.
     """
-    scales = lax.broadcast_in_dim(scales, (target.shape[0], LANES), [0])
+    q = q.astype(jnp.float32)
+    top = jnp.max(jnp.abs(q), axis=-1, keepdims=True)
+    exponent, step = EXPONENT[jnp.dtype(dtype).name], STEP[jnp.dtype(dtype).name]
+    scale = jnp.ldexp(jnp.ones_like(top), jnp.frexp(top)[1] - exponent)
+    scale += jnp.sum(0 * q, axis=-1, keepdims=True)  # NaN stays NaN
 
-    @pl.loop(0, target.shape[1] // LANES)  # not unrolled, for the sake of registers
-    def _(i):
-        lanes = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
-        part = numbers(plgpu.load(source.at[:, lanes], layout=BYTES)).astype(jnp.float32)
-        target.at[:, lanes][...] = jnp.where(scales > 0, part * scales, 0.0).astype(target.dtype)  # a byte may be NaN
+    def narrow(x):
+        return (jnp.clip(jnp.round(x), -127, 127) if dtype == jnp.int8 else x).astype(dtype)
+
+    high = narrow(q / scale)
+    low = narrow((q / scale - high.astype(jnp.float32)) * step)
+    return high, low, scale[..., 0] / step
+
+
+def sum_dtype(dtype: Any) -> Any:
+    """In which the tensor core adds up products of numbers of a dtype."""
+    return jnp.int32 if dtype == jnp.int8 else jnp.float32
+
+
+def widen(source: Any, target: Any, rows: int, lanes: int) -> None:
+    """An 8-bit tile as bfloat16 in another place, for the tensor core, in pieces of so many rows and lanes."""
+    for row in range(0, target.shape[0], rows):
+        for lane in range(0, target.shape[1], lanes):
+            piece = pl.ds(row, rows), pl.ds(lane, lanes)
+            x = plgpu.load(source.at[piece], layout=BYTES)
+            if x.dtype == FP8:
+                x = x.astype(jnp.float32)  # the chip has no conversion to bfloat16
+            target.at[piece][...] = x.astype(target.dtype)
+    plgpu.commit_smem()
 
 
 def view_scales(scales: Float[Array, "P K R"]) -> Float[Array, "P C W"]:
@@ -74,16 +87,15 @@ def load_scales(source: Any, target: Any, bar: Any, page_size: int, pages: list,
             plgpu.copy_gmem_to_smem(source.at[pages[0], head, here], target.at[0, pl.ds(part * tokens, tokens)], bar)
 
 
-def read_scales(source: Any, part: int, page_size: int, tokens: int, head: Any) -> Any:
-    """The scales of a tile's keys (part 0) or values (part 1), `[tokens]`."""
-    rows = plgpu.Layout.WGMMA.reduce(1)
+def read_scales(source: Any, part: int, page_size: int, tokens: int, head: Any, layout: Any) -> Any:
+    """The scales of a tile's keys (part 0) or values (part 1), `[tokens]`, in a layout."""
     num_rows, step = source.shape[0], min(page_size, tokens)
     first = part * step
     if 2 * page_size < LEAST_SCALES:
         first += lax.rem(head * (2 * page_size), jnp.int32(LEAST_SCALES))
-    token = plgpu.broadcasted_iota(jnp.int32, (tokens,), 0, layout=rows)
+    token = plgpu.broadcasted_iota(jnp.int32, (tokens,), 0, layout=layout)
     scales = None
     for row in range(num_rows):
-        mine = plgpu.load(source.at[row, pl.ds(first, tokens)], layout=rows, optimized=False)
+        mine = plgpu.load(source.at[row, pl.ds(first, tokens)], layout=layout, optimized=False)
         scales = mine if scales is None else jnp.where((token // step) % num_rows == row, mine, scales)
     return scales

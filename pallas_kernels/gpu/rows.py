@@ -18,15 +18,25 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpu.hardware import is_interpreted, shared_memory_per_block
-from pallas_kernels.gpu.layout import ACC, clear, drain, swizzled
-from pallas_kernels.gpu.quantised import dequantise, load_scales, read_scales, scale_buffer, view_scales
+from pallas_kernels.gpu.layout import ACC, LANES, ROWS, clear, drain, swizzled
+from pallas_kernels.gpu.quantised import (
+    STEP,
+    load_scales,
+    read_scales,
+    scale_buffer,
+    split_queries,
+    sum_dtype,
+    view_scales,
+    widen,
+)
 from pallas_kernels.gpu.schedule import BLOCK_ROWS, RowItems
+from pallas_kernels.pages import numbers
 
 LOG2E = math.log2(math.e)
 WARPGROUPS = 2  # that compute
 WARPGROUP_ROWS = 64
 assert BLOCK_ROWS == WARPGROUPS * WARPGROUP_ROWS
-RAW_STAGES = 2  # 8-bit tiles on their way
+RAW_STAGES = 2  # 8-bit tiles of values on their way
 OUT_LANES = 32  # of the result that are staged at a time
 LSE_LANES = 8  # of the log-sum-exp in memory: the narrowest tile that a warpgroup can hold
 
@@ -62,13 +72,18 @@ def row_tile(head_dim: int, page_size: int, max_pages: int, dtype: Any, rows_per
     """The sizes for head size H, pages of S tokens of a dtype and M columns of the table: as many stages as fit."""
     is_whole = 128 % page_size == 0 or page_size % 128 == 0
     is_quantised = jnp.dtype(dtype).itemsize == 1
-    tokens = 128 if head_dim <= 128 and is_whole and not is_quantised else 64
+    has_room = head_dim <= 128 and dtype != jnp.int8  # registers: int8 takes two sums
+    tokens = 128 if is_whole and has_room else 64
     fixed = BLOCK_ROWS * (2 * head_dim + 4 * OUT_LANES + 4 * LSE_LANES)  # queries, result, log-sum-exp
     fixed += 8192  # ids, sums across warps, barriers, alignment
+    stage = 2 * 2 * tokens * head_dim
     if is_quantised:
-        fixed += RAW_STAGES * (2 * tokens * head_dim + 4 * math.prod(scale_buffer(page_size, tokens)))
-    stages = (shared_memory_per_block(1) - fixed) // (2 * 2 * tokens * head_dim)
-    registers = (224, 56) if head_dim == 256 else (208, 88)
+        fixed += RAW_STAGES * tokens * head_dim
+        stage += 4 * math.prod(scale_buffer(page_size, tokens)) - tokens * head_dim  # keys stay as they are
+    stages = (shared_memory_per_block(1) - fixed) // stage
+    registers = (216, 72) if is_quantised else (208, 88)
+    if head_dim == 256:
+        registers = (232, 40)
     ids = min(256, -(-max_pages // 32) * 32)
     return RowTile(tokens, min(stages, 4), ids, registers, rows_per_query)
 
@@ -116,15 +131,29 @@ def attend_rows(
     copies = tokens // copy_tokens
     all_mapped = (1 << copies) - 1
     is_quantised = scales is not None
-    scale_copies = copies if page_size <= tokens else 2
-    out_dtype = q.dtype if num_parts == 1 else jnp.float32
-    score_scale = scale * LOG2E if soft_cap is None else soft_cap * LOG2E  # of what the soft cap leaves
+    scale_copies = (copies if page_size <= tokens else 2) if is_quantised else 0
+    wide = q.dtype  # of weights, and of values for the tensor core
+    out_dtype = wide if num_parts == 1 else jnp.float32
+    row_layout, token_layout = (plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0))
+    score_scale = scale * LOG2E if soft_cap is None else scale / soft_cap
+    q_parts, num_sums, inputs = q[None], 1, []
+    if scales is not None:
+        data = numbers(data)
+        high, low, q_scales = split_queries(q, data.dtype)
+        q_parts = jnp.stack([high, low])
+        num_sums = 1 if STEP[data.dtype.name] == 1 else 2
+        q_scales = jnp.pad(q_scales.T * score_scale, ((0, 0), (0, BLOCK_ROWS)))  # blocks begin anywhere
+        inputs += [q_scales, view_scales(scales)]
+    if sinks is not None:
+        inputs.append(sinks)
 
     def kernel(q_ref, data_ref, table_ref, items_ref, *refs):
+        none: Any = None  # what only 8-bit pages have
+        (q_scales_ref, scales_ref), refs = ((none, none), refs) if scales is None else (refs[:2], refs[2:])
         sinks_ref, refs = (None, refs) if sinks is None else (refs[0], refs[1:])
-        scales_ref, refs = (None, refs) if scales is None else (refs[0], refs[1:])
         (out_ref, lse_ref, q_smem, k_smem, v_smem, ids_smem, mapped_smem, out_smem, lse_smem,
-         q_bar, k_bar, v_bar, ids_bar, tail_bar, turn_bar, k_free, v_free, *raw_refs) = refs  # fmt: skip
+         q_bar, k_bar, v_bar, ids_bar, tail_bar, turn_bar, k_free, v_free, *refs) = refs  # fmt: skip
+        scale_smem, raw_smem, raw_bar = refs if refs else (none, none, none)
         head, item = lax.axis_index("head"), lax.axis_index("item")
         warpgroup = lax.axis_index("warpgroup")
 
@@ -177,68 +206,70 @@ def attend_rows(
             def _():
                 plgpu.barrier_wait(free.at[lax.rem(i, jnp.int32(stages))])
 
-        def move_tile(i, keys):
+        def fetch(i, keys):
+            """Issues the copies of a tile's keys and, where they are 8 bits wide, of its scales and values."""
             slot = lax.rem(i, jnp.int32(stages))
             pages, mapped, first_slot = find_pages(i, keys)
             wait_for_room(i, k_free)
             mapped_smem[slot] = mapped
             load(0, pages, first_slot, k_smem.at[slot], k_bar.at[slot])
-            wait_for_room(i, v_free)
-            exists_all = ((keys.first_tile + i + 1) * tokens <= keys.end) & (mapped == all_mapped)
+            if is_quantised:
+                bar = k_bar.at[slot]
+                load_scales(scales_ref, scale_smem.at[slot], bar, page_size, pages, kv_head, first_slot)
+                raw = lax.rem(i, jnp.int32(RAW_STAGES))
+                plgpu.commit_smem()  # all warps have read the values that make room
+                load(1, pages, first_slot, raw_smem.at[raw], raw_bar.at[raw])
+            return pages, mapped, first_slot
 
-            @pl.when(exists_all)
+        def clear_tail(i, keys, mapped):
+            clear(v_smem.at[lax.rem(i, jnp.int32(stages))], lambda token: exists(token, i, keys, mapped))
+
+        def exists_all(i, keys, mapped):
+            return ((keys.first_tile + i + 1) * tokens <= keys.end) & (mapped == all_mapped)
+
+        def move_tile(i, keys):
+            slot = lax.rem(i, jnp.int32(stages))
+            pages, mapped, first_slot = fetch(i, keys)
+            wait_for_room(i, v_free)
+            is_whole = exists_all(i, keys, mapped)
+
+            @pl.when(is_whole)
             def _():
                 load(1, pages, first_slot, v_smem.at[slot], v_bar.at[slot])
 
-            @pl.when(jnp.logical_not(exists_all))
+            @pl.when(jnp.logical_not(is_whole))
             def _():
                 load(1, pages, first_slot, v_smem.at[slot], tail_bar)
                 plgpu.barrier_wait(tail_bar)
-                clear(v_smem.at[slot], lambda token: exists(token, i, keys, mapped))
+                clear_tail(i, keys, mapped)
                 for _ in range(copies):
                     plgpu.barrier_arrive(v_bar.at[slot])
 
-        def move_quantised(keys):
-            raw_smem, scale_smem, raw_mapped_smem, raw_bar = raw_refs
-
-            def fetch(i):
-                raw = lax.rem(i, jnp.int32(RAW_STAGES))
-                pages, mapped, first_slot = find_pages(i, keys)
-                plgpu.commit_smem()  # all warps have read the tile that makes room
-                raw_mapped_smem[raw] = mapped
-                for part in range(2):
-                    load(part, pages, first_slot, raw_smem.at[part, raw], raw_bar.at[raw])
-                bar = raw_bar.at[raw]
-                load_scales(scales_ref, scale_smem.at[raw], bar, page_size, pages, kv_head, first_slot)
-
-            pl.when(keys.num_tiles > 0)(lambda: fetch(jnp.int32(0)))
-
-            @pl.loop(0, keys.num_tiles)
-            def _(i):
-                slot, raw = lax.rem(i, jnp.int32(stages)), lax.rem(i, jnp.int32(RAW_STAGES))
-                pl.when(i + 1 < keys.num_tiles)(lambda: fetch(i + 1))
-                plgpu.barrier_wait(raw_bar.at[raw])
-                mapped = raw_mapped_smem[raw]
-                rows = plgpu.Layout.WGMMA.reduce(1)
-                token = plgpu.broadcasted_iota(jnp.int32, (tokens,), 0, layout=rows)
-                for part, smem, bar, free in ((0, k_smem, k_bar, k_free), (1, v_smem, v_bar, v_free)):
-                    wait_for_room(i, free)
-                    if part == 0:
-                        mapped_smem[slot] = mapped
-                    scale = read_scales(scale_smem.at[raw], part, page_size, tokens, kv_head)
-                    scale = jnp.where(exists(token, i, keys, mapped), scale, 0.0)
-                    dequantise(raw_smem.at[part, raw], smem.at[slot], scale)
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(bar.at[slot])
+        def widen_values(i, keys):
+            slot, raw = lax.rem(i, jnp.int32(stages)), lax.rem(i, jnp.int32(RAW_STAGES))
+            plgpu.barrier_wait(raw_bar.at[raw])
+            wait_for_room(i, v_free)
+            widen(raw_smem.at[raw], v_smem.at[slot], ROWS, LANES)
+            mapped = mapped_smem[slot]
+            pl.when(jnp.logical_not(exists_all(i, keys, mapped)))(lambda: clear_tail(i, keys, mapped))
+            plgpu.barrier_arrive(v_bar.at[slot])
 
         def move():
             plgpu.set_max_registers(tile.registers[1], action="decrease")
             place, keys = word("eighth") * 8, find_keys()
             for i in range(WARPGROUPS):
-                rows = q_ref.at[pl.ds(place + i * WARPGROUP_ROWS, WARPGROUP_ROWS), head]
-                plgpu.copy_gmem_to_smem(rows, q_smem.at[i], q_bar)
+                for part in range(q_parts.shape[0]):
+                    rows = q_ref.at[part, pl.ds(place + i * WARPGROUP_ROWS, WARPGROUP_ROWS), head]
+                    plgpu.copy_gmem_to_smem(rows, q_smem.at[i, part], q_bar)
             if is_quantised:
-                move_quantised(keys)
+
+                @pl.loop(0, keys.num_tiles + 1)
+                def _(i):
+                    @pl.when(i < keys.num_tiles)
+                    def _():
+                        fetch(i, keys)
+
+                    pl.when(i > 0)(lambda: widen_values(i - 1, keys))
             else:
                 pl.loop(0, keys.num_tiles)(lambda i: move_tile(i, keys))
             drain(k_free, stages, keys.num_tiles)
@@ -266,6 +297,13 @@ def attend_rows(
             begin = jnp.minimum(begin, num_tiles)
             stop = jnp.maximum(stop, begin)
 
+            def read_tile_scales(part, slot):
+                return read_scales(scale_smem.at[slot], part, page_size, tokens, kv_head, token_layout)
+
+            def spread(x):
+                """A number a row, or one for all of them, to multiply scores with."""
+                return x if isinstance(x, float) else lax.broadcast_in_dim(x, (WARPGROUP_ROWS, tokens), [0])
+
             def take_turns():
                 """Waits until one warpgroup has issued its products and the other is in its softmax; then they swap.
 
@@ -289,53 +327,71 @@ def attend_rows(
                 plgpu.barrier_wait(k_bar.at[slot])
                 mapped = mapped_smem[slot]
 
-                def score(acc_ref):
-                    plgpu.wgmma(acc_ref, q_smem.at[warpgroup], k_smem.at[slot].transpose((1, 0)))
+                def score(*acc_refs):
+                    for part in range(q_parts.shape[0]):
+                        acc_ref = acc_refs[part % num_sums]
+                        plgpu.wgmma(acc_ref, q_smem.at[warpgroup, part], k_smem.at[slot].transpose((1, 0)))
                     take_turns()
-                    return acc_ref[...]
+                    return [acc_ref[...] for acc_ref in acc_refs]
 
-                s = pl.run_scoped(score, ACC((WARPGROUP_ROWS, tokens), jnp.float32))
+                shape = (WARPGROUP_ROWS, tokens)
+                s, *low = pl.run_scoped(score, *[ACC(shape, sum_dtype(data.dtype))] * num_sums)
+                v_scale = None
+                if is_quantised:
+                    if low:
+                        s = s * STEP[data.dtype.name] + low[0]
+                    s = s.astype(jnp.float32) * lax.broadcast_in_dim(read_tile_scales(0, slot), shape, [1])
+                    v_scale = read_tile_scales(1, slot)
                 plgpu.barrier_arrive(k_free.at[slot])
+                factor = q_scale  # of the scores
                 if soft_cap is not None:
-                    s = jnp.tanh(s * (scale / soft_cap))
+                    s, factor = jnp.tanh(s * spread(q_scale)), soft_cap * LOG2E
 
-                def mask(s):
+                def mask(s, v_scale):
                     def iota(axis):
-                        return plgpu.broadcasted_iota(jnp.int32, s.shape, axis, layout=plgpu.Layout.WGMMA)
+                        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
                     token = iota(1)
                     query = position + (offset + iota(0)) // tile.rows_per_query
                     visible = (token <= query - tile_position) & exists(token, i, keys, mapped)
                     if window is not None:
                         visible &= token > query - (tile_position + window)
-                    return jnp.where(visible, s, -jnp.inf)
+                    if v_scale is not None:  # that of a slot without a token may be NaN
+                        column = plgpu.broadcasted_iota(jnp.int32, (tokens,), 0, layout=token_layout)
+                        v_scale = jnp.where(exists(column, i, keys, mapped), v_scale, 0.0)
+                    return jnp.where(visible, s, -jnp.inf), v_scale
 
                 sees_all = (tile_position + tokens - 1 <= lowest) & (tile_position + tokens <= keys.end)
                 sees_all &= mapped == all_mapped
                 if window is not None:
                     sees_all &= tile_position > highest - window
-                s = lax.cond(sees_all, lambda s: s, mask, s)
+                s, v_scale = lax.cond(sees_all, lambda *both: both, mask, s, v_scale)
 
-                new_top = jnp.maximum(top, s.max(axis=1) * score_scale)
+                new_top = jnp.maximum(top, s.max(axis=1) * factor)
                 safe_top = jnp.where(new_top == -jnp.inf, 0.0, new_top)  # a row that has seen no key yet
                 decay = jnp.exp2(top - safe_top)
-                p = jnp.exp2(s * score_scale - lax.broadcast_in_dim(safe_top, s.shape, [0]))
+                p = jnp.exp2(s * spread(factor) - spread(safe_top))
                 total = total * decay + p.sum(axis=1)
+                if v_scale is not None:
+                    p = p * lax.broadcast_in_dim(v_scale, shape, [1])
                 acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
                 take_turns()
                 plgpu.barrier_wait(v_bar.at[slot])
-                acc = weigh(p.astype(q.dtype), v_smem.at[slot], acc)
+                acc = weigh(p.astype(wide), v_smem.at[slot], acc)
                 plgpu.barrier_arrive(v_free.at[slot])
                 return acc, new_top, total
 
             acc = plgpu.layout_cast(jnp.full((WARPGROUP_ROWS, head_dim), 0.0, jnp.float32), plgpu.Layout.WGMMA)
-            rows = plgpu.Layout.WGMMA.reduce(1)
             top = jnp.full((WARPGROUP_ROWS,), -jnp.inf, jnp.float32)
             total = jnp.full((WARPGROUP_ROWS,), 0.0, jnp.float32)
             if sinks_ref is not None:
                 top = lax.broadcast_in_dim(sinks_ref[head] * LOG2E, (WARPGROUP_ROWS,), ())
                 total = jnp.full((WARPGROUP_ROWS,), 1.0, jnp.float32)
-            top, total = plgpu.layout_cast(top, rows), plgpu.layout_cast(total, rows)
+            top, total = plgpu.layout_cast(top, row_layout), plgpu.layout_cast(total, row_layout)
+            q_scale = score_scale
+            if q_scales_ref is not None:
+                rows = pl.ds(word("eighth") * 8 + mine, WARPGROUP_ROWS)
+                q_scale = plgpu.load(q_scales_ref.at[head, rows], layout=row_layout, optimized=False)
 
             plgpu.barrier_wait(q_bar)
             pl.when(warpgroup == 1)(take_turns)
@@ -363,15 +419,15 @@ def attend_rows(
         pl.when(is_used & (warpgroup == WARPGROUPS))(move)
 
     scratch_types: list[Any] = [
-        swizzled((WARPGROUPS, WARPGROUP_ROWS, head_dim), q.dtype),
-        swizzled((stages, tokens, head_dim), q.dtype),
-        swizzled((stages, tokens, head_dim), q.dtype),
+        swizzled((WARPGROUPS, *q_parts.shape[:1], WARPGROUP_ROWS, head_dim), q_parts.dtype),
+        swizzled((stages, tokens, head_dim), data.dtype),
+        swizzled((stages, tokens, head_dim), wide),
         plgpu.SMEM((tile.ids,), jnp.int32),
         plgpu.SMEM((stages,), jnp.int32),
         plgpu.SMEM((WARPGROUPS, WARPGROUP_ROWS, OUT_LANES), out_dtype),
         plgpu.SMEM((WARPGROUPS, WARPGROUP_ROWS, LSE_LANES), jnp.float32),
-        plgpu.Barrier(num_arrivals=WARPGROUPS),
-        plgpu.Barrier(num_arrivals=1 if is_quantised else copies, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=WARPGROUPS * q_parts.shape[0]),
+        plgpu.Barrier(num_arrivals=copies + scale_copies, num_barriers=stages),
         plgpu.Barrier(num_arrivals=1 if is_quantised else copies, num_barriers=stages),
         plgpu.Barrier(),
         plgpu.Barrier(num_arrivals=copies),
@@ -381,15 +437,11 @@ def attend_rows(
     ]
     if is_quantised:
         scratch_types += [
-            swizzled((2, RAW_STAGES, tokens, head_dim), data.dtype),
-            plgpu.SMEM((RAW_STAGES, *scale_buffer(page_size, tokens)), jnp.float32),
-            plgpu.SMEM((RAW_STAGES,), jnp.int32),
-            plgpu.Barrier(num_arrivals=2 * copies + scale_copies, num_barriers=RAW_STAGES),
+            plgpu.SMEM((stages, *scale_buffer(page_size, tokens)), jnp.float32),
+            swizzled((RAW_STAGES, tokens, head_dim), data.dtype),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=RAW_STAGES),
         ]
     fields = jnp.stack(items, axis=1)
-    inputs = [q, data, page_table, fields]
-    inputs += [] if sinks is None else [sinks]
-    inputs += [] if scales is None else [view_scales(scales)]
     return plgpu.kernel(
         kernel,
         out_type=(
@@ -403,7 +455,7 @@ def attend_rows(
         scratch_types=scratch_types,
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_rows",
-    )(*inputs)
+    )(q_parts, data, page_table, fields, *inputs)
 
 
 def weigh(weights: Any, values: Any, acc: Any) -> Any:

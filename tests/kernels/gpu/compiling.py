@@ -39,8 +39,8 @@ class KernelReport(NamedTuple):
         return min(REGISTERS // registers, SHARED_MEMORY // (self.shared_memory + RESERVED))
 
     def products(self) -> list[tuple[int, bool]]:
-        """Of every run of tensor core instructions that is waited for as one: how many, whether from registers."""
-        runs, instructions = [], []
+        """Of every run of tensor core instructions that is committed as one: how many, whether from registers."""
+        runs, instructions, num_waited = [], [], 0
         for line in self.ptx:
             if "wgmma.mma_async" in line:
                 instructions.append(bool(re.search(r"\}, *\{", line)))
@@ -50,7 +50,8 @@ class KernelReport(NamedTuple):
                 instructions = []
             elif "wgmma.wait_group" in line:
                 assert not instructions and line.endswith(" 0;")
-        assert count(self.ptx, "wgmma.wait_group") == len(runs)
+                num_waited = len(runs)
+        assert num_waited == len(runs)
         return runs
 
     def copy_loops(self) -> list[list[str]]:

@@ -1,9 +1,12 @@
 """The decode kernel in the interpreter against the reference."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 from oracle import check, expect_no_neighbours
 from problems import make_problem
+
+from pallas_kernels.gpu.quantised import STEP, split_queries
 
 # Head size, page size, (query, KV) heads, window, soft cap, sinks: every pair of neighbouring choices occurs.
 CASES = [
@@ -46,6 +49,19 @@ def test_quantised_pages(interpreter, dtype, head_dim, page_size, heads, write):
     problem = make_problem(lengths, query_lens=[0, 1, 1, 1], dtype=dtype, write=write, **shape)
     sinks = jnp.linspace(-1, 2, heads[0], dtype=jnp.float32)
     check(problem, max_query_len=1, window=100, sinks=sinks)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("int8", 2.0**-14), ("float8_e4m3fn", 2.0**-17)])
+def test_a_query_is_the_sum_of_two_parts(dtype, bound):
+    q = jax.random.normal(jax.random.key(0), (64, 3, 128)) * jnp.array([[[1e-3], [1.0], [1e4]]])
+    q = q.astype(jnp.bfloat16).at[0].set(0)
+    high, low, scale = split_queries(q, jnp.dtype(dtype))
+    assert high.dtype == low.dtype == dtype
+    parts = high.astype(jnp.float32) * STEP[dtype] + low.astype(jnp.float32)
+    wide = q.astype(jnp.float32)
+    error = jnp.abs(parts * scale[..., None] - wide)
+    assert jnp.all(error <= bound * jnp.abs(wide).max(axis=-1, keepdims=True))
+    assert jnp.isnan(split_queries(q.at[1, 1, 5].set(jnp.nan), jnp.dtype(dtype))[2][1, 1])
 
 
 def test_positions_beyond_int16(interpreter):
