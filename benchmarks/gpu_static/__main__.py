@@ -1,0 +1,161 @@
+"""What the GPU kernels cost on paper.
+
+    python -m benchmarks.gpu_static [--case TEXT] [--json]
+
+Compiles each kernel for an H200 on any machine, disassembles it and follows one warp of each role through its loop, a
+tile of keys at a time (`sass.py` says with which latencies). Cycles, of one multiprocessor:
+
+    compute, move    what a tile takes the warps that compute and those that move it, each alone
+    issue            what a tile takes a scheduler to issue, for all roles
+    bound            what the hardware needs for a tile: its bytes from memory (decode), its products (rows)
+    share            of the hardware that the schedule can use: bound / the slowest of all (two blocks of the decode
+                     kernel take turns, which halves its cycles); late copies and the ends of the work are not in it
+
+It needs `pip install 'paged_jax[compile]'`, no GPU and no driver.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from benchmarks.gpu_static.sass import Loop, find_loop, scheduler_cycles
+from benchmarks.gpu_static.target import compile_for_h200
+from benchmarks.report import Report, add_json_option
+from pallas_kernels import init_pages, paged_attention
+from pallas_kernels.gpu.decode import decode_tile
+from pallas_kernels.gpu.hardware import MULTIPROCESSORS
+from pallas_kernels.gpu.rows import WARPGROUPS, row_tile
+
+CLOCK = 1.98e9  # an H200's highest
+MEMORY_BYTES = 4.8e12 / CLOCK / MULTIPROCESSORS  # a cycle and multiprocessor
+MAX_PAGES = 256  # columns of the page table
+PAGE_COPIES = r"UTMALDG\.[45]D"
+
+
+class Case(NamedTuple):
+    """Attention to pages of one kind: by the decode kernel where a sequence has one query, else by the rows kernel."""
+
+    kernel: str
+    dtype: str
+    page_size: int
+    heads: tuple[int, int, int] = (32, 8, 128)  # N, K, H
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} {self.dtype} page {self.page_size} heads {'/'.join(map(str, self.heads))}"
+
+
+CASES = [
+    *(
+        Case(kernel, dtype, page_size)
+        for kernel in ("decode", "rows")
+        for dtype in ("bfloat16", "int8", "float8_e4m3fn")
+        for page_size in (16, 64, 128)
+    ),
+    *(
+        Case(kernel, dtype, 64, heads)
+        for kernel in ("decode", "rows")
+        for heads in ((64, 8, 64), (16, 1, 128), (16, 8, 256))
+        for dtype in ("bfloat16", "float8_e4m3fn")
+    ),
+]
+
+
+def disassembler() -> Path | None:
+    """The folder of NVIDIA's disassembler, as Mosaic GPU looks for it."""
+    try:
+        files = metadata.files("nvidia-cuda-nvdisasm") or []
+    except metadata.PackageNotFoundError:
+        return None
+    return next((Path(str(x.locate())).parents[1] for x in files if x.name == "nvdisasm"), None)
+
+
+def compile_case(case: Case, folder: str) -> str:
+    """The machine code of the case's kernel."""
+    num_heads, num_kv_heads, head_dim = case.heads
+    pages = jax.eval_shape(partial(init_pages, 4096, num_kv_heads, case.page_size, head_dim, case.dtype))
+    batch, tokens = (64, 64) if case.kernel == "decode" else (1, 4096)
+    attend = partial(paged_attention, max_query_len=tokens // batch, implementation="pallas_gpu")
+
+    def array(*shape: int, dtype: Any = jnp.int32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    q = array(tokens, num_heads, head_dim, dtype=jnp.bfloat16)
+    before = {name: os.environ.get(name) for name in DUMPS}
+    os.environ.update({**DUMPS, "MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_CUDA_ROOT": str(disassembler())})
+    try:
+        table = array(batch, MAX_PAGES)
+        compile_for_h200(jax.jit(attend), q, None, None, pages, table, array(batch), array(batch + 1))
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    (path,) = Path(folder).glob(f"paged_{case.kernel}_[0-9]*.sass_ctrl")
+    return path.read_text()
+
+
+DUMPS = {"MOSAIC_GPU_DUMP_TO": "", "MOSAIC_GPU_CUDA_ROOT": "", "MOSAIC_GPU_DUMP_SASS_CTRL": "1"}
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """A row of the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        code = compile_case(case, folder)
+    compute, move = find_loop(code, "GMMA"), find_loop(code, PAGE_COPIES)
+    cost = decode_cost if case.kernel == "decode" else rows_cost
+    return {"case": case.name, **cost(case, compute, move)}
+
+
+def decode_cost(case: Case, compute: Loop, move: Loop) -> dict[str, Any]:
+    num_heads, num_kv_heads, head_dim = case.heads
+    tile = decode_tile(num_heads // num_kv_heads, head_dim, case.page_size, MAX_PAGES, jnp.dtype(case.dtype))
+    itemsize = jnp.dtype(case.dtype).itemsize
+    num_bytes = 2 * tile.tokens * (head_dim * itemsize + (4 if itemsize == 1 else 0))
+    issue = scheduler_cycles([compute, move])
+    slowest = max(compute.cycles / tile.blocks, move.cycles / tile.blocks, issue, compute.products)
+    return row(tile.tokens, compute, move, issue, num_bytes / MEMORY_BYTES, slowest)
+
+
+def rows_cost(case: Case, compute: Loop, move: Loop) -> dict[str, Any]:
+    tile = row_tile(case.heads[2], case.page_size, MAX_PAGES, jnp.dtype(case.dtype), 1)
+    issue = scheduler_cycles([compute] * WARPGROUPS + [move])
+    return row(
+        tile.tokens, compute, move, issue, WARPGROUPS * compute.products, max(compute.cycles, move.cycles, issue)
+    )
+
+
+def row(tokens: int, compute: Loop, move: Loop, issue: int, bound: float, slowest: float) -> dict[str, Any]:
+    return {
+        "tokens": tokens,
+        "compute": compute.cycles,
+        "move": move.cycles,
+        "issue": issue,
+        "bound": round(bound),
+        "share": round(bound / max(bound, slowest), 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", default="", help="only cases with this text in their name")
+    add_json_option(parser)
+    options = parser.parse_args()
+    if disassembler() is None:
+        parser.exit(2, "NVIDIA's disassembler is not installed: pip install 'paged_jax[compile]'.\n")
+    report = Report("gpu_static", "Cycles of a tile on an H200, from the compiled kernels")
+    for case in tqdm([case for case in CASES if options.case in case.name]):
+        report.add(**measure(case))
+    report.finish(options)
+
+
+if __name__ == "__main__":
+    main()
