@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from tqdm import tqdm
+from rich.progress import track
 
 from benchmarks.gpu_static.sass import Loop, find_loop, scheduler_cycles
 from benchmarks.gpu_static.target import compile_for_h200
@@ -39,6 +39,7 @@ from pallas_kernels.gpu.rows import WARPGROUPS, row_tile
 CLOCK = 1.98e9  # an H200's highest
 MEMORY_BYTES = 4.8e12 / CLOCK / MULTIPROCESSORS  # a cycle and multiprocessor
 MAX_PAGES = 256  # columns of the page table
+DUMPS = {"MOSAIC_GPU_DUMP_TO": "", "MOSAIC_GPU_CUDA_ROOT": "", "MOSAIC_GPU_DUMP_SASS_CTRL": "1"}
 PAGE_COPIES = r"UTMALDG\.[45]D"
 
 
@@ -103,9 +104,6 @@ def compile_case(case: Case, folder: str) -> str:
     return path.read_text()
 
 
-DUMPS = {"MOSAIC_GPU_DUMP_TO": "", "MOSAIC_GPU_CUDA_ROOT": "", "MOSAIC_GPU_DUMP_SASS_CTRL": "1"}
-
-
 def measure(case: Case) -> dict[str, Any]:
     """A row of the table."""
     with tempfile.TemporaryDirectory() as folder:
@@ -152,7 +150,7 @@ def main() -> None:
     if disassembler() is None:
         parser.exit(2, "NVIDIA's disassembler is not installed: pip install 'paged_jax[compile]'.\n")
     report = Report("gpu_static", "Cycles of a tile on an H200, from the compiled kernels")
-    for case in tqdm([case for case in CASES if options.case in case.name]):
+    for case in track([case for case in CASES if options.case in case.name], "compiling"):
         report.add(**measure(case))
     report.finish(options)
 

@@ -1,15 +1,9 @@
-"""Compiles for an H200 on a machine without a GPU and reads what the compiler reports."""
+"""Reads what the compiler says of kernels for an H200."""
 
 import pathlib
 import re
 from typing import NamedTuple
 
-import jax
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
-
-TARGET = pathlib.Path(__file__).parent / "h200.txtpb"
 SHARED_MEMORY, RESERVED, REGISTERS = 233472, 1024, 65536  # of a multiprocessor; reserved: by every block
 LOAD = r"cp\.async\.bulk\.tensor\.\dd\.shared"  # of the copy engine
 
@@ -69,19 +63,6 @@ class KernelReport(NamedTuple):
 
 def count(lines: list[str], pattern: str) -> int:
     return sum(bool(re.search(pattern, line)) for line in lines)
-
-
-def compile_for_h200(function, *arguments):
-    """Compiles `function` for shapes and dtypes like those of `arguments` (a pytree)."""
-    import jax_plugins.xla_cuda13  # noqa: F401  registers the compiler; no driver needed
-
-    jax.devices()
-    topology = topologies.get_topology_desc("", platform="cuda", target_config=TARGET.read_text(), topology="1x1x1")
-    mesh = Mesh(np.array(topology.devices[:1]), ("x",))
-    sharding = NamedSharding(mesh, PartitionSpec())
-    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
-    with use_abstract_mesh(mesh.abstract_mesh):
-        return function.lower(*arguments).compile()
 
 
 def read_reports(folder: pathlib.Path) -> dict[str, KernelReport]:

@@ -6,8 +6,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from compiling import LOAD, compile_for_h200, count, read_reports
+from compiling import LOAD, count, read_reports
 
+from benchmarks.gpu_static.target import compile_for_h200
 from pallas_kernels import copy_pages, paged_attention, write_pages
 from pallas_kernels.pages import Pages, init_pages
 
