@@ -34,7 +34,7 @@ from benchmarks.report import Report, add_json_option
 from pallas_kernels import init_pages, paged_attention
 from pallas_kernels.gpu.decode import decode_tile
 from pallas_kernels.gpu.hardware import MULTIPROCESSORS
-from pallas_kernels.gpu.rows import WARPGROUPS, row_tile
+from pallas_kernels.gpu.rows import row_tile
 
 CLOCK = 1.98e9  # an H200's highest
 MEMORY_BYTES = 4.8e12 / CLOCK / MULTIPROCESSORS  # a cycle and multiprocessor
@@ -125,9 +125,9 @@ def decode_cost(case: Case, compute: Loop, move: Loop) -> dict[str, Any]:
 
 def rows_cost(case: Case, compute: Loop, move: Loop) -> dict[str, Any]:
     tile = row_tile(case.heads[2], case.page_size, MAX_PAGES, jnp.dtype(case.dtype), 1)
-    issue = scheduler_cycles([compute] * WARPGROUPS + [move])
+    issue = scheduler_cycles([compute] * tile.warpgroups + [move])
     return row(
-        tile.tokens, compute, move, issue, WARPGROUPS * compute.products, max(compute.cycles, move.cycles, issue)
+        tile.tokens, compute, move, issue, tile.warpgroups * compute.products, max(compute.cycles, move.cycles, issue)
     )
 
 

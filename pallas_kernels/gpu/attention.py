@@ -125,13 +125,13 @@ def attend_queries(
     num_kv_heads = pages.num_kv_heads
     group = num_heads // num_kv_heads if is_packed else 1
     tile = row_tile(head_dim, pages.page_size, page_table.shape[1], pages.dtype, group)
-    num_items = max_row_items(queries.num.size, num_tokens, group)
+    num_items = max_row_items(queries.num.size, num_tokens, group, tile.rows)
     columns = num_heads // group
     most_parts = page_table.shape[1] * pages.page_size // (LEAST_TILES * tile.tokens)
     num_parts = max(1, min(hardware.num_multiprocessors() // (num_items * columns), most_parts))
     items = cut_queries(
-        queries, num_tokens, rows_per_query=group, tokens_per_tile=tile.tokens, num_parts=num_parts,
-        window=options.window,
+        queries, num_tokens, rows_per_query=group, rows_per_block=tile.rows, tokens_per_tile=tile.tokens,
+        num_parts=num_parts, window=options.window,
     )  # fmt: skip
     # [T, K, G, H] -> [T * G, K, H]
     rows = q.reshape(num_tokens, columns, group, head_dim).swapaxes(1, 2).reshape(-1, columns, head_dim)

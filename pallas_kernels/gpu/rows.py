@@ -1,8 +1,8 @@
 """Attention of many queries over the pages of one sequence: prefill, chunks, large groups and shared prefixes.
 
-A block takes 128 rows of queries of one head, 64 to each of two computing warpgroups, and streams the sequence's
-keys and values past them; a third warpgroup moves pages. While one warpgroup takes the softmax the other has the
-tensor cores. From FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608). README.md has the reasons and the numbers.
+A block takes 64 rows of queries of one head for each of its two or three computing warpgroups, and streams the
+sequence's keys and values past them; another warpgroup moves pages. While one takes the softmax another has the tensor
+cores. From FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608). README.md has the reasons and the numbers.
 """
 
 from __future__ import annotations
@@ -29,13 +29,11 @@ from pallas_kernels.gpu.quantised import (
     view_scales,
     widen,
 )
-from pallas_kernels.gpu.schedule import BLOCK_ROWS, RowItems
+from pallas_kernels.gpu.schedule import RowItems
 from pallas_kernels.pages import numbers
 
 LOG2E = math.log2(math.e)
-WARPGROUPS = 2  # that compute
 WARPGROUP_ROWS = 64
-assert BLOCK_ROWS == WARPGROUPS * WARPGROUP_ROWS
 RAW_STAGES = 2  # 8-bit tiles of values on their way
 OUT_LANES = 32  # of the result that are staged at a time
 LSE_LANES = 8  # of the log-sum-exp in memory: the narrowest tile that a warpgroup can hold
@@ -45,18 +43,25 @@ class RowTile(NamedTuple):
     """The static sizes of the kernel.
 
     Args:
+        warpgroups: that compute, each 64 rows.
         tokens: keys a step.
         stages: steps of keys and values in flight.
         ids: page ids staged at a time.
-        registers: of a thread of the warpgroups that compute, and of the one that moves: what three start with.
+        registers: of a thread of the warpgroups that compute, and of the one that moves: what all start with.
         rows_per_query: consecutive rows that stand for heads of one query.
     """
 
+    warpgroups: int
     tokens: int
     stages: int
     ids: int
     registers: tuple[int, int]
     rows_per_query: int
+
+    @property
+    def rows(self) -> int:
+        """Of a block."""
+        return self.warpgroups * WARPGROUP_ROWS
 
 
 class Keys(NamedTuple):
@@ -74,18 +79,17 @@ def row_tile(head_dim: int, page_size: int, max_pages: int, dtype: Any, rows_per
     is_quantised = jnp.dtype(dtype).itemsize == 1
     has_room = head_dim <= 128 and dtype != jnp.int8  # registers: int8 takes two sums
     tokens = 128 if is_whole and has_room else 64
-    fixed = BLOCK_ROWS * (2 * head_dim + 4 * OUT_LANES + 4 * LSE_LANES)  # queries, result, log-sum-exp
+    warpgroups = 3 if head_dim == 64 else 2  # products of 64 lanes are short: two softmaxes take longer
+    fixed = warpgroups * WARPGROUP_ROWS * (2 * head_dim + 4 * OUT_LANES + 4 * LSE_LANES)  # queries, result, log-sum-exp
     fixed += 8192  # ids, sums across warps, barriers, alignment
     stage = 2 * 2 * tokens * head_dim
     if is_quantised:
         fixed += RAW_STAGES * tokens * head_dim
         stage += 4 * math.prod(scale_buffer(page_size, tokens)) - tokens * head_dim  # keys stay as they are
     stages = (shared_memory_per_block(1) - fixed) // stage
-    registers = (216, 72) if is_quantised else (208, 88)
-    if head_dim == 256:
-        registers = (232, 40)
+    registers = {64: (160, 32), 256: (232, 40)}.get(head_dim, (216, 72) if is_quantised else (208, 88))
     ids = min(256, -(-max_pages // 32) * 32)
-    return RowTile(tokens, min(stages, 4), ids, registers, rows_per_query)
+    return RowTile(warpgroups, tokens, min(stages, 4), ids, registers, rows_per_query)
 
 
 def attend_rows(
@@ -126,7 +130,7 @@ def attend_rows(
     num_rows, num_heads, head_dim = q.shape
     num_pages, num_kv_heads = data.shape[:2]
     is_stacked = data.shape[2] == 2 * page_size
-    tokens, stages = tile.tokens, tile.stages
+    warpgroups, tokens, stages = tile.warpgroups, tile.tokens, tile.stages
     copy_tokens = min(page_size, tokens)
     copies = tokens // copy_tokens
     all_mapped = (1 << copies) - 1
@@ -142,7 +146,7 @@ def attend_rows(
         high, low, q_scales = split_queries(q, data.dtype)
         q_parts = jnp.stack([high, low])
         num_sums = 1 if STEP[data.dtype.name] == 1 else 2
-        q_scales = jnp.pad(q_scales.T * score_scale, ((0, 0), (0, BLOCK_ROWS)))  # blocks begin anywhere
+        q_scales = jnp.pad(q_scales.T * score_scale, ((0, 0), (0, tile.rows)))  # blocks begin anywhere
         inputs += [q_scales, view_scales(scales)]
     if sinks is not None:
         inputs.append(sinks)
@@ -257,7 +261,7 @@ def attend_rows(
         def move():
             plgpu.set_max_registers(tile.registers[1], action="decrease")
             place, keys = word("eighth") * 8, find_keys()
-            for i in range(WARPGROUPS):
+            for i in range(warpgroups):
                 for part in range(q_parts.shape[0]):
                     rows = q_ref.at[part, pl.ds(place + i * WARPGROUP_ROWS, WARPGROUP_ROWS), head]
                     plgpu.copy_gmem_to_smem(rows, q_smem.at[i, part], q_bar)
@@ -304,17 +308,19 @@ def attend_rows(
                 """A number a row, or one for all of them, to multiply scores with."""
                 return x if isinstance(x, float) else lax.broadcast_in_dim(x, (WARPGROUP_ROWS, tokens), [0])
 
-            def take_turns():
-                """Waits until one warpgroup has issued its products and the other is in its softmax; then they swap.
+            def wait_turn():
+                """Until the others have issued their products: who takes a softmax leaves them the tensor cores.
 
-                As in JAX's own Mosaic GPU attention: left alone, both would take their softmax at the same time.
+                Left alone, all would take it at the same time. From FlashAttention-3, section 3.1.
                 """
-                plgpu.barrier_arrive(turn_bar)
-                plgpu.barrier_wait(turn_bar)
+                plgpu.barrier_wait(turn_bar.at[warpgroup])
+
+            def pass_turn():
+                plgpu.barrier_arrive(turn_bar.at[lax.rem(warpgroup + 1, jnp.int32(warpgroups))])
 
             def skip_tile(i, _):
-                take_turns()
-                take_turns()
+                pass_turn()
+                wait_turn()
                 slot = lax.rem(i, jnp.int32(stages))
                 for ready, free in ((k_bar, k_free), (v_bar, v_free)):
                     plgpu.barrier_wait(ready.at[slot])
@@ -331,7 +337,7 @@ def attend_rows(
                     for part in range(q_parts.shape[0]):
                         acc_ref = acc_refs[part % num_sums]
                         plgpu.wgmma(acc_ref, q_smem.at[warpgroup, part], k_smem.at[slot].transpose((1, 0)))
-                    take_turns()
+                    pass_turn()
                     return [acc_ref[...] for acc_ref in acc_refs]
 
                 shape = (WARPGROUP_ROWS, tokens)
@@ -375,7 +381,7 @@ def attend_rows(
                 if v_scale is not None:
                     p = p * lax.broadcast_in_dim(v_scale, shape, [1])
                 acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
-                take_turns()
+                wait_turn()
                 plgpu.barrier_wait(v_bar.at[slot])
                 acc = weigh(p.astype(wide), v_smem.at[slot], acc)
                 plgpu.barrier_arrive(v_free.at[slot])
@@ -394,11 +400,12 @@ def attend_rows(
                 q_scale = plgpu.load(q_scales_ref.at[head, rows], layout=row_layout, optimized=False)
 
             plgpu.barrier_wait(q_bar)
-            pl.when(warpgroup == 1)(take_turns)
+            pl.when(warpgroup > 0)(wait_turn)
             lax.fori_loop(0, begin, skip_tile, None)
             acc, top, total = lax.fori_loop(begin, stop, attend_tile, (acc, top, total))
             lax.fori_loop(stop, num_tiles, skip_tile, None)
-            pl.when(warpgroup == 0)(take_turns)
+            pass_turn()
+            pl.when(warpgroup == 0)(wait_turn)
 
             safe_total = jnp.where(total == 0.0, 1.0, total)
             acc = acc * lax.broadcast_in_dim(1.0 / safe_total, acc.shape, [0])
@@ -415,25 +422,25 @@ def attend_rows(
             plgpu.wait_smem_to_gmem(0)
 
         is_used = word("end_row") > word("first_row")
-        pl.when(is_used & (warpgroup < WARPGROUPS))(compute)
-        pl.when(is_used & (warpgroup == WARPGROUPS))(move)
+        pl.when(is_used & (warpgroup < warpgroups))(compute)
+        pl.when(is_used & (warpgroup == warpgroups))(move)
 
     scratch_types: list[Any] = [
-        swizzled((WARPGROUPS, *q_parts.shape[:1], WARPGROUP_ROWS, head_dim), q_parts.dtype),
+        swizzled((warpgroups, *q_parts.shape[:1], WARPGROUP_ROWS, head_dim), q_parts.dtype),
         swizzled((stages, tokens, head_dim), data.dtype),
         swizzled((stages, tokens, head_dim), wide),
         plgpu.SMEM((tile.ids,), jnp.int32),
         plgpu.SMEM((stages,), jnp.int32),
-        plgpu.SMEM((WARPGROUPS, WARPGROUP_ROWS, OUT_LANES), out_dtype),
-        plgpu.SMEM((WARPGROUPS, WARPGROUP_ROWS, LSE_LANES), jnp.float32),
-        plgpu.Barrier(num_arrivals=WARPGROUPS * q_parts.shape[0]),
+        plgpu.SMEM((warpgroups, WARPGROUP_ROWS, OUT_LANES), out_dtype),
+        plgpu.SMEM((warpgroups, WARPGROUP_ROWS, LSE_LANES), jnp.float32),
+        plgpu.Barrier(num_arrivals=warpgroups * q_parts.shape[0]),
         plgpu.Barrier(num_arrivals=copies + scale_copies, num_barriers=stages),
         plgpu.Barrier(num_arrivals=1 if is_quantised else copies, num_barriers=stages),
         plgpu.Barrier(),
         plgpu.Barrier(num_arrivals=copies),
-        plgpu.Barrier(num_arrivals=WARPGROUPS),
-        plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+        plgpu.Barrier(num_barriers=warpgroups),
+        plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     ]
     if is_quantised:
         scratch_types += [
@@ -450,7 +457,7 @@ def attend_rows(
         ),
         grid=(fields.shape[0], num_heads),
         grid_names=("item", "head"),
-        num_threads=WARPGROUPS + 1,
+        num_threads=warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=scratch_types,
         compiler_params=plgpu.CompilerParams(approx_math=True),

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-BLOCK_ROWS = 128  # of queries that a block of the rows kernel takes
 FIELDS = 8  # int32 words of a segment: 32 bytes, so that its fields are one memory sector
 
 
@@ -73,13 +72,13 @@ def cut_rows(first_tile: Int32[Array, " R"], num_tiles: Int32[Array, " R"], num_
 class RowItems(NamedTuple):
     """What the blocks of the grid do, the longest first; `[W]` each, unused ones have no rows.
 
-    A block loads 128 rows from a multiple of 8 on, as the copy engine demands of swizzled tiles; those outside
+    A block loads its rows from a multiple of 8 on, as the copy engine demands of swizzled tiles; those outside
     `first_row : end_row` belong to other sequences and are not stored.
 
     Args:
         sequence: row of the page table.
         eighth: where the block's rows begin, in units of 8 rows.
-        first_row: the first of the block's 128 rows that is the sequence's.
+        first_row: the first of the block's rows that is the sequence's.
         end_row: behind the last.
         offset: of the block's first row from the sequence's first.
         position: of the sequence's first query; 2**30 if its rows see every key up to `end`.
@@ -124,6 +123,7 @@ def cut_queries(
     num_tokens: int,
     *,
     rows_per_query: int,
+    rows_per_block: int,
     tokens_per_tile: int,
     num_parts: int,
     window: int | None,
@@ -134,6 +134,7 @@ def cut_queries(
         queries: disjoint runs of queries.
         num_tokens: T, a bound on their sum.
         rows_per_query: rows of the kernel that stand for one query.
+        rows_per_block: rows that a block takes.
         tokens_per_tile: keys a step.
         num_parts: of the keys.
         window: or None.
@@ -141,19 +142,19 @@ def cut_queries(
     Returns:
         The items: `max_row_items(...) * num_parts` of them.
     """
-    num_items = max_row_items(queries.num.size, num_tokens, rows_per_query)
+    num_items = max_row_items(queries.num.size, num_tokens, rows_per_query, rows_per_block)
     first, end = queries.start * rows_per_query, (queries.start + queries.num) * rows_per_query
     base = first // 8 * 8
-    blocks = jnp.where(queries.num > 0, -(-(end - base) // BLOCK_ROWS), 0)
+    blocks = jnp.where(queries.num > 0, -(-(end - base) // rows_per_block), 0)
     ends = running_sum(blocks)
     item = jnp.arange(num_items, dtype=jnp.int32)
     run = count_at_most(ends, item)
     used = run < queries.num.size
     run = jnp.where(used, run, 0)
 
-    begin = base[run] + (item - (ends - blocks)[run]) * BLOCK_ROWS
+    begin = base[run] + (item - (ends - blocks)[run]) * rows_per_block
     first_row = jnp.maximum(first[run] - begin, 0)
-    end_row = jnp.where(used, jnp.minimum(end[run] - begin, BLOCK_ROWS), first_row)
+    end_row = jnp.where(used, jnp.minimum(end[run] - begin, rows_per_block), first_row)
     offset = begin - first[run]
     position, key_end = queries.position[run], queries.end[run]
     lowest = position + (offset + first_row) // rows_per_query
@@ -181,10 +182,10 @@ def cut_queries(
     return RowItems(*(jnp.concatenate(field) for field in zip(*parts, strict=True)))
 
 
-def max_row_items(num_runs: int, num_tokens: int, rows_per_query: int) -> int:
+def max_row_items(num_runs: int, num_tokens: int, rows_per_query: int, rows_per_block: int) -> int:
     """A bound on the blocks that so many runs of queries take, of which each begins at a multiple of 8 rows."""
     rows = num_tokens * rows_per_query
-    return min((rows + 7 * num_runs) // BLOCK_ROWS + num_runs, num_tokens * (rows_per_query // BLOCK_ROWS + 2))
+    return min((rows + 7 * num_runs) // rows_per_block + num_runs, num_tokens * (rows_per_query // rows_per_block + 2))
 
 
 def running_sum(x: Int32[Array, " n"]) -> Int32[Array, " n"]:

@@ -40,6 +40,16 @@ def abstract_pages(num_kv_heads, page_size, head_dim, dtype=jnp.bfloat16, num_pa
     return jax.eval_shape(partial(init_pages, num_pages, num_kv_heads, page_size, head_dim, dtype))
 
 
+# Bytes, mostly where masks meet scales, which a whole tile does not pass; only head size 256 has no room for int8's sums.
+SPILLED_BY_ROWS = {
+    ("float8_e4m3fn", 64): 400,
+    ("float8_e4m3fn", 128): 96,
+    ("float8_e4m3fn", 256): 96,
+    ("int8", 64): 96,
+    ("int8", 256): 544,
+}
+
+
 def array(*shape, dtype=jnp.int32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -164,18 +174,17 @@ def test_rows(compile_kernels, page_size, head_dim, heads, tokens, options):
         result = paged_attention(*arguments, sinks=sinks, implementation="pallas_gpu", **options)
         return result.out
 
-    # float8 spills a few words outside the loops; int8 sums two products, for which head size 256 leaves little room.
-    most_spilled = {"bfloat16": 0, "float8_e4m3fn": 96, "int8": 544 if head_dim == 256 else 0}[dtype]
+    most_spilled = SPILLED_BY_ROWS.get((dtype, head_dim), 0)
     arguments = attention_arguments(4, tokens, num_heads, pages)
     _, reports = compile_kernels(jax.jit(prefill), sinks, *arguments, most_spilled=most_spilled)
     report = reports["paged_rows"]
     assert report.blocks_per_multiprocessor == 1
-    assert report.registers <= 168  # what three warpgroups start with
+    assert report.registers <= (128 if head_dim == 64 else 168)  # what four or three warpgroups start with
     is_wide = head_dim <= 128 and dtype != "int8"
     tokens_per_tile = 128 if is_wide else 64
     # Of a tile: its scores, then its weighted values, whose weights never leave the registers; each unbroken.
     assert set(report.products()) == {(64 * head_dim // per_product(dtype), False), (tokens_per_tile // 16, True)}
-    # Registers go from the warpgroup that moves to those that compute; the report's 168 is what all start with.
+    # Registers go from the warpgroup that moves to those that compute; the report tells what all start with.
     assert count(report.ptx, r"setmaxnreg\.inc") == count(report.ptx, r"setmaxnreg\.dec") == 1
     (loop,) = report.copy_loops()[-1:]
     pages_per_tile = max(1, tokens_per_tile // page_size)

@@ -58,7 +58,8 @@ def test_one_query_of_many_heads_keeps_every_multiprocessor_busy():
     # 32 query heads on one KV head, 128k tokens: the keys are cut in 132 parts.
     one = jnp.ones(1, jnp.int32)
     queries = Queries(sequence=0 * one, start=0 * one, num=one, position=131071 * one, end=131072 * one)
-    items = cut_queries(queries, 1, rows_per_query=32, tokens_per_tile=128, num_parts=132, window=None)
+    sizes = dict(rows_per_query=32, rows_per_block=128, tokens_per_tile=128, num_parts=132)
+    items = cut_queries(queries, 1, **sizes, window=None)
     assert np.sum(items.num_tiles) == 1024
     assert np.max(items.num_tiles) == 8 and np.sum(items.num_tiles > 0) == 128
 
