@@ -40,7 +40,7 @@ def abstract_pages(num_kv_heads, page_size, head_dim, dtype=jnp.bfloat16, num_pa
     return jax.eval_shape(partial(init_pages, num_pages, num_kv_heads, page_size, head_dim, dtype))
 
 
-# Bytes, mostly where masks meet scales, which a whole tile does not pass; only head size 256 has no room for int8's sums.
+# Bytes, mostly where masks meet scales, which a whole tile does not pass; int8 takes two sums, too many for 256 lanes.
 SPILLED_BY_ROWS = {
     ("float8_e4m3fn", 64): 400,
     ("float8_e4m3fn", 128): 96,
