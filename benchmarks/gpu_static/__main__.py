@@ -17,44 +17,21 @@ It needs `pip install 'paged_jax[compile]'`, no GPU and no driver.
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
-from functools import partial
-from importlib import metadata
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from rich.progress import track
 
+from benchmarks.gpu_static.compile import MAX_PAGES, Case, disassembler, machine_code
 from benchmarks.gpu_static.sass import Loop, find_loop, scheduler_cycles
-from benchmarks.gpu_static.target import compile_for_h200
 from benchmarks.report import Report, add_json_option
-from pallas_kernels import init_pages, paged_attention
 from pallas_kernels.gpu.decode import decode_tile
 from pallas_kernels.gpu.hardware import MULTIPROCESSORS
 from pallas_kernels.gpu.rows import row_tile
 
 CLOCK = 1.98e9  # an H200's highest
 MEMORY_BYTES = 4.8e12 / CLOCK / MULTIPROCESSORS  # a cycle and multiprocessor
-MAX_PAGES = 256  # columns of the page table
-DUMPS = {"MOSAIC_GPU_DUMP_TO": "", "MOSAIC_GPU_CUDA_ROOT": "", "MOSAIC_GPU_DUMP_SASS_CTRL": "1"}
 PAGE_COPIES = r"UTMALDG\.[45]D"
-
-
-class Case(NamedTuple):
-    """Attention to pages of one kind: by the decode kernel where a sequence has one query, else by the rows kernel."""
-
-    kernel: str
-    dtype: str
-    page_size: int
-    heads: tuple[int, int, int] = (32, 8, 128)  # N, K, H
-
-    @property
-    def name(self) -> str:
-        return f"{self.kernel} {self.dtype} page {self.page_size} heads {'/'.join(map(str, self.heads))}"
-
 
 CASES = [
     Case(kernel, dtype, page_size, heads)
@@ -70,42 +47,9 @@ CASES = [
 ]
 
 
-def disassembler() -> Path | None:
-    """The folder of NVIDIA's disassembler, as Mosaic GPU looks for it."""
-    try:
-        files = metadata.files("nvidia-cuda-nvdisasm") or []
-    except metadata.PackageNotFoundError:
-        return None
-    return next((Path(str(x.locate())).parents[1] for x in files if x.name == "nvdisasm"), None)
-
-
-def compile_case(case: Case, folder: str) -> str:
-    """The machine code of the case's kernel."""
-    num_heads, num_kv_heads, head_dim = case.heads
-    pages = jax.eval_shape(partial(init_pages, 4096, num_kv_heads, case.page_size, head_dim, case.dtype))
-    batch, tokens = (64, 64) if case.kernel == "decode" else (1, 4096)
-    attend = partial(paged_attention, max_query_len=tokens // batch, implementation="pallas_gpu")
-
-    def array(*shape: int, dtype: Any = jnp.int32):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    q = array(tokens, num_heads, head_dim, dtype=jnp.bfloat16)
-    before = {name: os.environ.get(name) for name in DUMPS}
-    os.environ.update({**DUMPS, "MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_CUDA_ROOT": str(disassembler())})
-    try:
-        table = array(batch, MAX_PAGES)
-        compile_for_h200(jax.jit(attend), q, None, None, pages, table, array(batch), array(batch + 1))
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-    (path,) = Path(folder).glob(f"paged_{case.kernel}_[0-9]*.sass_ctrl")
-    return path.read_text()
-
-
 def measure(case: Case) -> dict[str, Any]:
     """A row of the table."""
-    with tempfile.TemporaryDirectory() as folder:
-        code = compile_case(case, folder)
+    code = machine_code(case)
     compute, move = find_loop(code, "GMMA"), find_loop(code, PAGE_COPIES)
     cost = decode_cost if case.kernel == "decode" else rows_cost
     return {"case": case.name, **cost(case, compute, move)}

@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.gpu_static.__main__ import Case, disassembler, measure
+from benchmarks.gpu_static.__main__ import measure
+from benchmarks.gpu_static.compile import Case, disassembler
 from benchmarks.gpu_static.sass import find_loop, scheduler_cycles
 
 # A loop of 9 instructions, of which a whole tile skips three; the wait for counter 2 lies outside it.
