@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from rich.progress import track
 
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--case", default="", help="only cases with this text in their name")
     add_json_option(parser)
     options = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # nothing is run on a device
     if disassembler() is None:
         parser.exit(2, "NVIDIA's disassembler is not installed: pip install 'paged_jax[compile]'.\n")
     report = Report("gpu_static", "Cycles of a tile on an H200, from the compiled kernels")

@@ -136,7 +136,10 @@ def find_loop(dump: str, work: str) -> Loop:
 
 
 def shortest_way(code: list[Instruction], targets: dict[int, int], start: int, end: int) -> list[Instruction]:
-    """Through a loop's body, by all of its work and no special care: what a whole tile costs."""
+    """Through a loop's body, by all of its work and no special care: what a whole tile costs.
+
+    Where warps part by a jump table, each to its share of the copies, the way is that of the arm behind it.
+    """
     best: dict[int, tuple[tuple[int, int, int], int | None]] = {end: ((0, 0, 0), None)}  # how good; the next one
     for i in range(end - 1, start - 1, -1):
         target = targets.get(i)

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpu.hardware import shared_memory_per_block
-from pallas_kernels.gpu.layout import ACC, clear, drain, swizzled
+from pallas_kernels.gpu.layout import ACC, clear, drain, spread, swizzled
 from pallas_kernels.gpu.quantised import (
     STEP,
     load_scales,
@@ -183,15 +183,18 @@ def attend_segments(
                     pages.append(jnp.where(is_mapped, page, jnp.int32(0)))
                 mapped_smem[slot] = mapped
                 first_slot = lax.rem(position, jnp.int32(page_size)) if page_size > tokens else 0
-                for part, smem, bar in ((0, k_smem, k_bar), (1, v_smem, v_bar)):
-                    for j, page in enumerate(pages):
-                        if is_stacked:
-                            source = data_ref.at[page, head, pl.ds(part * page_size + first_slot, copy_tokens)]
-                        else:
-                            lanes = pl.ds(part * head_dim, head_dim)
-                            source = data_ref.at[page, head, pl.ds(first_slot, copy_tokens), lanes]
-                        target = smem.at[slot, pl.ds(j * copy_tokens, copy_tokens)]
-                        plgpu.copy_gmem_to_smem(source, target, bar.at[slot])
+
+                def copy(part, j):
+                    smem, bar = (v_smem, v_bar) if part else (k_smem, k_bar)
+                    if is_stacked:
+                        source = data_ref.at[pages[j], head, pl.ds(part * page_size + first_slot, copy_tokens)]
+                    else:
+                        lanes = pl.ds(part * head_dim, head_dim)
+                        source = data_ref.at[pages[j], head, pl.ds(first_slot, copy_tokens), lanes]
+                    target = smem.at[slot, pl.ds(j * copy_tokens, copy_tokens)]
+                    plgpu.copy_gmem_to_smem(source, target, bar.at[slot])
+
+                spread(copy, [(part, j) for part in range(2) for j in range(copies)])
                 if scales_ref is not None and scale_smem is not None:
                     bar = k_bar.at[slot]
                     load_scales(scales_ref, scale_smem.at[slot], bar, page_size, pages, head, first_slot)

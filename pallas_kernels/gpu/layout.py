@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 ACC = plgpu.WGMMAAccumulatorRef
 ROWS = 64  # of what a warpgroup takes at a time
+WARPS = 4  # of a warpgroup
 LANES = 64  # likewise, and those of a tile: 128 bytes of bfloat16
 
 
@@ -39,6 +40,27 @@ def clear(tile: Any, exists: Callable[[Any], Any]) -> None:
         x = plgpu.load(part, layout=plgpu.Layout.WGMMA)
         part[...] = jnp.where(exists(row + rows.start), x, jnp.zeros_like(x))
     plgpu.commit_smem()
+
+
+def spread(copy: Callable[..., None], tasks: list[tuple]) -> None:
+    """Issues `copy(*task)` for every task: the four warps by turns, or together where there is too little for all.
+
+    A copy that they issue together takes longer, for they meet before each.
+    """
+
+    def issue(warp):
+        for mine in range(WARPS):
+
+            @pl.when(warp == mine)
+            def _(mine=mine):
+                for task in tasks[mine::WARPS]:
+                    copy(*task)
+
+    if len(tasks) < WARPS:
+        for task in tasks:
+            copy(*task)
+    else:
+        plgpu.warp_map(issue)
 
 
 def drain(free: Any, num_slots: int, num_used: Any) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_kernels.gpu.layout import spread
 from pallas_kernels.pages import FP8
 
 STEP = {"int8": 128, FP8.name: 1}  # what a high part counts more than a low one; 1: the tensor core can add them up
@@ -77,9 +78,13 @@ def load_scales(source: Any, target: Any, bar: Any, page_size: int, pages: list,
     """
     run = source.shape[2]
     if run <= target.shape[1]:
-        for j, page in enumerate(pages):
+        index = lax.div(head * (2 * page_size), jnp.int32(run))
+
+        def copy(j, page):
             place = target.at[j % target.shape[0], pl.ds(j * page_size, run)]
-            plgpu.copy_gmem_to_smem(source.at[page, lax.div(head * (2 * page_size), jnp.int32(run))], place, bar)
+            plgpu.copy_gmem_to_smem(source.at[page, index], place, bar)
+
+        spread(copy, list(enumerate(pages)))
     else:  # a page of several tiles
         tokens = target.shape[1] // 2
         for part in range(2):

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.gpu.hardware import is_interpreted, shared_memory_per_block
-from pallas_kernels.gpu.layout import ACC, LANES, ROWS, clear, drain, swizzled
+from pallas_kernels.gpu.layout import ACC, LANES, ROWS, clear, drain, spread, swizzled
 from pallas_kernels.gpu.quantised import (
     STEP,
     load_scales,
@@ -192,13 +192,15 @@ def attend_rows(
             return pages, mapped, lax.rem(tile_position, jnp.int32(page_size)) if page_size > tokens else 0
 
         def load(part, pages, first_slot, target, bar):
-            for j, page in enumerate(pages):
+            def copy(j):
                 if is_stacked:
-                    source = data_ref.at[page, kv_head, pl.ds(part * page_size + first_slot, copy_tokens)]
+                    source = data_ref.at[pages[j], kv_head, pl.ds(part * page_size + first_slot, copy_tokens)]
                 else:
                     lanes = pl.ds(part * head_dim, head_dim)
-                    source = data_ref.at[page, kv_head, pl.ds(first_slot, copy_tokens), lanes]
+                    source = data_ref.at[pages[j], kv_head, pl.ds(first_slot, copy_tokens), lanes]
                 plgpu.copy_gmem_to_smem(source, target.at[pl.ds(j * copy_tokens, copy_tokens)], bar)
+
+            spread(copy, [(j,) for j in range(copies)])
 
         def exists(token, i, keys, mapped):
             """Which tokens of tile i exist."""
@@ -304,7 +306,7 @@ def attend_rows(
             def read_tile_scales(part, slot):
                 return read_scales(scale_smem.at[slot], part, page_size, tokens, kv_head, token_layout)
 
-            def spread(x):
+            def stretch(x):
                 """A number a row, or one for all of them, to multiply scores with."""
                 return x if isinstance(x, float) else lax.broadcast_in_dim(x, (WARPGROUP_ROWS, tokens), [0])
 
@@ -351,7 +353,7 @@ def attend_rows(
                 plgpu.barrier_arrive(k_free.at[slot])
                 factor = q_scale  # of the scores
                 if soft_cap is not None:
-                    s, factor = jnp.tanh(s * spread(q_scale)), soft_cap * LOG2E
+                    s, factor = jnp.tanh(s * stretch(q_scale)), soft_cap * LOG2E
 
                 def mask(s, v_scale):
                     def iota(axis):
@@ -376,7 +378,7 @@ def attend_rows(
                 new_top = jnp.maximum(top, s.max(axis=1) * factor)
                 safe_top = jnp.where(new_top == -jnp.inf, 0.0, new_top)  # a row that has seen no key yet
                 decay = jnp.exp2(top - safe_top)
-                p = jnp.exp2(s * spread(factor) - spread(safe_top))
+                p = jnp.exp2(s * stretch(factor) - stretch(safe_top))
                 total = total * decay + p.sum(axis=1)
                 if v_scale is not None:
                     p = p * lax.broadcast_in_dim(v_scale, shape, [1])

@@ -48,17 +48,50 @@ class KernelReport(NamedTuple):
         assert num_waited == len(runs)
         return runs
 
+    def jumps(self) -> list[list[int]]:
+        """For every line of the program, those that may come next."""
+        labels = {line[:-1]: i for i, line in enumerate(self.ptx) if re.fullmatch(r"[$\w]+:", line)}
+
+        def targets(line: str) -> list[int]:
+            if table := re.match(r"brx\.idx .*, (\w+);", line):
+                entries = "".join(self.ptx[labels[table[1]] + 2 :]).partition(";")[0]
+                return [labels[x] for x in entries.split(",")]
+            return [labels[x] for x in re.findall(r"\bbra(?:\.uni)?\s+(\$L\w+);", line)]
+
+        ends = r"bra(\.uni)?\s+\$L|brx\.idx|ret;|exit;"
+        return [
+            targets(line) + ([] if re.match(ends, line) or i + 1 == len(self.ptx) else [i + 1])
+            for i, line in enumerate(self.ptx)
+        ]
+
     def copy_loops(self) -> list[list[str]]:
-        """The loops that load with the copy engine, but for those around others of them."""
-        labels = {line[:-1]: i for i, line in enumerate(self.ptx) if re.fullmatch(r"\$L\w+:", line)}
+        """The lines of the loops that load with the copy engine, but for those around others of them."""
+        jumps = self.jumps()
+        origins: list[list[int]] = [[] for _ in jumps]
+        for i, targets in enumerate(jumps):
+            for target in targets:
+                origins[target].append(i)
         loops = []
-        for i, line in enumerate(self.ptx):
-            jump = re.search(r"bra(?:\.uni)?\s+(\$L\w+);", line)
-            if jump and labels[jump[1]] < i:
-                loops.append((labels[jump[1]], i))
-        loops = [(start, end) for start, end in loops if count(self.ptx[start:end], LOAD)]
-        innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-        return [self.ptx[start:end] for start, end in innermost]
+        for start in (i for i, before in enumerate(origins) if len(before) > 1):
+            outside = reachable(jumps, 0, start)
+            if ends := [i for i in origins[start] if i not in outside]:
+                loops.append(set().union(*(reachable(origins, end, start) for end in ends)))
+        copying = [loop for loop in loops if count(self.lines(loop), LOAD)]
+        return [self.lines(loop) for loop in copying if not any(other < loop for other in copying)]
+
+    def lines(self, numbers: set[int]) -> list[str]:
+        return [self.ptx[i] for i in sorted(numbers)]
+
+
+def reachable(jumps: list[list[int]], start: int, end: int) -> set[int]:
+    """The lines to which jumps lead from one, that one and the end included, but not by way of the end."""
+    found, left = {end}, [start]
+    while left:
+        i = left.pop()
+        if i not in found:
+            found.add(i)
+            left += jumps[i]
+    return found
 
 
 def count(lines: list[str], pattern: str) -> int:

@@ -97,7 +97,7 @@ def test_decode(compile_kernels, page_size, head_dim, heads, dtype, blocks):
     # Of a tile: its scores 64 tokens at a time, its weighted values 64 lanes at a time; each unbroken.
     products = [(tokens * head_dim // per_product(dtype), False), (tokens * head_dim // 1024, False)]
     assert sorted(report.products()) == sorted(products)
-    # The loop over tiles is peeled once or not at all; every copy of it loads the keys, then the values.
+    # The loop over tiles is peeled once or not at all; every copy of it loads each page's keys and its values once.
     (loop,) = report.copy_loops()[-1:]
     pages_per_tile = max(1, tokens // page_size)
     scales = 0 if dtype == "bfloat16" else max(pages_per_tile, 1 + (page_size > tokens))
@@ -189,7 +189,8 @@ def test_rows(compile_kernels, page_size, head_dim, heads, tokens, options):
     (loop,) = report.copy_loops()[-1:]
     pages_per_tile = max(1, tokens_per_tile // page_size)
     ids, scales = 1, 0 if dtype == "bfloat16" else max(pages_per_tile, 1 + (page_size > tokens_per_tile))
-    assert count(loop, LOAD) - ids - scales == 2 * pages_per_tile
+    # A tile's keys; its values, in bfloat16 by one of two branches: tokens may be missing.
+    assert count(loop, LOAD) - ids - scales == (3 if dtype == "bfloat16" else 2) * pages_per_tile
     assert count(loop, r"\bld\.global") == 0
 
 
