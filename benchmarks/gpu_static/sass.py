@@ -13,8 +13,8 @@ from typing import NamedTuple
 # Cycles until a result is there, for instructions that raise a counter: those of shared memory as measured by Luo et
 # al. 2024 (arXiv 2402.13499), the others guessed from it. Of a barrier: until all four warps have come.
 LATENCY = {
-    "LDS": 30, "LDSM": 33, "STS": 20, "STSM": 25, "SHFL": 25, "MUFU": 24, "I2F": 24, "S2R": 25, "R2UR": 12,
-    "BAR": 28, "SYNCS": 22, "MEMBAR": 22, "FENCE": 15,
+    "LDS": 30, "LDSM": 33, "STS": 20, "STSM": 25, "SHFL": 25, "MUFU": 24, "I2F": 24, "S2R": 25, "S2UR": 25,
+    "R2UR": 12, "LDC": 30, "BAR": 28, "SYNCS": 22, "MEMBAR": 22, "FENCE": 15,
 }  # fmt: skip
 TENSOR_LATENCY = 40  # from the last product until its sums are there
 TENSOR_ROWS_CYCLES = 16  # of a product, at least: 64 rows of 32 bytes at 128 bytes a cycle
