@@ -1,4 +1,4 @@
-"""Shared memory: how tiles lie in it for the copy engine and the tensor cores, and the ring they pass through."""
+"""Shared memory: how tiles get into it, how they lie there for the tensor cores, and the ring they pass through."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 ACC = plgpu.WGMMAAccumulatorRef
 ROWS = 64  # of what a warpgroup takes at a time
-WARPS = 4  # of a warpgroup
 LANES = 64  # likewise, and those of a tile: 128 bytes of bfloat16
+WARPS = 4  # of a warpgroup
 
 
 def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
