@@ -20,8 +20,8 @@ from jax import lax
 
 from benchmarks.report import Report, add_json_option
 from benchmarks.timing import compare
-from paged_jax.config import CacheConfig
-from paged_jax.page_table import PageTable
+from paged_jax.cache.config import CacheConfig
+from paged_jax.cache.page_table import PageTable
 
 Step = Callable[[PageTable], PageTable]
 MAX_PAGES = 128

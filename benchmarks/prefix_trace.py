@@ -13,7 +13,7 @@ import pathlib
 import time
 
 from benchmarks.report import Report, add_json_option
-from paged_jax.prefix_index import Namespace, Policy, PrefixIndex, least_recently_used
+from paged_jax.prefix.index import Namespace, Policy, PrefixIndex, least_recently_used
 
 NAMESPACE = Namespace("", "", "")
 POLICIES: dict[str, Policy] = {

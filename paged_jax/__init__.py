@@ -6,17 +6,17 @@ program; `generate` serves prompts with it.
 """
 
 from paged_jax.attention import paged_attention
-from paged_jax.config import CacheConfig
+from paged_jax.cache.config import CacheConfig
+from paged_jax.cache.handle_book import HandleBook
+from paged_jax.cache.handles import PageHandle
+from paged_jax.cache.metadata import AttentionMetadata
+from paged_jax.cache.page_table import PageTable, Reservation
+from paged_jax.cache.page_tables import PageTables, Reservations
+from paged_jax.cache.pool import PagePool
 from paged_jax.decoding import DecodeState, decode_loop, decode_step, prefill
 from paged_jax.generator import Completion, Generator, generate
-from paged_jax.handle_book import HandleBook
-from paged_jax.handles import PageHandle
 from paged_jax.memory import CacheReport, MemoryReport
-from paged_jax.metadata import AttentionMetadata
-from paged_jax.page_table import PageTable, Reservation
-from paged_jax.page_tables import PageTables, Reservations
-from paged_jax.pool import PagePool
-from paged_jax.prefix import PrefixCache
+from paged_jax.prefix.cache import PrefixCache
 from paged_jax.sampling import SamplingParams
 from pallas_kernels import Pages
 

@@ -4,8 +4,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 import pallas_kernels
-from paged_jax.mesh import HEADS, MODEL_AXIS, WHOLE, find_mesh, split_heads
-from paged_jax.metadata import AttentionMetadata
+from paged_jax.cache.mesh import HEADS, MODEL_AXIS, WHOLE, find_mesh, split_heads
+from paged_jax.cache.metadata import AttentionMetadata
 from pallas_kernels import Pages
 
 

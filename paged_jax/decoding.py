@@ -21,11 +21,11 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int32
 
-from paged_jax.config import CacheConfig
-from paged_jax.mesh import everywhere
-from paged_jax.metadata import AttentionMetadata
-from paged_jax.page_tables import PageTables
-from paged_jax.pool import PagePool
+from paged_jax.cache.config import CacheConfig
+from paged_jax.cache.mesh import everywhere
+from paged_jax.cache.metadata import AttentionMetadata
+from paged_jax.cache.page_tables import PageTables
+from paged_jax.cache.pool import PagePool
 from paged_jax.sampling import Sampler, sample
 
 Forward = Callable[[Any, Int32[Array, " T"], PagePool, AttentionMetadata], tuple[Float[Array, "B V"], PagePool]]

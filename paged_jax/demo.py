@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from paged_jax.config import CacheConfig
+from paged_jax.cache.config import CacheConfig
 from paged_jax.generator import Generator
 from paged_jax.memory import MemoryReport
 from paged_jax.models import Model

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from paged_jax.config import CacheConfig
+from paged_jax.cache.config import CacheConfig
+from paged_jax.cache.mesh import find_mesh
+from paged_jax.cache.page_table import PageTable
 from paged_jax.decoding import DecodeState, Finish, Forward, decode_loop, prefill, start, stop
-from paged_jax.mesh import find_mesh
-from paged_jax.page_table import PageTable
-from paged_jax.prefix import PrefixCache
+from paged_jax.prefix.cache import PrefixCache
 from paged_jax.sampling import Sampler, SamplingParams
 
 

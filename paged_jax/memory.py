@@ -4,9 +4,9 @@ import dataclasses
 
 import numpy as np
 
-from paged_jax.config import CacheConfig
-from paged_jax.page_table import PageTable
-from paged_jax.page_tables import PageTables
+from paged_jax.cache.config import CacheConfig
+from paged_jax.cache.page_table import PageTable
+from paged_jax.cache.page_tables import PageTables
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import numpy as np
 from rich.text import Text
 
-from paged_jax.page_table import PageTable
+from paged_jax.cache.page_table import PageTable
 
 FREE, CACHED, OWNED = -1, 0, 1  # page states; above OWNED: the number of rows that share the page
 _CELLS = {FREE: ("·", "dim"), CACHED: ("▒", "yellow"), OWNED: ("■", "blue")}

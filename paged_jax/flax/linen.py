@@ -9,9 +9,9 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int32
 
+from paged_jax.cache.metadata import AttentionMetadata
+from paged_jax.cache.pool import PagePool
 from paged_jax.flax.step import Call, LayerPages, Step, check_pool, finish, refuse
-from paged_jax.metadata import AttentionMetadata
-from paged_jax.pool import PagePool
 
 
 class PagedCache(nn.Module):

@@ -5,9 +5,9 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
+from paged_jax.cache.metadata import AttentionMetadata
+from paged_jax.cache.pool import PagePool
 from paged_jax.flax.step import Call, LayerPages, Step, check_pool, finish, refuse
-from paged_jax.metadata import AttentionMetadata
-from paged_jax.pool import PagePool
 
 
 class PagedCache(nnx.Module):

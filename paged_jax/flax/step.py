@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from paged_jax.attention import Pages, paged_attention
-from paged_jax.metadata import AttentionMetadata
-from paged_jax.pool import PagePool
+from paged_jax.cache.metadata import AttentionMetadata
+from paged_jax.cache.pool import PagePool
 
 Forward = Callable[[Any, Int32[Array, " T"], PagePool, AttentionMetadata], tuple[Float[Array, "B V"], PagePool]]
 Call = Callable[[Any, Int32[Array, " T"], AttentionMetadata], Float[Array, "B V"]]

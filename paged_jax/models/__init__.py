@@ -9,6 +9,6 @@ from paged_jax.models.rope import Rope
 from paged_jax.models.sharding import tensor_parallel
 from paged_jax.models.tokenizer import Tokenizer
 
-DEMO = Path(__file__).parent / "demo"  # a small model that writes Python; see train_demo.py
+DEMO = Path(__file__).parent / "demo"  # a small model that writes Python; see examples/train_demo.py
 
 __all__ = ["DEMO", "Decoder", "DecoderConfig", "Model", "Rope", "Tokenizer", "load", "save", "tensor_parallel"]

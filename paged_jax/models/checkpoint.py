@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.progress import Progress
 from safetensors.numpy import save_file
 
-from paged_jax.config import CacheConfig
-from paged_jax.metadata import AttentionMetadata
+from paged_jax.cache.config import CacheConfig
+from paged_jax.cache.metadata import AttentionMetadata
+from paged_jax.cache.pool import PagePool
 from paged_jax.models.config import DecoderConfig
 from paged_jax.models.decoder import Decoder
 from paged_jax.models.families import Family, Fields, find_family
@@ -26,7 +27,6 @@ from paged_jax.models.mxfp4 import PackedTensor, find_packed
 from paged_jax.models.safetensors_file import StoredTensor, describe, list_checkpoint, read_json
 from paged_jax.models.sharding import Placement, tensor_parallel
 from paged_jax.models.tokenizer import Tokenizer
-from paged_jax.pool import PagePool
 
 Stored = StoredTensor | PackedTensor
 DTYPES = ("float32", "bfloat16")

@@ -13,13 +13,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from paged_jax.attention import paged_attention
-from paged_jax.metadata import AttentionMetadata
+from paged_jax.cache.metadata import AttentionMetadata
+from paged_jax.cache.pool import PagePool
 from paged_jax.models.config import DecoderConfig
 from paged_jax.models.dense import dense_attention
 from paged_jax.models.experts import Experts
 from paged_jax.models.parts import MLP, Linear, RMSNorm, make_norm
 from paged_jax.models.rope import rotate
-from paged_jax.pool import PagePool
 
 # attend(layer, q [*T, N, H], k [*T, K, H], v [*T, K, H], sinks [N] or None) -> [*T, N, H]
 Attend = Callable[..., jax.Array]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from paged_jax.mesh import MODEL_AXIS, check_splits, model_mesh
+from paged_jax.cache.mesh import MODEL_AXIS, check_splits, model_mesh
 from paged_jax.models.config import DecoderConfig
 
 Placement = Callable[[str], Sharding]  # a weight's path, such as "layers.0.attn.q.weight" -> where it goes

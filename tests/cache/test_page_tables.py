@@ -13,9 +13,9 @@ import toy
 from paged_jax import AttentionMetadata, DecodeState, Generator, PagePool, PageTable, PageTables, SamplingParams
 from paged_jax import decode_loop as loop
 from paged_jax import prefill as compute
+from paged_jax.cache.invariants import check
+from paged_jax.cache.page_table import Fault
 from paged_jax.decoding import start, stop
-from paged_jax.invariants import check
-from paged_jax.page_table import Fault
 from paged_jax.sampling import Sampler
 
 WINDOW, S, B = 6, 4, 4

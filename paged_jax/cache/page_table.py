@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int32
 
-from paged_jax.config import CacheConfig
-from paged_jax.handles import PageHandle
+from paged_jax.cache.config import CacheConfig
+from paged_jax.cache.handles import PageHandle
 
 NULL_PAGE = 0  # stands in every unmapped entry; nobody owns it, and its refcount is pinned at 1
 

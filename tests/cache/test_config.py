@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from paged_jax.config import CacheConfig, LayerGroup
-from paged_jax.pool import PagePool
+from paged_jax.cache.config import CacheConfig, LayerGroup
+from paged_jax.cache.pool import PagePool
 
 SIZES: dict[str, Any] = dict(num_layers=2, num_kv_heads=3, head_dim=16, max_sequences=4, max_pages_per_sequence=8)
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.experimental import topologies
-from table_model import CONFIG, TRANSITIONS, S
 
-from paged_jax.config import CacheConfig
-from paged_jax.page_table import PageTable, Reservation
+from paged_jax.cache.config import CacheConfig
+from paged_jax.cache.page_table import PageTable, Reservation
+from table_model import CONFIG, TRANSITIONS, S
 
 
 def publish_attach_drop(table: PageTable) -> PageTable:

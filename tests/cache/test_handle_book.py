@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from table_model import CONFIG, TRANSITIONS, B, P, S
 
-from paged_jax.handle_book import HandleBook
-from paged_jax.handles import PageHandle
-from paged_jax.invariants import check
-from paged_jax.page_table import Fault, PageTable
+from paged_jax.cache.handle_book import HandleBook
+from paged_jax.cache.handles import PageHandle
+from paged_jax.cache.invariants import check
+from paged_jax.cache.page_table import Fault, PageTable
+from table_model import CONFIG, TRANSITIONS, B, P, S
 
 
 @pytest.fixture

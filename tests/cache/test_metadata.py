@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from table_model import CONFIG, TRANSITIONS, B
 
-from paged_jax.metadata import AttentionMetadata
-from paged_jax.page_table import PageTable
+from paged_jax.cache.metadata import AttentionMetadata
+from paged_jax.cache.page_table import PageTable
+from table_model import CONFIG, TRANSITIONS, B
 
 decode = jax.jit(AttentionMetadata.decode)
 ragged = jax.jit(AttentionMetadata.ragged, static_argnums=(2, 3))

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from table_model import CONFIG, TRANSITIONS, B, M, P, S
 from test_page_table_machine import run_machine
 
-from paged_jax.invariants import check
-from paged_jax.page_table import PageTable
-from paged_jax.prefix import PrefixCache
-from paged_jax.prefix_index import blake2b
+from paged_jax.cache.invariants import check
+from paged_jax.cache.page_table import PageTable
+from paged_jax.prefix.cache import PrefixCache
+from paged_jax.prefix.index import blake2b
+from table_model import CONFIG, TRANSITIONS, B, M, P, S
 
 COUNTS = Counter()
 NAMESPACES = ("", "salt")

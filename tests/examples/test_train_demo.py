@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from examples import train_demo
 from paged_jax import models
-from paged_jax.models import train_demo
 
 
 def test_the_learning_rate_warms_up_and_ends_at_zero():

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from table_model import CONFIG, TRANSITIONS, B, S
 
-from paged_jax.invariants import InvariantError, Violation, check, violations
-from paged_jax.page_table import PageTable
+from paged_jax.cache.invariants import InvariantError, Violation, check, violations
+from paged_jax.cache.page_table import PageTable
+from table_model import CONFIG, TRANSITIONS, B, S
 
 bits = jax.jit(violations)
 NOTHING_HELD = np.zeros(2, np.int32)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
-from paged_jax.config import LayerGroup
-from paged_jax.page_table import PageTable
-from paged_jax.page_tables import PageTables
+from paged_jax.cache.config import LayerGroup
+from paged_jax.cache.page_table import PageTable
+from paged_jax.cache.page_tables import PageTables
 
 
 @partial(

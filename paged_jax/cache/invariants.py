@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int32
 
-from paged_jax.handles import PageHandle
-from paged_jax.page_table import NULL_PAGE, PageTable
+from paged_jax.cache.handles import PageHandle
+from paged_jax.cache.page_table import NULL_PAGE, PageTable
 
 
 class Violation(enum.IntFlag):

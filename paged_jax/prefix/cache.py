@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged_jax.handles import PageHandle
-from paged_jax.page_table import NULL_PAGE, PageTable
-from paged_jax.prefix_index import Digest, Namespace, Policy, PrefixIndex, blake2b, least_recently_used
+from paged_jax.cache.handles import PageHandle
+from paged_jax.cache.page_table import NULL_PAGE, PageTable
+from paged_jax.prefix.index import Digest, Namespace, Policy, PrefixIndex, blake2b, least_recently_used
 
 _publish = jax.jit(PageTable.publish)
 _attach = jax.jit(PageTable.attach)

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
-from paged_jax.config import CacheConfig, LayerGroup
-from paged_jax.handles import PageHandle
-from paged_jax.page_table import PageTable, Reservation
+from paged_jax.cache.config import CacheConfig, LayerGroup
+from paged_jax.cache.handles import PageHandle
+from paged_jax.cache.page_table import PageTable, Reservation
 
 Handles = tuple[PageHandle, ...]
 """One handle for each group, to the same tokens."""

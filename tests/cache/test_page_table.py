@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from table_model import CONFIG, TRANSITIONS, B, Driver, M, P, S
 
-from paged_jax.invariants import check
-from paged_jax.page_table import Fault, PageTable
-from paged_jax.pool import PagePool
+from paged_jax.cache.invariants import check
+from paged_jax.cache.page_table import Fault, PageTable
+from paged_jax.cache.pool import PagePool
 from pallas_kernels import read_pages
+from table_model import CONFIG, TRANSITIONS, B, Driver, M, P, S
 
 USABLE = P - 1
 

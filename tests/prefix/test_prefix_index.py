@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from paged_jax.prefix_index import Namespace, PrefixIndex, blake2b, least_recently_used
+from paged_jax.prefix.index import Namespace, PrefixIndex, blake2b, least_recently_used
 
 NAMESPACE = Namespace("", "", "")
 

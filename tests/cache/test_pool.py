@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from paged_jax.config import CacheConfig
-from paged_jax.invariants import check
-from paged_jax.metadata import AttentionMetadata
-from paged_jax.page_table import PageTable, Reservation
-from paged_jax.pool import PagePool
+from paged_jax.cache.config import CacheConfig
+from paged_jax.cache.invariants import check
+from paged_jax.cache.metadata import AttentionMetadata
+from paged_jax.cache.page_table import PageTable, Reservation
+from paged_jax.cache.pool import PagePool
 from pallas_kernels import read_pages, write_pages
 
 CONFIG = CacheConfig(2, 2, 16, 64, max_sequences=4, max_pages_per_sequence=5, page_size=8)

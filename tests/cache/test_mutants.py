@@ -5,10 +5,10 @@ import inspect
 import types
 
 import pytest
-from table_model import NAMES, TRANSITIONS, Transitions
 from test_page_table_machine import PageTableMachine, run_machine
 
-from paged_jax import page_table
+from paged_jax.cache import page_table
+from table_model import NAMES, TRANSITIONS, Transitions
 
 SHARES = ("fork", "permute", "publish", "attach")
 DROPS = ("release", "truncate", "slide", "permute", "drop")

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
-from paged_jax.handles import PageHandle
-from paged_jax.page_table import PageTable
+from paged_jax.cache.handles import PageHandle
+from paged_jax.cache.page_table import PageTable
 
 _publish = jax.jit(PageTable.publish)
 _attach = jax.jit(PageTable.attach)

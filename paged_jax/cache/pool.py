@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from paged_jax.config import CacheConfig
-from paged_jax.mesh import HEADS, MODEL_AXIS, WHOLE, find_mesh, model_mesh, split_heads
-from paged_jax.page_table import NULL_PAGE, Reservation
-from paged_jax.page_tables import Reservations
+from paged_jax.cache.config import CacheConfig
+from paged_jax.cache.mesh import HEADS, MODEL_AXIS, WHOLE, find_mesh, model_mesh, split_heads
+from paged_jax.cache.page_table import NULL_PAGE, Reservation
+from paged_jax.cache.page_tables import Reservations
 from pallas_kernels import Pages, copy_pages, init_pages
 
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from table_model import CONFIG, TRANSITIONS, B, M, P, S
 
-from paged_jax.invariants import check
-from paged_jax.page_table import PageTable
-from paged_jax.prefix import PrefixCache
+from paged_jax.cache.invariants import check
+from paged_jax.cache.page_table import PageTable
+from paged_jax.prefix.cache import PrefixCache
+from table_model import CONFIG, TRANSITIONS, B, M, P, S
 
 PROMPT = list(range(100, 100 + 3 * S + 2))
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
-from table_model import NAMES, TRANSITIONS, WINDOWS, B, Driver, M, S, Transitions
 
-from paged_jax import invariants
+from paged_jax.cache import invariants
+from table_model import NAMES, TRANSITIONS, WINDOWS, B, Driver, M, S, Transitions
 
 COUNTS = Counter()  # transitions of all machines of this process
 

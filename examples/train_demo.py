@@ -1,6 +1,6 @@
 """Trains the demo model in `paged_jax/models/demo` on the sources of Python's standard library.
 
-    python -m paged_jax.models.train_demo --minutes 45 --output paged_jax/models/demo
+    python -m examples.train_demo --minutes 45 --output paged_jax/models/demo
 
 Every machine with CPython has this corpus, so the model can be made again anywhere. The result is an ordinary
 Hugging Face checkpoint folder (Llama), a byte-level BPE tokenizer, and `training.json` with the loss curves.
@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None):
         checkpoint.save(options.output, HF_CONFIG, params, dtype=jnp.bfloat16)
         tokenizer.save(str(options.output / "tokenizer.json"), pretty=False)
         record = {
-            "command": " ".join(["python -m paged_jax.models.train_demo", *arguments]),
+            "command": " ".join(["python -m examples.train_demo", *arguments]),
             "date": datetime.date.today().isoformat(),
             "corpus": {
                 "what": "the *.py files of CPython's standard library, without " + ", ".join(sorted(EXCLUDED)),
