@@ -35,7 +35,7 @@ class CacheConfig:
         num_kv_heads: K, KV heads of a layer.
         head_dim: H.
         num_pages: P, pages of each layer that sees everything, the null page included; P - 1 can be used.
-        max_sequences: B, slots of the page table.
+        max_sequences: B, rows of the page table.
         max_pages_per_sequence: M, columns of the page table.
         page_size: S, tokens in a page.
         dtype: "float32", "bfloat16", or one of the quantised "int8" and "float8_e4m3fn" (with one scale a token,
@@ -43,6 +43,8 @@ class CacheConfig:
         windows: for each layer the positions that a token sees, its own included, None for all; empty: all layers see
             everything. Layers give up the pages behind their window.
         window_pages: P of each layer with a window; None: enough for B sequences and a prefill step of 512 tokens.
+        array_per_layer: each layer keeps its pages in an array of its own, for frameworks whose layers own their state
+            (Flax linen); otherwise the layers of a group share one array.
 
     Raises:
         ValueError: a size that is no positive whole number, fewer than two pages, another dtype, or windows of another
@@ -59,10 +61,11 @@ class CacheConfig:
     dtype: str = "bfloat16"
     windows: tuple[int | None, ...] = ()
     window_pages: int | None = None
+    array_per_layer: bool = False
 
     def __post_init__(self):
         sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del sizes["dtype"], sizes["windows"]
+        del sizes["dtype"], sizes["windows"], sizes["array_per_layer"]
         sizes |= {f"windows[{i}]": window for i, window in enumerate(self.windows) if window is not None}
         if self.window_pages is None:
             del sizes["window_pages"]

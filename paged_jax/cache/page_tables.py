@@ -17,6 +17,7 @@ import functools
 import operator
 from collections.abc import Iterable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +31,11 @@ Handles = tuple[PageHandle, ...]
 """One handle for each group, to the same tokens."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["granted", "groups"], meta_fields=["layers"])
-@dataclasses.dataclass(frozen=True)
-class Reservations:
+class Reservations(NamedTuple):
     """What `PageTables.reserve` granted, and the copies that each group's layers must make."""
 
     granted: Bool[Array, " B"]
     groups: tuple[Reservation, ...]
-    layers: tuple[tuple[int, ...], ...]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["groups"], meta_fields=["layout"])
@@ -104,8 +102,7 @@ class PageTables:
         made = [table.reserve(asked, priority) for table in self.groups]
         groups = (dataclasses.replace(t, fault=t.fault | fault) for (t, _), fault in zip(made, faults, strict=True))
         reservations = tuple(reservation for _, reservation in made)
-        layers = tuple(group.layers for group in self.layout)
-        return self._with(groups), Reservations(granted & reservations[0].granted, reservations, layers)
+        return self._with(groups), Reservations(granted & reservations[0].granted, reservations)
 
     def slide(self) -> "PageTables":
         """Give up the pages that no later token sees through its group's window; see `PageTable.slide`.

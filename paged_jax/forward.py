@@ -1,0 +1,40 @@
+"""What the library asks of a decoder: one pure function."""
+
+from typing import Any, Protocol
+
+from jaxtyping import Array, Float, Int32
+
+from paged_jax.cache.metadata import AttentionMetadata
+from paged_jax.cache.pool import PagePool
+
+
+class Forward(Protocol):
+    """A decoder: computes the packed new tokens of many sequences against the cache.
+
+        def forward(params, tokens, pool, metadata):
+            x = params["embed"][tokens]
+            for i, layer in enumerate(params["layers"]):
+                q, k, v = ...                                   # RoPE takes metadata.positions
+                out, pool = paged_attention(q, k, v, pool, metadata, i)
+                x = ...
+            return x[metadata.logits_at] @ params["head"], pool
+
+    Pure, and not jitted: whoever calls it jits the whole step. It is static under jit, so pass the same function object
+    each time, or everything compiles again.
+    """
+
+    def __call__(
+        self, params: Any, tokens: Int32[Array, " T"], pool: PagePool, metadata: AttentionMetadata, /
+    ) -> tuple[Float[Array, "Z V"], PagePool]:
+        """Runs the decoder.
+
+        Args:
+            params: its parameters, any pytree.
+            tokens: the new tokens of all sequences, packed; padding after them.
+            pool: the pages of all layers.
+            metadata: where each token stands.
+
+        Returns:
+            Logits at the tokens `metadata.logits_at`, and the pool with the new keys and values in it.
+        """
+        ...
