@@ -1,47 +1,41 @@
 """A paged KV cache for any JAX decoder: pages on the device, their table inside jit, prefixes shared.
 
-`CacheConfig` sizes a `PagePool` (the memory) and a `PageTable` (who owns what). A step reserves pages in the table,
-builds an `AttentionMetadata`, and each layer calls `paged_attention`. `decode_loop` runs many such steps in one XLA
-program; `generate` serves prompts with it.
+`CacheConfig` sizes a `KVCache`: the pool of pages, and the page tables that say who owns what. A step reserves pages,
+builds an `AttentionMetadata`, and each layer calls `paged_attention`. `rollout` draws many samples of many prompts in
+one XLA program; `Generator` serves prompts that come one by one.
 """
 
 from paged_jax.attention import paged_attention
 from paged_jax.cache.config import CacheConfig
 from paged_jax.cache.handle_book import HandleBook
 from paged_jax.cache.handles import PageHandle
+from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.metadata import AttentionMetadata
-from paged_jax.cache.page_table import PageTable, Reservation
-from paged_jax.cache.page_tables import PageTables, Reservations
-from paged_jax.cache.pool import PagePool
-from paged_jax.decoding import DecodeState, decode_loop, decode_step, prefill
-from paged_jax.generator import Completion, Generator, generate
-from paged_jax.memory import CacheReport, MemoryReport
-from paged_jax.prefix.cache import PrefixCache
-from paged_jax.sampling import SamplingParams
-from pallas_kernels import Pages
+from paged_jax.cache.page_tables import PageTables
+from paged_jax.cache.pool import LayerPlace, PagePool
+from paged_jax.decoding.rollout import Rollout, rollout
+from paged_jax.decoding.rows import Finish
+from paged_jax.decoding.step import Stepper
+from paged_jax.forward import Forward
+from paged_jax.sampling import Processor, SamplingParams, SamplingState
 
 __version__ = "0.1.0"
 __all__ = [
     "AttentionMetadata",
     "CacheConfig",
-    "CacheReport",
-    "Completion",
-    "DecodeState",
-    "Generator",
+    "Finish",
+    "Forward",
     "HandleBook",
-    "MemoryReport",
+    "KVCache",
+    "LayerPlace",
     "PageHandle",
     "PagePool",
-    "PageTable",
     "PageTables",
-    "Pages",
-    "PrefixCache",
-    "Reservation",
-    "Reservations",
+    "Processor",
+    "Rollout",
     "SamplingParams",
-    "decode_loop",
-    "decode_step",
-    "generate",
+    "SamplingState",
+    "Stepper",
     "paged_attention",
-    "prefill",
+    "rollout",
 ]

@@ -53,15 +53,15 @@ def _block(layer, x, attend):
 
 def forward(params, tokens, pool: PagePool, metadata: AttentionMetadata, windows=(None,) * LAYERS):
     x = params["embed"][tokens] + params["position"][metadata.positions]
-    layers = list(pool.layers)
     for i, layer in enumerate(params["layers"]):
 
         def attend(q, k, v, i=i):
-            out, layers[i] = paged_attention(q, k, v, layers[i], metadata.layer(i), window=windows[i])
+            nonlocal pool
+            out, pool = paged_attention(q, k, v, pool, metadata, i, window=windows[i])
             return out
 
         x = _block(layer, x, attend)
-    return x[metadata.last_tokens] @ params["head"], PagePool(tuple(layers))
+    return x[metadata.logits_at] @ params["head"], pool
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -33,7 +33,7 @@ class Fault(enum.IntFlag):
 
     OUT_OF_PAGES = 1  # reserve: fewer free pages than the rows need
     ROW_FULL = 2  # reserve: more tokens than M pages hold
-    BAD_ARGUMENT = 4  # a request that makes no sense in this state: a slot out of range, a child that is not empty, ...
+    BAD_ARGUMENT = 4  # a request that makes no sense in this state: a row out of range, a child that is not empty, ...
     STALE_HANDLE = 8  # a handle from before a reset, or one whose pages have been freed
 
 
@@ -198,7 +198,7 @@ class PageTable:
         )
 
     def slide(self, window: int) -> "PageTable":
-        """Give up the pages that no later token sees through a window; call it after attention, not before.
+        """Give up the pages that no later token sees through a window; call it before `reserve`.
 
         Args:
             window: positions that a token sees, its own included.
@@ -282,27 +282,27 @@ class PageTable:
         )
 
     def publish(
-        self, slot: Int32[Array, ""] | int, num_tokens: Int32[Array, ""] | int, first_column: Int32[Array, ""] | int = 0
+        self, row: Int32[Array, ""] | int, num_tokens: Int32[Array, ""] | int, first_column: Int32[Array, ""] | int = 0
     ) -> tuple["PageTable", PageHandle]:
         """Share the first tokens of a row through a handle, which keeps their pages until it is dropped.
 
         Args:
-            slot: the row.
+            row: which row.
             num_tokens: how many of its tokens.
             first_column: leave out the pages before this column.
 
         Returns:
             The table, and the handle: one of no tokens where the row has fewer, or no longer maps them.
         """
-        slot, num_tokens, first_column = (jnp.asarray(x, jnp.int32) for x in (slot, num_tokens, first_column))
-        is_slot = (slot >= 0) & (slot < self.num_rows)
-        first_column = jnp.maximum(first_column, self.first_column.at[slot].get(mode="clip"))
-        ok = is_slot & (num_tokens <= self.lengths.at[slot].get(mode="clip"))
+        row, num_tokens, first_column = (jnp.asarray(x, jnp.int32) for x in (row, num_tokens, first_column))
+        is_row = (row >= 0) & (row < self.num_rows)
+        first_column = jnp.maximum(first_column, self.first_column.at[row].get(mode="clip"))
+        ok = is_row & (num_tokens <= self.lengths.at[row].get(mode="clip"))
         ok &= num_tokens >= first_column * self.page_size
         num_tokens = jnp.where(ok, num_tokens, 0)
         column = jnp.arange(self.pages.shape[1], dtype=jnp.int32)
         is_mapped = ok & (column >= first_column) & (column < self._columns(num_tokens))
-        pages = jnp.where(is_mapped, self.pages.at[slot].get(mode="clip"), NULL_PAGE)
+        pages = jnp.where(is_mapped, self.pages.at[row].get(mode="clip"), NULL_PAGE)
         table = self._add_references(pages)._next((Fault.BAD_ARGUMENT, ~ok))
         return table, PageHandle(
             pages=pages,
@@ -312,24 +312,24 @@ class PageTable:
             serial=jnp.copy(self.version),
         )
 
-    def attach(self, slot: Int32[Array, ""] | int, handle: PageHandle) -> tuple["PageTable", Bool[Array, ""]]:
+    def attach(self, row: Int32[Array, ""] | int, handle: PageHandle) -> tuple["PageTable", Bool[Array, ""]]:
         """Make an empty row share the tokens of a handle; the handle stays good.
 
         Returns:
             The table, and whether it was done: the row must be empty and the handle alive.
         """
-        slot = jnp.asarray(slot, jnp.int32)
+        row = jnp.asarray(row, jnp.int32)
         is_alive = self._is_alive(handle)
-        is_free_slot = (slot >= 0) & (slot < self.num_rows) & (self.lengths.at[slot].get(mode="clip") == 0)
-        ok = is_alive & is_free_slot
-        row = jnp.where(ok & (handle.num_tokens > 0), slot, self.num_rows)
+        is_free_row = (row >= 0) & (row < self.num_rows) & (self.lengths.at[row].get(mode="clip") == 0)
+        ok = is_alive & is_free_row
+        target = jnp.where(ok & (handle.num_tokens > 0), row, self.num_rows)
         table = self._add_references(jnp.where(ok, handle.pages, NULL_PAGE))
         table = table._next(
             (Fault.STALE_HANDLE, ~is_alive),
-            (Fault.BAD_ARGUMENT, ~is_free_slot),
-            pages=table.pages.at[row].set(handle.pages, mode="drop"),
-            lengths=self.lengths.at[row].set(handle.num_tokens, mode="drop"),
-            first_column=self.first_column.at[row].set(handle.first_column, mode="drop"),
+            (Fault.BAD_ARGUMENT, ~is_free_row),
+            pages=table.pages.at[target].set(handle.pages, mode="drop"),
+            lengths=self.lengths.at[target].set(handle.num_tokens, mode="drop"),
+            first_column=self.first_column.at[target].set(handle.first_column, mode="drop"),
         )
         return table, ok
 

@@ -121,9 +121,13 @@ class PageTables:
 
         A row is left alone whose tokens at its new end would see what is given up.
         """
-        gone = [(lengths > 0) & (lengths < self.lengths) & ~whole for whole in self._whole(slice(None), lengths)]
-        asked = jnp.where(functools.reduce(operator.or_, gone), -1, lengths)  # which every table refuses
+        gone = (lengths > 0) & (lengths < self.lengths) & ~self.can_cut(lengths)
+        asked = jnp.where(gone, -1, lengths)  # which every table refuses
         return self._with(table.truncate(asked) for table in self.groups)
+
+    def can_cut(self, lengths: Int32[Array, " B"]) -> Bool[Array, " B"]:
+        """Whether rows, cut to these lengths, would still map all that their next token sees."""
+        return functools.reduce(operator.and_, self._whole(slice(None), lengths))
 
     def fork(self, parents: Int32[Array, " C"], children: Int32[Array, " C"]) -> tuple["PageTables", Bool[Array, " C"]]:
         """Make empty rows share all pages of other rows; see `PageTable.fork`."""
@@ -134,23 +138,23 @@ class PageTables:
         """Make each row b a share of what row `parents[b]` was; see `PageTable.permute`."""
         return self._with(table.permute(parents) for table in self.groups)
 
-    def publish(self, slot: Int32[Array, ""] | int, num_tokens: Int32[Array, ""] | int) -> tuple["PageTables", Handles]:
+    def publish(self, row: Int32[Array, ""] | int, num_tokens: Int32[Array, ""] | int) -> tuple["PageTables", Handles]:
         """Share the first tokens of a row through handles, of each group the pages that the next token sees.
 
         Returns:
             The tables, and the handles: of no tokens where the row has fewer, or gave up pages that the next one sees.
         """
-        slot, num_tokens = jnp.asarray(slot, jnp.int32), jnp.asarray(num_tokens, jnp.int32)
-        is_whole = functools.reduce(operator.and_, self._whole(slot, num_tokens))
-        slot = jnp.where(is_whole, slot, -1)
+        row, num_tokens = jnp.asarray(row, jnp.int32), jnp.asarray(num_tokens, jnp.int32)
+        is_whole = functools.reduce(operator.and_, self._whole(row, num_tokens))
+        row = jnp.where(is_whole, row, -1)
         made = []
         for table, group in zip(self.groups, self.layout, strict=True):
-            made.append(table.publish(slot, num_tokens, _first_seen(table, group, num_tokens)))
+            made.append(table.publish(row, num_tokens, _first_seen(table, group, num_tokens)))
         return self._with(table for table, _ in made), tuple(handle for _, handle in made)
 
-    def attach(self, slot: Int32[Array, ""] | int, handles: Handles) -> tuple["PageTables", Bool[Array, ""]]:
+    def attach(self, row: Int32[Array, ""] | int, handles: Handles) -> tuple["PageTables", Bool[Array, ""]]:
         """Make an empty row share the tokens of the handles of one `publish`; see `PageTable.attach`."""
-        made = [table.attach(slot, handle) for table, handle in zip(self.groups, handles, strict=True)]
+        made = [table.attach(row, handle) for table, handle in zip(self.groups, handles, strict=True)]
         return self._with(table for table, _ in made), made[0][1]
 
     def drop(self, handles: Handles) -> "PageTables":

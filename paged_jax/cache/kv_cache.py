@@ -1,0 +1,42 @@
+"""The cache of a batch: the memory and who owns it, in step with each other."""
+
+import dataclasses
+
+import jax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Int32
+
+from paged_jax.cache.config import CacheConfig
+from paged_jax.cache.mesh import everywhere
+from paged_jax.cache.page_tables import PageTables
+from paged_jax.cache.pool import PagePool
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """The page tables and the pool that they speak of. Donate it at the outermost jit boundary."""
+
+    tables: PageTables
+    pool: PagePool
+
+    @classmethod
+    def create(cls, config: CacheConfig, mesh: Mesh | None = None) -> "KVCache":
+        """An empty cache; with a mesh the pool is split over it, as in `PagePool.create`."""
+        pool = PagePool.create(config, mesh)
+        return cls(everywhere(PageTables.create(config), pool), pool)
+
+    def reserve(
+        self, new_tokens: Int32[Array, " B"], priority: Int32[Array, " B"] | None = None
+    ) -> tuple["KVCache", Bool[Array, " B"]]:
+        """Make room for the next tokens of every row: give up pages behind windows, take new ones, copy on write.
+
+        Args:
+            new_tokens: tokens to append to each row.
+            priority: the lowest is served first; None: in the order of the rows.
+
+        Returns:
+            The cache, and which rows were granted their tokens; see `PageTables.reserve`.
+        """
+        tables, reservation = self.tables.slide().reserve(new_tokens, priority)
+        return KVCache(tables, self.pool.copy(reservation)), reservation.granted

@@ -1,0 +1,326 @@
+"""Rollouts: a queue of prompts, several samples of each, in one XLA program."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+from paged_jax.cache.kv_cache import KVCache
+from paged_jax.cache.page_tables import Handles, PageTables
+from paged_jax.decoding.rows import NO_ROW, Counters, DecodeState, Finish, Rows
+from paged_jax.decoding.step import Stepper, release, start, step
+from paged_jax.sampling import SamplingParams, SamplingState
+
+NO_PROMPT = -1
+
+
+class Rollout(NamedTuple):
+    """What `rollout` draws: Q prompts, n samples of each, at most X tokens a sample."""
+
+    tokens: Int32[Array, "Q n X"]  # 0 past each sample's end
+    logprobs: Float[Array, "Q n X"]  # of these tokens; 0 past the end
+    lengths: Int32[Array, "Q n"]  # tokens drawn, a stop token included
+    finish: Int32[Array, "Q n"]  # of Finish
+    counters: Counters
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Queue:
+    """The prompts, and how far they have come. Sample i is the sample i % n of prompt i // n."""
+
+    prompts: Int32[Array, "Q C"]
+    prompt_lens: Int32[Array, " Q"]
+    limits: Int32[Array, " Q"]  # tokens that a sample may draw
+    sampling: SamplingState  # of Q rows
+    next: Int32[Array, ""]  # the next sample that gets a row
+    sample: Int32[Array, " B"]  # the sample in each row; its total number where the row is free
+    # The pages of the one prompt of which only some samples have rows: the others will share them.
+    handles: Handles
+    handles_of: Int32[Array, ""]  # that prompt, or NO_PROMPT
+    prefix: Handles | None  # pages under all prompts
+
+
+def rollout(
+    stepper: Stepper,
+    params: Any,
+    prompts: Int32[Array, "Q C"],
+    prompt_lens: Int32[Array, " Q"],
+    cache: KVCache,
+    *,
+    max_new_tokens: int,
+    num_samples: int = 1,
+    sampling: SamplingParams | SamplingState = SamplingParams(temperature=1.0),  # noqa: B008  frozen
+    limits: Int32[Array, " Q"] | None = None,
+    prefix: Handles | None = None,
+) -> tuple[Rollout, KVCache]:
+    """Draw samples of many prompts, through a batch of fixed size, in one XLA program.
+
+    A pure function: call it inside your own jit, beside the training step and with the same parameters, or inside a
+    `shard_map` over a data axis, where each device runs a queue of its own. Prompts are served first come, first
+    served; a row that ends is refilled in the next step. The samples of a prompt share its pages, which are computed
+    once. When pages run short, the youngest rows give theirs up and compute them again later, to the same tokens.
+
+        cache = KVCache.create(config)
+        stepper = Stepper(forward)
+
+        @functools.partial(jax.jit, donate_argnums=1)
+        def sample(params, cache, prompts, prompt_lens):
+            return rollout(stepper, params, prompts, prompt_lens, cache, max_new_tokens=64, num_samples=8)
+
+        result, cache = sample(params, cache, prompts, prompt_lens)
+
+    Args:
+        stepper: the decoder, and what is static about a step.
+        params: the decoder's parameters.
+        prompts: token ids, each prompt from the first column on; what follows a prompt is ignored.
+        prompt_lens: tokens of each prompt, at least 1.
+        cache: donate it at the jit boundary. Its rows must be empty; handles that you published keep their pages.
+        max_new_tokens: X, the most tokens of a sample; static.
+        num_samples: n, samples of each prompt; static.
+        sampling: how all prompts are sampled: prompt q draws from the seed `sampling.seed + q`. Or a SamplingState of Q
+            rows, whose seeds may be traced, such as `SamplingState.of(...)`. Sample i of a prompt draws from the stream
+            (seed, i).
+        limits: the most tokens of each prompt's samples, at most X; None: X for all.
+        prefix: handles to the first tokens of all prompts, which were computed before; the prompts repeat these tokens.
+
+    Returns:
+        What was drawn, and the cache, with all rows empty.
+
+    Raises:
+        ValueError: at trace time, for sizes that do not fit together. A prompt that does not fit in a row or in the
+            pages that are free ends with `Finish.TOO_LONG`, without a token.
+    """
+    num_prompts, width = prompts.shape
+    _check_sizes(stepper, cache, num_samples, max_new_tokens, num_prompts)
+    num_all = num_prompts * num_samples
+    limits = jnp.full(num_prompts, max_new_tokens, jnp.int32) if limits is None else limits
+    state = _idle_state(stepper, cache, width + max_new_tokens, _each_prompt(sampling, num_prompts))
+    tables, handles = cache.tables.publish(0, 0)  # of no tokens: only their shapes matter
+    queue = _Queue(
+        prompts=prompts,
+        prompt_lens=prompt_lens,
+        limits=limits,
+        sampling=_each_prompt(sampling, num_prompts),
+        next=jnp.int32(0),
+        sample=jnp.full(tables.num_rows, num_all, jnp.int32),
+        handles=handles,
+        handles_of=jnp.int32(NO_PROMPT),
+        prefix=prefix,
+    )
+    out = Rollout(
+        tokens=jnp.zeros((num_all, max_new_tokens), jnp.int32),
+        logprobs=jnp.zeros((num_all, max_new_tokens), jnp.float32),
+        lengths=jnp.zeros(num_all, jnp.int32),
+        finish=jnp.zeros(num_all, jnp.int32),
+        counters=state.counters,
+    )
+    reachable = _reachable_tokens(cache.tables, prefix)
+
+    def unfinished(carry: tuple[DecodeState, _Queue, Rollout]) -> Array:
+        state, queue, _ = carry
+        return jnp.any(state.rows.active) | (queue.next < num_all)
+
+    def body(carry: tuple[DecodeState, _Queue, Rollout]) -> tuple[DecodeState, _Queue, Rollout]:
+        state, queue, out = carry
+        before = state.counters.computed_tokens
+        state, queue = lax.cond(
+            jnp.any(~state.rows.active) & (queue.next < num_all),
+            lambda state, queue: _admit(state, queue, num_samples, reachable),
+            lambda state, queue: (state, queue),
+            state,
+            queue,
+        )
+        state, ended = step(stepper, params, state)
+        ended |= (queue.sample < num_all) & ~state.rows.active
+        state, queue = _keep_prompt(state, queue, num_samples)
+        is_stuck = state.counters.computed_tokens == before
+        state, queue = _drop_prompt(state, queue, is_stuck & ~jnp.any(ended))
+        out = _collect(out, state.rows, queue.sample, ended)
+        state = release(state, ended).settle()
+        return state, dataclasses.replace(queue, sample=jnp.where(ended, num_all, queue.sample)), out
+
+    state, queue, out = lax.while_loop(unfinished, body, (state, queue, out))
+    shape = num_prompts, num_samples
+    shaped = (x.reshape(*shape, *x.shape[1:]) for x in (out.tokens, out.logprobs, out.lengths, out.finish))
+    return Rollout(*shaped, state.counters), state.cache
+
+
+def _check_sizes(stepper: Stepper, cache: KVCache, num_samples: int, max_new_tokens: int, num_prompts: int) -> None:
+    for name, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens), ("prompts", num_prompts)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    tables, budget = cache.tables, stepper.token_counts[-1]
+    for table, group in zip(tables.groups, tables.layout, strict=True):
+        need = 1 if group.window is None else -(-(group.window + budget - 2) // table.page_size) + 1
+        need = min(need, table.pages.shape[1])
+        if need > table.num_pages - 1:
+            raise ValueError(
+                f"layers with a window of {group.window} have {table.num_pages - 1} pages, but a row that computes "
+                f"{budget} tokens in a step needs {need}: raise window_pages to {need + 1}, or lower the largest of "
+                f"token_counts={stepper.token_counts}"
+            )
+
+
+def _each_prompt(sampling: SamplingParams | SamplingState, num_prompts: int) -> SamplingState:
+    if isinstance(sampling, SamplingState):
+        if len(sampling.seed) != num_prompts:
+            raise ValueError(f"sampling is that of {len(sampling.seed)} prompts, but there are {num_prompts}")
+        return sampling
+    seeds = (np.arange(num_prompts, dtype=np.uint64) + sampling.seed).astype(np.uint32)
+    sizes = len(sampling.stop_tokens), len(sampling.logit_bias) + len(sampling.forbidden_tokens)
+    one = SamplingState.of([(sampling, 0)], max_stop_tokens=sizes[0], max_bias_tokens=sizes[1])
+    every = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_prompts, *x.shape[1:])), one)
+    return dataclasses.replace(every, seed=jnp.asarray(seeds))
+
+
+def _idle_state(stepper: Stepper, cache: KVCache, capacity: int, sampling: SamplingState) -> DecodeState:
+    """A batch of empty rows, which can be sampled as the prompts are."""
+    num_rows = cache.tables.num_rows
+    idle = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (num_rows, *x.shape[1:])), sampling)
+    return DecodeState(cache, Rows.create(num_rows, capacity, idle), Counters.create(len(stepper.token_counts)))
+
+
+def _reachable_tokens(tables: PageTables, prefix: Handles | None) -> Int32[Array, ""]:
+    """The most tokens that a row can cache: with all pages that are free now, and those of the prefix."""
+    reachable = jnp.int32(tables.max_length)
+    has_windows = any(group.window is not None for group in tables.layout)
+    for g, (table, group) in enumerate(zip(tables.groups, tables.layout, strict=True)):
+        if group.window is None:
+            # where layers have windows a row that gave up its pages may have to compute the prefix again
+            shared = 0 if prefix is None or has_windows else prefix[g].num_tokens // table.page_size
+            reachable = jnp.minimum(reachable, (table.num_free + shared) * table.page_size)
+    return reachable
+
+
+def _admit(
+    state: DecodeState, queue: _Queue, num_samples: int, reachable: Int32[Array, ""]
+) -> tuple[DecodeState, _Queue]:
+    """Free rows take the next samples. The first sample of a prompt computes it, the others wait for it to do so."""
+    num_prompts, width = queue.prompts.shape
+    num_all, num_rows = num_prompts * num_samples, len(state.rows.active)
+    free = queue.sample >= num_all
+    candidate = queue.next + jnp.cumsum(free, dtype=jnp.int32) - 1
+    takes = free & (candidate < num_all)
+    sample = jnp.where(takes, candidate, queue.sample)
+    prompt = jnp.minimum(jnp.where(takes, candidate // num_samples, 0), num_prompts - 1)
+    sampling = jax.tree.map(lambda x: x[prompt], queue.sampling)
+    num_prompt = queue.prompt_lens[prompt]
+    fits = (num_prompt >= 1) & (num_prompt <= jnp.minimum(reachable, width))
+    limit = jnp.clip(queue.limits[prompt], 1, state.rows.tokens.shape[1] - width)
+    new = dataclasses.replace(
+        state.rows,
+        tokens=state.rows.tokens.at[:, :width].set(queue.prompts[prompt]),
+        num_prompt=jnp.where(fits, num_prompt, state.longest_row + 1),  # so that `start` refuses it
+        num_known=num_prompt,
+        limit=jnp.minimum(num_prompt + limit, reachable + 1),
+        age=sample,
+        active=jnp.ones(num_rows, bool),
+        finish=jnp.zeros(num_rows, jnp.int32),
+        source=_find_source(state, queue, sample, takes, num_samples),
+        sampling=dataclasses.replace(sampling, sample=sample % num_samples),
+    )
+    state = start(state, takes, new)
+    num_taken = jnp.sum(takes, dtype=jnp.int32)
+    queue = dataclasses.replace(queue, next=queue.next + num_taken, sample=sample)
+    return _attach(state, queue, takes & state.rows.active, num_samples)
+
+
+def _find_source(
+    state: DecodeState, queue: _Queue, sample: Int32[Array, " B"], takes: Bool[Array, " B"], num_samples: int
+) -> Int32[Array, " B"]:
+    """The row that will compute the prompt of each row's new sample, or has computed it; NO_ROW: none but itself.
+
+    That is the oldest row of the same prompt, if it holds no more than the prompt yet. Where the prompt's pages are
+    held by handles, these are attached instead.
+    """
+    is_live = takes | state.rows.active
+    prompt = jnp.where(is_live, sample // num_samples, NO_PROMPT)
+    can_lead = takes | (state.rows.active & (state.rows.num_known == state.rows.num_prompt))
+    same = (prompt[:, None] == prompt[None, :]) & can_lead[None, :] & (sample[None, :] < sample[:, None])
+    oldest = jnp.min(jnp.where(same, sample[None, :], 2**31 - 1), axis=1)
+    leader = jnp.argmax(same & (sample[None, :] == oldest[:, None]), axis=1).astype(jnp.int32)
+    return jnp.where(jnp.any(same, axis=1) & (prompt != queue.handles_of), leader, NO_ROW)
+
+
+def _attach(
+    state: DecodeState, queue: _Queue, new: Bool[Array, " B"], num_samples: int
+) -> tuple[DecodeState, _Queue]:
+    """New rows that wait for nobody take the pages of their prompt, if handles hold them, else those of the prefix."""
+    takes_handles = new & (queue.sample // num_samples == queue.handles_of)
+    tables = _attach_each(state.cache.tables, takes_handles, queue.handles)
+    if queue.prefix is not None:
+        alone = new & ~takes_handles & (state.rows.source == NO_ROW) & (
+            state.rows.num_prompt > queue.prefix[0].num_tokens
+        )
+        tables = _attach_each(tables, alone, queue.prefix)
+    state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, tables=tables))
+    is_complete = queue.next >= (queue.handles_of + 1) * num_samples
+    return _drop_prompt(state, queue, is_complete)
+
+
+def _attach_each(tables: PageTables, rows: Bool[Array, " B"], handles: Handles) -> PageTables:
+    def attach(carry):
+        rows, tables = carry
+        row = jnp.argmax(rows).astype(jnp.int32)
+        return rows.at[row].set(False), tables.attach(row, handles)[0]
+
+    return lax.while_loop(lambda carry: jnp.any(carry[0]), attach, (rows, tables))[1]
+
+
+def _keep_prompt(state: DecodeState, queue: _Queue, num_samples: int) -> tuple[DecodeState, _Queue]:
+    """Publish the pages of the prompt of which only some samples have rows, as soon as one of them has computed it."""
+    prompt = (queue.next - 1) // num_samples
+    is_partly_admitted = (queue.next % num_samples > 0) & (queue.handles_of == NO_PROMPT)
+    is_computed = (state.cache.tables.lengths >= state.rows.num_prompt) & (state.rows.source == NO_ROW)
+    has_it = (queue.sample // num_samples == prompt) & is_computed & (state.rows.num_prompt > 0)
+    has_it &= state.cache.tables.lengths == state.rows.num_prompt
+    row = jnp.argmax(has_it).astype(jnp.int32)
+
+    def publish(state: DecodeState, queue: _Queue) -> tuple[DecodeState, _Queue]:
+        tables, handles = state.cache.tables.publish(row, state.rows.num_prompt[row] - 1)
+        state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, tables=tables))
+        return state, dataclasses.replace(queue, handles=handles, handles_of=prompt)
+
+    return lax.cond(
+        is_partly_admitted & jnp.any(has_it), publish, lambda state, queue: (state, queue), state, queue
+    )
+
+
+def _drop_prompt(state: DecodeState, queue: _Queue, condition: Bool[Array, ""]) -> tuple[DecodeState, _Queue]:
+    """Give up the handles of the partly admitted prompt, if there are any and the condition holds."""
+
+    def drop(state: DecodeState, queue: _Queue) -> tuple[DecodeState, _Queue]:
+        tables = state.cache.tables.drop(queue.handles)
+        state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, tables=tables))
+        return state, dataclasses.replace(queue, handles_of=jnp.int32(NO_PROMPT))
+
+    return lax.cond(
+        condition & (queue.handles_of != NO_PROMPT), drop, lambda state, queue: (state, queue), state, queue
+    )
+
+
+def _collect(out: Rollout, rows: Rows, sample: Int32[Array, " B"], ended: Bool[Array, " B"]) -> Rollout:
+    """Copy what ended rows drew to their samples' places."""
+    num_all, num_new = out.tokens.shape
+
+    def collect(out: Rollout) -> Rollout:
+        place = jnp.where(ended, sample, num_all)
+        length = jnp.where(rows.finish == Finish.TOO_LONG, 0, rows.num_known - rows.num_prompt)
+        index = jnp.arange(num_new, dtype=jnp.int32)[None, :]
+        is_drawn = index < length[:, None]
+        at = jnp.minimum(rows.num_prompt[:, None] + index, rows.tokens.shape[1] - 1)
+        tokens = jnp.where(is_drawn, jnp.take_along_axis(rows.tokens, at, axis=1), 0)
+        logprobs = jnp.where(is_drawn, jnp.take_along_axis(rows.logprobs, at, axis=1), 0.0)
+        return out._replace(
+            tokens=out.tokens.at[place].set(tokens, mode="drop"),
+            logprobs=out.logprobs.at[place].set(logprobs, mode="drop"),
+            lengths=out.lengths.at[place].set(length, mode="drop"),
+            finish=out.finish.at[place].set(rows.finish, mode="drop"),
+        )
+
+    return lax.cond(jnp.any(ended), collect, lambda out: out, out)

@@ -1,0 +1,140 @@
+"""What the rows of a batch know: their tokens, of which the page tables cache the first ones."""
+
+import dataclasses
+from enum import IntEnum
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int32
+
+from paged_jax.cache.config import CacheConfig
+from paged_jax.cache.kv_cache import KVCache
+from paged_jax.cache.mesh import everywhere
+from paged_jax.sampling import SamplingState
+
+NO_ROW = -1
+
+
+class Finish(IntEnum):
+    """Why a row stopped; UNFINISHED rows go on."""
+
+    UNFINISHED = 0
+    STOP_TOKEN = 1
+    MAX_TOKENS = 2
+    TOO_LONG = 3  # it could never fit: its prompt and one more token need more pages than a row or the pool has
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """B sequences in flight. Row b knows `num_known[b]` tokens, of which the page tables cache `lengths[b]`.
+
+    A row that has caught up, whose known tokens are all cached, draws its next token. That is all there is to it:
+    prefill is a row far behind, decoding one that is one token behind, and a row that gave up its pages is far behind
+    again.
+    """
+
+    tokens: Int32[Array, "B C"]  # the prompt, then what was drawn
+    logprobs: Float[Array, "B C"]  # of the drawn tokens, each at its token's place
+    num_prompt: Int32[Array, " B"]
+    num_known: Int32[Array, " B"]
+    limit: Int32[Array, " B"]  # the number of known tokens at which the row ends
+    age: Int32[Array, " B"]  # the lowest is the oldest and is served first; distinct among active rows
+    active: Bool[Array, " B"]
+    keeps: Bool[Array, " B"]  # when it ends, its pages stay until somebody needs them
+    source: Int32[Array, " B"]  # the row that computes this row's prompt, and is forked then; NO_ROW: it does so itself
+    finish: Int32[Array, " B"]  # of Finish
+    sampling: SamplingState
+
+    @classmethod
+    def create(cls, num_rows: int, capacity: int, sampling: SamplingState) -> "Rows":
+        """Empty rows that can know `capacity` tokens each."""
+
+        def zeros(*shape: int, dtype=jnp.int32) -> Array:  # distinct buffers: each is donated
+            return jnp.zeros(shape, dtype)
+
+        return cls(
+            tokens=zeros(num_rows, capacity),
+            logprobs=zeros(num_rows, capacity, dtype=jnp.float32),
+            num_prompt=zeros(num_rows),
+            num_known=zeros(num_rows),
+            limit=zeros(num_rows),
+            age=zeros(num_rows),
+            active=zeros(num_rows, dtype=jnp.bool_),
+            keeps=zeros(num_rows, dtype=jnp.bool_),
+            source=zeros(num_rows) + NO_ROW,
+            finish=zeros(num_rows),
+            sampling=sampling,
+        )
+
+    def where(self, mask: Bool[Array, " B"], others: "Rows") -> "Rows":
+        """These rows where the mask holds, others elsewhere."""
+        return jax.tree.map(lambda a, b: jnp.where(mask.reshape(mask.shape + (1,) * (a.ndim - 1)), a, b), self, others)
+
+
+class Counters(NamedTuple):
+    """What the steps so far did."""
+
+    steps: Int32[Array, " X"]  # of each token count
+    computed_tokens: Int32[Array, ""]
+    drawn_tokens: Int32[Array, ""]
+    preemptions: Int32[Array, ""]  # times that a row gave up its pages
+    recomputed_tokens: Int32[Array, ""]  # cached tokens that were given up so
+
+    @classmethod
+    def create(cls, num_token_counts: int) -> "Counters":
+        zero = [jnp.zeros((), jnp.int32) for _ in range(4)]
+        return cls(jnp.zeros(num_token_counts, jnp.int32), *zero)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """A batch in flight. The cache owns the memory: donate the state, and nothing is copied."""
+
+    cache: KVCache
+    rows: Rows
+    counters: Counters
+
+    @classmethod
+    def create(
+        cls,
+        config: CacheConfig,
+        capacity: int,
+        token_counts: tuple[int, ...],
+        sampling: SamplingState | None = None,
+        mesh: Mesh | None = None,
+    ) -> "DecodeState":
+        """An empty batch.
+
+        Args:
+            config: sizes of the cache; `config.max_sequences` rows.
+            capacity: C, tokens that a row can know, its last one, which is never cached, included.
+            token_counts: those of the steps; see `step`.
+            sampling: that of all rows, whose sizes are those of the rows to come; None: greedy.
+            mesh: splits the pool as in `PagePool.create`; each device holds all else.
+        """
+        num_rows = config.max_sequences
+        rows = Rows.create(num_rows, capacity, sampling or SamplingState.create(num_rows))
+        return cls(KVCache.create(config, mesh), rows, Counters.create(len(token_counts))).settle()
+
+    @property
+    def behind(self) -> Int32[Array, " B"]:
+        """Known tokens that are not cached; 0 for rows that are not active or wait for another row's prompt."""
+        takes_part = self.rows.active & (self.rows.source == NO_ROW)
+        return jnp.where(takes_part, self.rows.num_known - self.cache.tables.lengths, 0)
+
+    @property
+    def longest_row(self) -> int:
+        """The most tokens that a row can cache when it has the whole pool for itself."""
+        tables = self.cache.tables
+        pairs = zip(tables.groups, tables.layout, strict=True)
+        return min([tables.max_length, *((t.num_pages - 1) * t.page_size for t, group in pairs if group.window is None)])
+
+    def settle(self) -> "DecodeState":
+        """All but the pages on every device of their mesh, whatever the decoder split; nothing without a mesh."""
+        pool = self.cache.pool
+        tables, rows, counters = everywhere((self.cache.tables, self.rows, self.counters), pool)
+        return DecodeState(KVCache(tables, pool), rows, counters)

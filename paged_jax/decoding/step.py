@@ -1,0 +1,266 @@
+"""One step for everything: plan, reserve, forward, draw, commit.
+
+A row knows tokens and caches some of them. A step computes some of the tokens between the two, of any number of rows
+at once, and a row that has caught up draws its next token.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+from paged_jax.cache.kv_cache import KVCache
+from paged_jax.cache.metadata import AttentionMetadata
+from paged_jax.cache.pool import PagePool
+from paged_jax.decoding.plan import Plan, first_come_first_served
+from paged_jax.decoding.room import reserve
+from paged_jax.decoding.rows import NO_ROW, DecodeState, Finish, Rows
+from paged_jax.forward import Forward
+from paged_jax.sampling import Processor, SamplingState, draw
+
+TOKEN_COUNTS = (8, 16, 32, 64, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stepper:
+    """All that is static about a step; hashable, so that it may be a static argument.
+
+    Args:
+        forward: the decoder.
+        token_counts: T of the forward passes that are compiled, ascending. A step runs the smallest that holds what it
+            computes; the largest is its budget, and must hold a token of every row.
+        plan: how many tokens each row computes.
+        processor: changes the logits of every row before they are drawn from; see `paged_jax.sampling.Processor`.
+        logprobs: whether the log-probabilities of the drawn tokens are kept, in `Rows.logprobs`.
+        processed_logprobs: those after all processors and the temperature, not the model's own.
+    """
+
+    forward: Forward
+    token_counts: tuple[int, ...] = TOKEN_COUNTS
+    plan: Plan = first_come_first_served
+    processor: Processor | None = None
+    logprobs: bool = True
+    processed_logprobs: bool = False
+
+    def __post_init__(self):
+        counts = self.token_counts
+        if not counts or any(count < 1 for count in counts) or list(counts) != sorted(set(counts)):
+            raise ValueError(f"token_counts must be numbers of at least 1 in ascending order, got {counts}")
+
+
+class Drawn(NamedTuple):
+    """What a step drew, for each row; anything where `drew` is False."""
+
+    drew: Bool[Array, " B"]
+    tokens: Int32[Array, " B"]
+    logprobs: Float[Array, " B"]
+    processor: Any
+
+
+def token_counts_for(num_rows: int, budget: int = TOKEN_COUNTS[-1]) -> tuple[int, ...]:
+    """The token counts for a batch of so many rows: a few for decoding rows, and the budget of a step that prefills.
+
+    Args:
+        num_rows: B.
+        budget: the most tokens that a step computes; at least B.
+    """
+    if budget < num_rows:
+        raise ValueError(f"a budget of {budget} tokens a step does not hold one of each of {num_rows} rows: raise it")
+    decode = [count for count in TOKEN_COUNTS[:-1] if count // 2 < num_rows and count < budget]
+    if decode and decode[-1] < num_rows < budget:
+        decode.append(num_rows)
+    return (*decode, budget)
+
+
+def step(stepper: Stepper, params: Any, state: DecodeState) -> tuple[DecodeState, Bool[Array, " B"]]:
+    """Every row that the plan chooses computes tokens; those that catch up draw; those that end are inactive.
+
+    Rows that have ended still hold their pages: `release` frees them.
+
+    Returns:
+        The state, and which rows ended in this step.
+    """
+    budget = stepper.token_counts[-1]
+    if budget < len(state.rows.active):
+        raise ValueError(
+            f"token_counts={stepper.token_counts} for a batch of {len(state.rows.active)} rows: the largest must hold "
+            "one token of each"
+        )
+    state, counts = reserve(state, stepper.plan(state, budget))
+    state, drawn = compute(stepper, params, state, counts)
+    return commit(share_prompts(state), drawn)
+
+
+def release(state: DecodeState, rows: Bool[Array, " B"]) -> DecodeState:
+    """Free the pages of some rows."""
+    tables = lax.cond(jnp.any(rows), lambda t: t.release(rows), lambda t: t, state.cache.tables)
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, tables=tables))
+
+
+def compute(
+    stepper: Stepper, params: Any, state: DecodeState, counts: Int32[Array, " B"]
+) -> tuple[DecodeState, Drawn]:
+    """Run the decoder on the next `counts[b]` tokens of each row, for which there are pages, and draw."""
+    total = jnp.sum(counts, dtype=jnp.int32)
+    edges = jnp.array(stepper.token_counts, jnp.int32)
+    which = jnp.sum(edges < total, dtype=jnp.int32)
+    branches = [functools.partial(_forward_and_draw, stepper, num_tokens) for num_tokens in stepper.token_counts]
+    pool, drawn = lax.switch(which, branches, params, state, counts)
+    counters = state.counters
+    counters = counters._replace(
+        steps=counters.steps.at[which].add(1),
+        computed_tokens=counters.computed_tokens + total,
+        drawn_tokens=counters.drawn_tokens + jnp.sum(drawn.drew, dtype=jnp.int32),
+    )
+    return dataclasses.replace(state, cache=KVCache(state.cache.tables, pool), counters=counters), drawn
+
+
+def _forward_and_draw(
+    stepper: Stepper, num_tokens: int, params: Any, state: DecodeState, counts: Int32[Array, " B"]
+) -> tuple[PagePool, Drawn]:
+    """A step of T tokens: only the rows that compute something take part, at most T of them."""
+    rows, tables = state.rows, state.cache.tables
+    num_rows, capacity = rows.tokens.shape
+    size = min(num_rows, num_tokens)
+    row = jnp.flatnonzero(counts > 0, size=size, fill_value=num_rows).astype(jnp.int32)
+    query_lens = counts.at[row].get(mode="fill", fill_value=0)
+    metadata = AttentionMetadata.ragged(tables, query_lens, num_tokens, rows=row)
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    sequence = jnp.searchsorted(metadata.query_starts[1:], token, side="right").astype(jnp.int32)
+    of_row = row.at[jnp.minimum(sequence, size - 1)].get(mode="clip")
+    tokens = rows.tokens.at[jnp.minimum(of_row, num_rows - 1), jnp.minimum(metadata.positions, capacity - 1)].get(
+        mode="clip"
+    )
+    logits, pool = stepper.forward(params, tokens, state.cache.pool, metadata)
+
+    mine = jax.tree.map(lambda x: x.at[row].get(mode="clip"), rows)
+    drew = (query_lens > 0) & (metadata.lengths == mine.num_known)
+    result = draw(
+        logits,
+        mine.sampling,
+        mine.tokens,
+        mine.num_prompt,
+        mine.num_known,
+        active=drew,
+        processor=stepper.processor,
+        num_logprobs=0 if stepper.logprobs else None,
+        processed_logprobs=stepper.processed_logprobs,
+    )
+
+    def spread(x: Array, like: Array) -> Array:
+        """From the rows that take part to all rows."""
+        return like.at[row].set(x, mode="drop")
+
+    false, zeros = jnp.zeros(num_rows, bool), jnp.zeros(num_rows, jnp.int32)
+    logprobs = zeros.astype(jnp.float32)
+    return pool, Drawn(
+        drew=spread(drew, false),
+        tokens=spread(result.tokens, zeros),
+        logprobs=logprobs if result.logprobs is None else spread(result.logprobs, logprobs),
+        processor=jax.tree.map(spread, result.processor, rows.sampling.processor),
+    )
+
+
+def share_prompts(state: DecodeState) -> DecodeState:
+    """Rows that wait for another row's prompt are forked from it once it is computed, but for its last token.
+
+    They compute that token themselves, and so draw for themselves.
+    """
+    rows, lengths = state.rows, state.cache.tables.lengths
+    source = jnp.maximum(rows.source, 0)
+    is_ready = rows.active & (rows.source != NO_ROW) & (lengths[source] >= rows.num_prompt - 1)
+
+    def share(state: DecodeState) -> DecodeState:
+        child = jnp.arange(len(source), dtype=jnp.int32)
+        tables, _ = state.cache.tables.fork(jnp.where(is_ready, source, -1), jnp.where(is_ready, child, -1))
+        tables = tables.truncate(jnp.where(is_ready, rows.num_prompt - 1, tables.lengths))
+        rows_now = dataclasses.replace(rows, source=jnp.where(is_ready, NO_ROW, rows.source))
+        return dataclasses.replace(state, cache=KVCache(tables, state.cache.pool), rows=rows_now)
+
+    return lax.cond(jnp.any(is_ready), share, lambda state: state, state)
+
+
+def commit(state: DecodeState, drawn: Drawn) -> tuple[DecodeState, Bool[Array, " B"]]:
+    """Rows learn the tokens that they drew; those that reach their end become inactive.
+
+    Returns:
+        The state, and which rows ended.
+    """
+    rows = state.rows
+    capacity = rows.tokens.shape[1]
+    row = jnp.arange(len(rows.active))
+    place = row, jnp.where(drawn.drew, rows.num_known, capacity)
+    num_known = rows.num_known + drawn.drew.astype(jnp.int32)
+    finish = jnp.select(
+        [drawn.drew & rows.sampling.is_stop(drawn.tokens), drawn.drew & (num_known >= rows.limit)],
+        [jnp.int32(Finish.STOP_TOKEN), jnp.int32(Finish.MAX_TOKENS)],
+        rows.finish,
+    )
+    ended = rows.active & (finish != Finish.UNFINISHED)
+    sampling: SamplingState = dataclasses.replace(rows.sampling, processor=drawn.processor)
+    rows = dataclasses.replace(
+        rows,
+        tokens=rows.tokens.at[place].set(drawn.tokens, mode="drop", unique_indices=True),
+        logprobs=rows.logprobs.at[place].set(drawn.logprobs, mode="drop", unique_indices=True),
+        num_known=num_known,
+        active=rows.active & ~ended,
+        finish=finish,
+        sampling=sampling,
+    )
+    return dataclasses.replace(state, rows=rows), ended
+
+
+def start(state: DecodeState, mask: Bool[Array, " B"], rows: Rows) -> DecodeState:
+    """Put sequences into some rows, which must hold no pages; the others stay as they are.
+
+    A row whose prompt could never fit, even alone, ends at once, with `Finish.TOO_LONG` and no token drawn.
+    """
+    rows = rows.where(mask, state.rows)
+    fits = rows.num_prompt <= state.longest_row
+    limit = jnp.minimum(rows.limit, state.longest_row + 1)  # the last token that a row draws is never cached
+    return dataclasses.replace(
+        state,
+        rows=dataclasses.replace(
+            rows,
+            limit=jnp.where(mask, limit, rows.limit),
+            active=rows.active & (fits | ~mask),
+            finish=jnp.where(mask & ~fits, jnp.int32(Finish.TOO_LONG), rows.finish),
+        ),
+    )
+
+
+def run(
+    stepper: Stepper,
+    params: Any,
+    state: DecodeState,
+    max_steps: int | Int32[Array, ""],
+    *,
+    until_one_ends: bool | Bool[Array, ""] = False,
+) -> DecodeState:
+    """Steps in one `lax.while_loop`, until no row is active or `max_steps` were made.
+
+    Rows that end give up their pages in that very step, but for those that keep them (`Rows.keeps`).
+
+    Args:
+        stepper: what is static about a step.
+        params: the decoder's parameters.
+        state: the batch; donate it at the jit boundary.
+        max_steps: may be traced.
+        until_one_ends: also return as soon as a row has ended.
+    """
+
+    def goes_on(carry: tuple[Array, Array, DecodeState]) -> Array:
+        steps, any_ended, state = carry
+        return (steps < max_steps) & jnp.any(state.rows.active) & ~(any_ended & until_one_ends)
+
+    def body(carry: tuple[Array, Array, DecodeState]) -> tuple[Array, Array, DecodeState]:
+        steps, _, state = carry
+        state, ended = step(stepper, params, state)
+        state = release(state, ended & ~state.rows.keeps)
+        return steps + 1, jnp.any(ended), state.settle()
+
+    return lax.while_loop(goes_on, body, (jnp.int32(0), jnp.bool_(False), state))[2]
