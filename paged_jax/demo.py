@@ -80,7 +80,7 @@ def run(model: Model, console: Console, *, samples: int = 3, max_new_tokens: int
             progress.advance(task, len(chunk.tokens))
             if chunk.finish:
                 progress.advance(task, max_new_tokens - len(drawn[chunk.request, chunk.sample]))
-            (table,) = generator.state.tables.groups  # the model has no windows
+            (table,) = generator.state.cache.tables.groups  # the model has no windows
             report = MemoryReport.measure(table)
             if fullest is None or report.pages_in_use > fullest.pages_in_use:
                 fullest, picture = report, page_map(table)

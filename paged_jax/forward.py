@@ -1,6 +1,6 @@
 """What the library asks of a decoder: one pure function."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int32
 
@@ -8,6 +8,7 @@ from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.cache.pool import PagePool
 
 
+@runtime_checkable
 class Forward(Protocol):
     """A decoder: computes the packed new tokens of many sequences against the cache.
 

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int32
 
 from paged_jax.cache.kv_cache import KVCache
-from paged_jax.cache.page_table import NULL_PAGE
+from paged_jax.cache.page_table import NULL_PAGE, Reservation
 from paged_jax.cache.page_tables import PageTables, Reservations
 from paged_jax.decoding.plan import YOUNGEST
 from paged_jax.decoding.rows import DecodeState, Rows
@@ -31,25 +31,19 @@ def reserve(state: DecodeState, asked: Int32[Array, " B"]) -> tuple[DecodeState,
     Returns:
         The state, and how many tokens each row computes: all it asked for, or none.
     """
-    tables, made = state.cache.tables.slide().reserve(asked, state.rows.age)
-    attempt = _Attempt(tables, made, (asked > 0) & ~made.granted, jnp.zeros_like(state.rows.active), jnp.int32(0))
-    search = functools.partial(_give_up_until_granted, rows=state.rows, asked=asked)
-    attempt = lax.cond(jnp.any(attempt.refused), search, lambda attempt: attempt, attempt)
+    tables = state.cache.tables.slide()
+    attempt = lax.while_loop(
+        lambda attempt: attempt.goes_on,
+        functools.partial(_try, rows=state.rows, asked=asked),
+        _Attempt.begin(tables, asked > 0),
+    )
     counters = state.counters._replace(
         preemptions=state.counters.preemptions + jnp.sum(attempt.gave_up & state.rows.active, dtype=jnp.int32),
         recomputed_tokens=state.counters.recomputed_tokens + attempt.lost_tokens,
     )
     pool = state.cache.pool.copy(attempt.made)
-    counts = jnp.where(attempt.made.granted & ~attempt.gave_up, asked, 0)
+    counts = jnp.where(attempt.made.granted, asked, 0)
     return dataclasses.replace(state, cache=KVCache(attempt.tables, pool), counters=counters), counts
-
-
-class _Attempt(NamedTuple):
-    tables: PageTables
-    made: Reservations
-    refused: Bool[Array, " B"]
-    gave_up: Bool[Array, " B"]
-    lost_tokens: Int32[Array, ""]  # cached tokens of active rows that will be computed again
 
 
 class _Victim(NamedTuple):
@@ -57,32 +51,54 @@ class _Victim(NamedTuple):
     kept: Int32[Array, " B"]  # tokens that each row would keep
 
 
-def _give_up_until_granted(attempt: _Attempt, rows: Rows, asked: Int32[Array, " B"]) -> _Attempt:
-    """Let rows give up their pages, one by one, until the oldest refused row has its own or nobody can help it."""
+class _Attempt(NamedTuple):
+    tables: PageTables
+    made: Reservations  # what was granted so far
+    refused: Bool[Array, " B"]
+    gave_up: Bool[Array, " B"]
+    lost_tokens: Int32[Array, ""]  # cached tokens of active rows that will be computed again
+    victim: _Victim  # who gives up pages before the next attempt
+    goes_on: Bool[Array, ""]
 
-    def next_victim(attempt: _Attempt) -> _Victim:
-        return _choose_victim(attempt, rows)
+    @classmethod
+    def begin(cls, tables: PageTables, asked: Bool[Array, " B"]) -> "_Attempt":
+        nobody, nulls = jnp.zeros_like(asked), jnp.full(asked.shape, NULL_PAGE, jnp.int32)
+        nothing = Reservations(nobody, tuple(Reservation(nobody, nulls, nulls) for _ in tables.groups))
+        return cls(tables, nothing, asked, nobody, jnp.int32(0), _Victim(nobody, nulls), jnp.any(asked))
 
-    def give_up(carry: tuple[_Attempt, _Victim]) -> tuple[_Attempt, _Victim]:
-        (tables, made, refused, gave_up, lost_tokens), victim = carry
-        computed = tables.lengths - jnp.where(made.granted, asked, 0)  # what was granted has not been written yet
-        lost = jnp.where(victim.row & rows.active, jnp.maximum(computed - victim.kept, 0), 0)
-        tables = tables.truncate(jnp.where(victim.row, victim.kept, tables.lengths))
-        gave_up |= victim.row
-        refused &= ~victim.row
-        tables, again = tables.reserve(jnp.where(refused, asked, 0), rows.age)
-        made = _merge(made, again, refused & again.granted, gave_up)
-        attempt = _Attempt(
-            tables, made, refused & ~again.granted, gave_up, lost_tokens + jnp.sum(lost, dtype=jnp.int32)
-        )
-        return attempt, next_victim(attempt)
 
-    carry = attempt, next_victim(attempt)
-    return lax.while_loop(lambda carry: jnp.any(carry[1].row), give_up, carry)[0]
+def _try(attempt: _Attempt, rows: Rows, asked: Int32[Array, " B"]) -> _Attempt:
+    """One row may give up pages, then all that were refused so far ask again; and who would give up pages next."""
+    attempt = lax.cond(
+        jnp.any(attempt.victim.row), lambda attempt: _give_up(attempt, rows, asked), lambda attempt: attempt, attempt
+    )
+    tables, again = attempt.tables.reserve(jnp.where(attempt.refused, asked, 0), rows.age)
+    now = attempt.refused & again.granted
+    made = _merge(attempt.made, again, now, attempt.gave_up)
+    attempt = attempt._replace(tables=tables, made=made, refused=attempt.refused & ~now)
+    victim = lax.cond(
+        jnp.any(attempt.refused),
+        lambda: _choose_victim(attempt, rows),
+        lambda: _Victim(jnp.zeros_like(rows.active), jnp.zeros_like(asked)),
+    )
+    return attempt._replace(victim=victim, goes_on=jnp.any(victim.row))
+
+
+def _give_up(attempt: _Attempt, rows: Rows, asked: Int32[Array, " B"]) -> _Attempt:
+    row, kept = attempt.victim
+    tables = attempt.tables
+    computed = tables.lengths - jnp.where(attempt.made.granted, asked, 0)  # what was granted has not been written yet
+    lost = jnp.where(row & rows.active, jnp.maximum(computed - kept, 0), 0)
+    return attempt._replace(
+        tables=tables.truncate(jnp.where(row, kept, tables.lengths)),
+        refused=attempt.refused & ~row,
+        gave_up=attempt.gave_up | row,
+        lost_tokens=attempt.lost_tokens + jnp.sum(lost, dtype=jnp.int32),
+    )
 
 
 def _choose_victim(attempt: _Attempt, rows: Rows) -> _Victim:
-    """Who gives up pages for the oldest refused row; nobody where no row is refused, or none can help."""
+    """Who gives up pages for the oldest refused row; nobody if none can help."""
     tables = attempt.tables
     oldest_refused = jnp.min(jnp.where(attempt.refused, rows.age, YOUNGEST))
     is_first = oldest_refused == jnp.min(jnp.where(rows.active & (rows.num_known > 0), rows.age, YOUNGEST))
@@ -90,8 +106,7 @@ def _choose_victim(attempt: _Attempt, rows: Rows) -> _Victim:
     ended = ~rows.active & holds
     younger = rows.active & holds & (rows.age > oldest_refused)
     owns = younger & _owns_pages(tables)
-    wanted = jnp.any(attempt.refused)
-    candidates = jnp.where(jnp.any(ended), ended, jnp.where(jnp.any(owns), owns, younger & is_first)) & wanted
+    candidates = jnp.where(jnp.any(ended), ended, jnp.where(jnp.any(owns), owns, younger & is_first))
     youngest = jnp.max(jnp.where(candidates, rows.age, -1))
     row = jnp.arange(len(rows.age), dtype=jnp.int32)
     victim = candidates & (rows.age == youngest)

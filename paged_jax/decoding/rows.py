@@ -131,7 +131,8 @@ class DecodeState:
         """The most tokens that a row can cache when it has the whole pool for itself."""
         tables = self.cache.tables
         pairs = zip(tables.groups, tables.layout, strict=True)
-        return min([tables.max_length, *((t.num_pages - 1) * t.page_size for t, group in pairs if group.window is None)])
+        usable = [(table.num_pages - 1) * table.page_size for table, group in pairs if group.window is None]
+        return min([tables.max_length, *usable])
 
     def settle(self) -> "DecodeState":
         """All but the pages on every device of their mesh, whatever the decoder split; nothing without a mesh."""

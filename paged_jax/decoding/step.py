@@ -6,6 +6,8 @@ at once, and a row that has caught up draws its next token.
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -104,41 +106,50 @@ def release(state: DecodeState, rows: Bool[Array, " B"]) -> DecodeState:
 def compute(
     stepper: Stepper, params: Any, state: DecodeState, counts: Int32[Array, " B"]
 ) -> tuple[DecodeState, Drawn]:
-    """Run the decoder on the next `counts[b]` tokens of each row, for which there are pages, and draw."""
+    """Run the decoder on the next `counts[b]` tokens of each row, for which there are pages, and draw.
+
+    Only rows that compute something take part, at most T of them in a step of T tokens. Token counts for which as many
+    rows can take part share the drawing, which takes as long to compile as a small decoder.
+    """
     total = jnp.sum(counts, dtype=jnp.int32)
-    edges = jnp.array(stepper.token_counts, jnp.int32)
-    which = jnp.sum(edges < total, dtype=jnp.int32)
-    branches = [functools.partial(_forward_and_draw, stepper, num_tokens) for num_tokens in stepper.token_counts]
-    pool, drawn = lax.switch(which, branches, params, state, counts)
+    num_rows = len(counts)
+    by_rows = [(n, tuple(group)) for n, group in itertools.groupby(stepper.token_counts, lambda t: min(t, num_rows))]
+    branches = [functools.partial(_forward_and_draw, stepper, *sizes) for sizes in by_rows]
+    branch = _smallest([token_counts[-1] for _, token_counts in by_rows], total)
+    pool, drawn = lax.switch(branch, branches, params, state, counts)
     counters = state.counters
     counters = counters._replace(
-        steps=counters.steps.at[which].add(1),
+        steps=counters.steps.at[_smallest(stepper.token_counts, total)].add(1),
         computed_tokens=counters.computed_tokens + total,
         drawn_tokens=counters.drawn_tokens + jnp.sum(drawn.drew, dtype=jnp.int32),
     )
     return dataclasses.replace(state, cache=KVCache(state.cache.tables, pool), counters=counters), drawn
 
 
+def _smallest(sizes: Sequence[int], total: Int32[Array, ""]) -> Int32[Array, ""]:
+    """Which of some ascending sizes is the smallest that holds the total."""
+    return jnp.sum(jnp.array(sizes, jnp.int32) < total, dtype=jnp.int32)
+
+
 def _forward_and_draw(
-    stepper: Stepper, num_tokens: int, params: Any, state: DecodeState, counts: Int32[Array, " B"]
+    stepper: Stepper,
+    num_taking: int,
+    token_counts: tuple[int, ...],
+    params: Any,
+    state: DecodeState,
+    counts: Int32[Array, " B"],
 ) -> tuple[PagePool, Drawn]:
-    """A step of T tokens: only the rows that compute something take part, at most T of them."""
-    rows, tables = state.rows, state.cache.tables
-    num_rows, capacity = rows.tokens.shape
-    size = min(num_rows, num_tokens)
-    row = jnp.flatnonzero(counts > 0, size=size, fill_value=num_rows).astype(jnp.int32)
+    """A step of one of some token counts, in which up to R = `num_taking` rows take part."""
+    rows, lengths = state.rows, state.cache.tables.lengths
+    num_rows = len(counts)
+    row = jnp.flatnonzero(counts > 0, size=num_taking, fill_value=num_rows).astype(jnp.int32)
     query_lens = counts.at[row].get(mode="fill", fill_value=0)
-    metadata = AttentionMetadata.ragged(tables, query_lens, num_tokens, rows=row)
-    token = jnp.arange(num_tokens, dtype=jnp.int32)
-    sequence = jnp.searchsorted(metadata.query_starts[1:], token, side="right").astype(jnp.int32)
-    of_row = row.at[jnp.minimum(sequence, size - 1)].get(mode="clip")
-    tokens = rows.tokens.at[jnp.minimum(of_row, num_rows - 1), jnp.minimum(metadata.positions, capacity - 1)].get(
-        mode="clip"
-    )
-    logits, pool = stepper.forward(params, tokens, state.cache.pool, metadata)
+    branches = [functools.partial(_forward, stepper.forward, num_tokens) for num_tokens in token_counts]
+    which = _smallest(token_counts, jnp.sum(counts, dtype=jnp.int32))
+    logits, pool = lax.switch(which, branches, params, state, row, query_lens)
 
     mine = jax.tree.map(lambda x: x.at[row].get(mode="clip"), rows)
-    drew = (query_lens > 0) & (metadata.lengths == mine.num_known)
+    drew = (query_lens > 0) & (lengths.at[row].get(mode="clip") == mine.num_known)
     result = draw(
         logits,
         mine.sampling,
@@ -155,14 +166,32 @@ def _forward_and_draw(
         """From the rows that take part to all rows."""
         return like.at[row].set(x, mode="drop")
 
-    false, zeros = jnp.zeros(num_rows, bool), jnp.zeros(num_rows, jnp.int32)
+    zeros = jnp.zeros(num_rows, jnp.int32)
     logprobs = zeros.astype(jnp.float32)
     return pool, Drawn(
-        drew=spread(drew, false),
+        drew=spread(drew, jnp.zeros(num_rows, bool)),
         tokens=spread(result.tokens, zeros),
         logprobs=logprobs if result.logprobs is None else spread(result.logprobs, logprobs),
         processor=jax.tree.map(spread, result.processor, rows.sampling.processor),
     )
+
+
+def _forward(
+    forward: Forward,
+    num_tokens: int,
+    params: Any,
+    state: DecodeState,
+    row: Int32[Array, " R"],
+    query_lens: Int32[Array, " R"],
+) -> tuple[Float[Array, "R V"], PagePool]:
+    """Logits at the last of the next tokens of some rows, computed in a pass of T = `num_tokens`."""
+    num_rows, capacity = state.rows.tokens.shape
+    metadata = AttentionMetadata.ragged(state.cache.tables, query_lens, num_tokens, rows=row)
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    sequence = jnp.searchsorted(metadata.query_starts[1:], token, side="right").astype(jnp.int32)  # R for padding
+    place = row.at[sequence].get(mode="clip"), jnp.minimum(metadata.positions, capacity - 1)
+    tokens = state.rows.tokens.at[place].get(mode="clip")
+    return forward(params, tokens, state.cache.pool, metadata)
 
 
 def share_prompts(state: DecodeState) -> DecodeState:

@@ -60,6 +60,15 @@ class PrefixCache:
         """The ids of the cached pages; the cache owns one reference to each."""
         return np.array(self._index.pages, np.int32)
 
+    def lookup(self, tokens: Sequence[int] | np.ndarray, *, salt: str = "", adapter: str = "") -> int:
+        """How many tokens `match` would find; changes nothing."""
+        namespace = Namespace(salt, adapter, self._weights)
+        return len(self._index.match(tokens[: max(len(tokens) - 1, 0)], namespace, num_uses=0)) * self._index.page_size
+
+    def num_unused(self, table: PageTable) -> int:
+        """Cached pages that no row and no handle uses: so many can be evicted. Waits for the device."""
+        return int(np.sum(np.asarray(table.refcounts)[self.pages] == 1)) if self._index else 0
+
     def match(
         self, table: PageTable, row: int, tokens: Sequence[int] | np.ndarray, *, salt: str = "", adapter: str = ""
     ) -> tuple[PageTable, int]:
