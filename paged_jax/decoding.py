@@ -26,7 +26,7 @@ from paged_jax.cache.mesh import everywhere
 from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.cache.page_tables import PageTables
 from paged_jax.cache.pool import PagePool
-from paged_jax.sampling import Sampler, sample
+from paged_jax.sampling import SamplingState, draw
 
 Forward = Callable[[Any, Int32[Array, " T"], PagePool, AttentionMetadata], tuple[Float[Array, "B V"], PagePool]]
 """A decoder: (params, tokens, pool, metadata) -> (logits at each sequence's last new token, pool)."""
@@ -58,7 +58,7 @@ class DecodeState:
     remaining: Int32[Array, " B"]
     active: Bool[Array, " B"]
     finish: Int32[Array, " B"]
-    sampler: Sampler
+    sampler: SamplingState
 
     @classmethod
     def create(
@@ -79,7 +79,7 @@ class DecodeState:
             remaining=zeros(num_rows),
             active=jnp.zeros(num_rows, bool),
             finish=zeros(num_rows),
-            sampler=Sampler.create(num_rows, max_stop_tokens),
+            sampler=SamplingState.create(num_rows, max_stop_tokens=max_stop_tokens),
         )
         return state.settle()
 
@@ -126,7 +126,7 @@ def start(
     rows: Bool[Array, " B"],
     feed: Int32[Array, " B"],
     remaining: Int32[Array, " B"],
-    sampler: Sampler,
+    sampler: SamplingState,
 ) -> DecodeState:
     """Let some rows decode: each feeds its prompt's last token next and may draw `remaining` tokens (at least 1)."""
 
@@ -164,7 +164,7 @@ def decode_step(forward: Forward, params: Any, state: DecodeState) -> tuple[Deco
     count = granted.astype(jnp.int32)
     pool = state.pool.copy(reservation)
     logits, pool = forward(params, state.feed, pool, AttentionMetadata.decode(tables, granted))
-    drawn = sample(logits, state.sampler, tables.lengths)
+    drawn = draw(logits, state.sampler, state.tokens, tables.lengths, tables.lengths, active=granted).tokens
 
     capacity = state.tokens.shape[1]
     tokens = state.tokens.at[rows, jnp.where(granted, state.num_tokens, capacity)].set(drawn, mode="drop")

@@ -14,7 +14,7 @@ from paged_jax.cache.mesh import find_mesh
 from paged_jax.cache.page_table import PageTable
 from paged_jax.decoding import DecodeState, Finish, Forward, decode_loop, prefill, start, stop
 from paged_jax.prefix.cache import PrefixCache
-from paged_jax.sampling import Sampler, SamplingParams
+from paged_jax.sampling import SamplingParams, SamplingState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +140,12 @@ class Generator:
                 )
         if len(sampling.stop_tokens) > self.max_stop_tokens:
             raise ValueError(f"{len(sampling.stop_tokens)} stop tokens; at most {self.max_stop_tokens} are supported")
+        for name in _UNSUPPORTED:
+            if getattr(sampling, name) != getattr(SamplingParams(), name):
+                raise NotImplementedError(
+                    f"SamplingParams({name}={getattr(sampling, name)!r}): the Generator does not support it; "
+                    "paged_jax.sampling.draw does"
+                )
         if sampling.stop_strings and self._decode_text is None:
             raise ValueError("stop_strings need to read the text: pass decode_text to the Generator")
         request, self._num_requests = self._num_requests, self._num_requests + 1
@@ -282,7 +288,7 @@ class Generator:
             feed[sample.row] = sample.tokens[-1]
             remaining[sample.row] = sample.remaining
             by_row[sample.row] = sample.params, sample.number
-        sampler = Sampler.of(by_row, self.max_stop_tokens)
+        sampler = SamplingState.of(by_row, max_stop_tokens=self.max_stop_tokens)
         self.state = _start(self.state, rows, feed, remaining, sampler)
 
     # ---- after a visit ---------------------------------------------------------------------------------------
@@ -383,6 +389,14 @@ def generate(
     return Generator(forward, params, config, **options).run(prompts, sampling)
 
 
+_UNSUPPORTED = (  # they need all tokens of a row, or sparse biases: the decode loop has neither
+    "min_new_tokens",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "forbidden_tokens",
+)
 _REASONS = {
     Finish.UNFINISHED: None,
     Finish.STOP_TOKEN: "stop",

@@ -14,7 +14,7 @@ from paged_jax import decode_loop as loop
 from paged_jax import decode_step as one_step
 from paged_jax import prefill as compute
 from paged_jax.decoding import Finish, start, stop
-from paged_jax.sampling import Sampler
+from paged_jax.sampling import SamplingState
 
 PARAMS = toy.init_params()
 prefill = jax.jit(functools.partial(compute, toy.forward), donate_argnums=1)
@@ -53,7 +53,7 @@ def begun(config, prompts, params: SamplingParams | list[SamplingParams] = GREED
         np.arange(num_rows) < len(prompts),
         np.array([p[-1] for p in prompts] + fill, np.int32),
         np.array([p.max_new_tokens for p in each] + fill, np.int32),
-        Sampler.of([(p, 0) for p in each] + [None] * len(fill), 4),
+        SamplingState.of([(p, 0) for p in each] + [None] * len(fill)),
     )
 
 
@@ -103,7 +103,7 @@ def test_chunks_of_a_prompt_give_the_tokens_of_one_prefill():
         assert granted[2]
     rows = np.arange(4) == 2
     state = begin(
-        state, rows, np.where(rows, prompt[-1], 0).astype(np.int32), np.full(4, 10, np.int32), Sampler.create(4)
+        state, rows, np.where(rows, prompt[-1], 0).astype(np.int32), np.full(4, 10, np.int32), SamplingState.create(4)
     )
     state, _ = decode_loop(PARAMS, state)
     assert drawn(state, 2) == toy.dense_greedy(PARAMS, prompt, 10)
@@ -173,7 +173,7 @@ def test_refused_prefill_leaves_the_other_rows_their_tokens():
     assert np.asarray(granted)[:2].tolist() == [True, False]
     assert int(state.tables.lengths[1]) == 0
     rows = np.arange(4) == 0
-    state = begin(state, rows, np.full(4, texts[0][-1], np.int32), np.full(4, 8, np.int32), Sampler.create(4))
+    state = begin(state, rows, np.full(4, texts[0][-1], np.int32), np.full(4, 8, np.int32), SamplingState.create(4))
     state, _ = decode_loop(PARAMS, state)
     assert drawn(state, 0) == toy.dense_greedy(PARAMS, texts[0], 8)
 
@@ -192,7 +192,7 @@ def test_forked_samples_share_the_prompt_and_copy_on_write(prompt_length):
     params = [SamplingParams(max_new_tokens=12)] * 2 + [SamplingParams(max_new_tokens=12, temperature=1.0, seed=2)] * 2
     state = begin(
         state, np.full(4, True), np.full(4, prompt[-1], np.int32), np.full(4, 12, np.int32),
-        Sampler.of([(p, i) for i, p in enumerate(params)], 4),
+        SamplingState.of([(p, i) for i, p in enumerate(params)]),
     )  # fmt: skip
     state, _ = decode_loop(PARAMS, state)
     expected = toy.dense_greedy(PARAMS, prompt, 12)
@@ -206,7 +206,7 @@ def test_forked_samples_share_the_prompt_and_copy_on_write(prompt_length):
 
 def _alone(config, prompt, params, number):
     state = begun(config, [prompt], params)
-    return dataclasses.replace(state, sampler=Sampler.of([(params, number), None, None, None], 4))
+    return dataclasses.replace(state, sampler=SamplingState.of([(params, number), None, None, None]))
 
 
 def test_one_program_allocates_copies_finishes_and_releases_for_64_sequences():
@@ -234,7 +234,7 @@ def test_one_program_allocates_copies_finishes_and_releases_for_64_sequences():
         feed = np.repeat(text[np.arange(8), lens - 1], 8)
         limits = rng.integers(1, 25, 64).astype(np.int32)
         params = [(SamplingParams(temperature=float(row % 2), seed=batch), row) for row in range(64)]
-        state = begin(state, np.full(64, True), feed, limits, Sampler.of(params, 4))
+        state = begin(state, np.full(64, True), feed, limits, SamplingState.of(params))
         if batch == 0:
             text_of_program = loop64.lower(PARAMS, state).as_text()
             assert "callback" not in text_of_program and "infeed" not in text_of_program
