@@ -169,11 +169,13 @@ def _measure(
     logits: Float32[Array, "R V"], drawn: Int32[Array, " R"], num_logprobs: int | None
 ) -> tuple[Float32[Array, " R"] | None, Int32[Array, "R n"], Float32[Array, "R n"]]:
     """The log-probabilities of the drawn and of the most likely tokens."""
+    no_top = jnp.zeros((len(logits), 0), jnp.int32), jnp.zeros((len(logits), 0), jnp.float32)
     if num_logprobs is None:
-        none = jnp.zeros((len(logits), 0), jnp.float32)
-        return None, none.astype(jnp.int32), none
+        return None, *no_top
     measured = processors.log_probabilities(logits)
     of_drawn = jnp.take_along_axis(measured, drawn[:, None], axis=1)[:, 0]
+    if num_logprobs == 0:
+        return of_drawn, *no_top
     top_logprobs, top_tokens = lax.top_k(measured, num_logprobs)
     return of_drawn, top_tokens.astype(jnp.int32), top_logprobs
 

@@ -24,16 +24,18 @@ class Processor(Protocol):
         >>> @dataclasses.dataclass(frozen=True)
         ... class NoRepeat:
         ...     def process(self, state, logits, tokens, num_known):  # state [R]: the last token, -1 before the first
-        ...         return jnp.where(jnp.arange(logits.shape[1]) == state[:, None], -jnp.inf, logits)
+        ...         last = jax.nn.one_hot(state, logits.shape[1], dtype=bool)
+        ...         return jnp.where(last, -jnp.inf, logits)
         ...
         ...     def advance(self, state, drawn, drew):
         ...         return jnp.where(drew, drawn, state)
+        >>> step = jax.jit(draw, static_argnames="processor")
         >>> num_rows = 2
         >>> state = SamplingState.create(num_rows, processor=jnp.full(num_rows, -1, jnp.int32))
         >>> logits = jnp.array([[0.0, 2.0, 1.0]] * num_rows)
         >>> known, length = jnp.zeros((num_rows, 8), jnp.int32), jnp.zeros(num_rows, jnp.int32)
         >>> for _ in range(4):
-        ...     drawn = draw(logits, state, known, length, length, processor=NoRepeat())
+        ...     drawn = step(logits, state, known, length, length, processor=NoRepeat())
         ...     state = dataclasses.replace(state, processor=drawn.processor)
         ...     print(drawn.tokens)
         [1 1]
@@ -126,7 +128,7 @@ def temperature(logits: Float32[Array, "R V"], temperatures: Float32[Array, " R"
         logits: of the next token.
         temperatures: 0 is taken as 1.
     """
-    divisor = jnp.where(temperatures > 0, jnp.maximum(temperatures, _TINY), 1.0)
+    divisor = jnp.where(temperatures > 0, jnp.clip(temperatures, _TINY, 1 / _TINY), 1.0)  # its reciprocal is normal
     return below_maximum(logits) / divisor[:, None]
 
 

@@ -5,8 +5,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import pytest
 
 from paged_jax import sampling
 from paged_jax.sampling import SamplingParams, SamplingState
@@ -26,8 +24,9 @@ def primitives(jaxpr, inside_cond: bool) -> list[str]:
     for equation in jaxpr.eqns:
         names.append(equation.primitive.name)
         if equation.primitive.name != "cond" or inside_cond:
-            for inner in jax.core.jaxprs_in_params(equation.params):
-                names += primitives(inner, inside_cond)
+            for inner in jax.tree.leaves(list(equation.params.values())):
+                inner = getattr(inner, "jaxpr", inner)  # a closed one holds a plain one
+                names += primitives(inner, inside_cond) if hasattr(inner, "eqns") else []
     return names
 
 
@@ -41,7 +40,7 @@ def test_outside_of_conds_a_draw_is_an_argmax_and_tests():
     always = set(traced(False, {}))
     assert always & DEAR == set()
     inside = set(traced(True, {}))
-    assert {"threefry2x32", "scatter-add", "while", "argmax", "exp", "log"} <= inside, "the reader looks into branches"
+    assert {"threefry2x32", "scatter-add", "scan", "argmax", "exp", "log"} <= inside, "the reader looks into branches"
 
 
 def test_log_probabilities_are_computed_only_where_they_are_asked_for():
@@ -79,31 +78,21 @@ def test_new_parameters_do_not_compile_again():
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize(
-    "wish",
-    [
-        {"temperature": 1.0},
-        {"temperature": 1.0, "top_p": 0.9},
-        {"presence_penalty": 1.0},
-        {"forbidden_tokens": (3,)},
-    ],
-    ids=lambda wish: " ".join(wish),
-)
-def test_a_plain_greedy_batch_takes_a_fraction_of_the_time(wish):
-    """Both run the same compiled program, in turns; what is dear is made at least 1.5 times as slow as an argmax."""
-    x, plain, *rows = arguments(rows=16, vocab=60_000, max_bias_tokens=1)
-    asking = SamplingState.of([(SamplingParams(**wish), 0)] * 16, max_bias_tokens=1)
-    resting = asking, jnp.zeros(16, bool)
+def test_a_plain_greedy_batch_takes_a_fraction_of_the_time():
+    """All run the same compiled program, in turns; what is asked for is at least 1.5 times as slow as an argmax."""
+    x, plain, *rows = arguments(rows=8, vocab=30_000)
+    wishes = {"temperature": {"temperature": 1.0}, "top_p": {"temperature": 1.0, "top_p": 0.9}}
+    states = {name: SamplingState.of([(SamplingParams(**wish), 0)] * 8) for name, wish in wishes.items()}
     run = jax.jit(lambda x, state, active, *rows: sampling.draw(x, state, *rows, active=active).tokens)
-    every = jnp.ones(16, bool)
+    every, nobody = jnp.ones(8, bool), jnp.zeros(8, bool)
 
     def seconds(state, active):
         start = time.process_time()
         run(x, state, active, *rows).block_until_ready()
         return time.process_time() - start
 
-    cases = {"asks": (asking, every), "plain": (plain, every), "rests": resting}
-    for case in cases.values():
-        seconds(*case)
-    best = {name: min(seconds(*case) for _ in range(5)) for name, case in cases.items()}
-    assert best["asks"] > 1.5 * best["plain"] and best["asks"] > 1.5 * best["rests"], best
+    cases = {"plain": (plain, every), "rests": (states["top_p"], nobody)}
+    cases |= {name: (state, every) for name, state in states.items()}
+    best = {name: min(seconds(*case) for _ in range(4)) for name, case in cases.items()}
+    for cheap in ("plain", "rests"):
+        assert best["temperature"] > 1.5 * best[cheap] and best["top_p"] > 5 * best[cheap], best
