@@ -247,15 +247,13 @@ def _find_source(
     return jnp.where(jnp.any(same, axis=1) & (prompt != queue.handles_of), leader, NO_ROW)
 
 
-def _attach(
-    state: DecodeState, queue: _Queue, new: Bool[Array, " B"], num_samples: int
-) -> tuple[DecodeState, _Queue]:
+def _attach(state: DecodeState, queue: _Queue, new: Bool[Array, " B"], num_samples: int) -> tuple[DecodeState, _Queue]:
     """New rows that wait for nobody take the pages of their prompt, if handles hold them, else those of the prefix."""
     takes_handles = new & (queue.sample // num_samples == queue.handles_of)
     tables = _attach_each(state.cache.tables, takes_handles, queue.handles)
     if queue.prefix is not None:
-        alone = new & ~takes_handles & (state.rows.source == NO_ROW) & (
-            state.rows.num_prompt > queue.prefix[0].num_tokens
+        alone = (
+            new & ~takes_handles & (state.rows.source == NO_ROW) & (state.rows.num_prompt > queue.prefix[0].num_tokens)
         )
         tables = _attach_each(tables, alone, queue.prefix)
     state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, tables=tables))
@@ -286,9 +284,7 @@ def _keep_prompt(state: DecodeState, queue: _Queue, num_samples: int) -> tuple[D
         state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, tables=tables))
         return state, dataclasses.replace(queue, handles=handles, handles_of=prompt)
 
-    return lax.cond(
-        is_partly_admitted & jnp.any(has_it), publish, lambda state, queue: (state, queue), state, queue
-    )
+    return lax.cond(is_partly_admitted & jnp.any(has_it), publish, lambda state, queue: (state, queue), state, queue)
 
 
 def _drop_prompt(state: DecodeState, queue: _Queue, condition: Bool[Array, ""]) -> tuple[DecodeState, _Queue]:

@@ -103,9 +103,7 @@ def release(state: DecodeState, rows: Bool[Array, " B"]) -> DecodeState:
     return dataclasses.replace(state, cache=dataclasses.replace(state.cache, tables=tables))
 
 
-def compute(
-    stepper: Stepper, params: Any, state: DecodeState, counts: Int32[Array, " B"]
-) -> tuple[DecodeState, Drawn]:
+def compute(stepper: Stepper, params: Any, state: DecodeState, counts: Int32[Array, " B"]) -> tuple[DecodeState, Drawn]:
     """Run the decoder on the next `counts[b]` tokens of each row, for which there are pages, and draw.
 
     Only rows that compute something take part, at most T of them in a step of T tokens. Token counts for which as many

@@ -16,7 +16,7 @@ from paged_jax import prefill as compute
 from paged_jax.cache.invariants import check
 from paged_jax.cache.page_table import Fault
 from paged_jax.decoding import start, stop
-from paged_jax.sampling import Sampler
+from paged_jax.sampling import SamplingState
 
 WINDOW, S, B = 6, 4, 4
 WINDOWS = (WINDOW, None)
@@ -197,7 +197,7 @@ def compute_row(state: DecodeState, row: int, tokens: list[int]) -> DecodeState:
 
 def begin_all(state: DecodeState, feed) -> DecodeState:
     every = np.ones(B, bool)
-    return begin(state, every, np.array(feed, np.int32), np.full(B, NUM_TOKENS, np.int32), Sampler.create(B, 4))
+    return begin(state, every, np.array(feed, np.int32), np.full(B, NUM_TOKENS, np.int32), SamplingState.create(B))
 
 
 def begun() -> DecodeState:

@@ -40,7 +40,9 @@ def sampling_of(num_prompts: int, params: SamplingParams = GREEDY) -> SamplingSt
     return SamplingState.of([(params, 0)] * num_prompts)
 
 
-def run(cache, prompts, lens, *, windows=PLAIN, n=3, sampling=None, limits=None, counts=(4, 16)) -> tuple[Rollout, KVCache]:
+def run(
+    cache, prompts, lens, *, windows=PLAIN, n=3, sampling=None, limits=None, counts=(4, 16)
+) -> tuple[Rollout, KVCache]:
     sampling = sampling_of(len(lens)) if sampling is None else sampling
     limits = np.full(len(lens), 24, np.int32) if limits is None else limits
     result, cache = program(windows, n, 24, counts)(cache, prompts, lens, sampling, limits)
@@ -63,9 +65,7 @@ def test_every_sample_is_the_one_drawn_alone_with_plenty_of_pages_and_with_a_qua
     results = []
     for num_pages in (1 + 4 * 16, 1 + 16):
         config = decoder.config(num_pages, windows=windows)
-        result, cache = run(
-            KVCache.create(config), prompts, lens, windows=windows, sampling=sampling, limits=limits
-        )
+        result, cache = run(KVCache.create(config), prompts, lens, windows=windows, sampling=sampling, limits=limits)
         assert is_empty(cache)
         results.append(result)
     plenty, short = results
@@ -148,7 +148,9 @@ def test_prompts_continue_after_a_prefix_whose_pages_a_handle_keeps(windows):
     assert granted[0] and is_empty(cache)
     assert np.array_equal(result.tokens, cold.tokens) and np.array_equal(result.logprobs, cold.logprobs)
     if windows == PLAIN:
-        assert result.counters.computed_tokens - result.counters.recomputed_tokens < cold.counters.computed_tokens - 8 * 16
+        assert (
+            result.counters.computed_tokens - result.counters.recomputed_tokens < cold.counters.computed_tokens - 8 * 16
+        )
 
 
 def test_one_compilation_serves_three_queues_without_a_host_callback():
@@ -162,9 +164,9 @@ def test_one_compilation_serves_three_queues_without_a_host_callback():
 
     @jax.jit
     def sample(cache, prompts, lens, sampling):
-        return rollout(
-            stepper, jnp.int32(0), prompts, lens, cache, max_new_tokens=5, num_samples=2, sampling=sampling
-        )[0]
+        return rollout(stepper, jnp.int32(0), prompts, lens, cache, max_new_tokens=5, num_samples=2, sampling=sampling)[
+            0
+        ]
 
     cache = KVCache.create(decoder.config(1 + 16))
     lowered = sample.lower(cache, *queue(6, 9, 9), sampling_of(6))
@@ -212,5 +214,7 @@ def test_sizes_that_do_not_fit_together_are_named():
         start(Stepper(decoder.forward), KVCache.create(decoder.config(17)), sampling_of(2))
     with pytest.raises(ValueError, match=r"token_counts=\(2,\) for a batch of 4 rows: the largest must hold"):
         start(Stepper(decoder.forward, (2,)), KVCache.create(decoder.config(17)))
-    with pytest.raises(ValueError, match=r"token_counts must be numbers of at least 1 in ascending order, got \(8, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"token_counts must be numbers of at least 1 in ascending order, got \(8, 4\)"
+    ):
         Stepper(decoder.forward, (8, 4))
