@@ -32,7 +32,8 @@ def test_values_are_stored_in_one_form_and_hash():
         seed=5,
     )
     assert given == same and hash(given) == hash(same) and repr(given) == repr(same)
-    assert SamplingParams(**loose | {"stop_tokens": (token for token in (3, 8))}) == same
+    loose["stop_tokens"] = (token for token in (3, 8))
+    assert SamplingParams(**loose) == same
     assert type(given.max_new_tokens) is int and type(given.temperature) is float
 
 
