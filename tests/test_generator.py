@@ -228,7 +228,13 @@ def test_a_request_that_can_never_be_served_is_refused_at_once(prompt, params, m
     g = generator(decoder.config(num_pages=9))
     with pytest.raises(ValueError, match=message):
         g.submit(prompt, params)
-    assert tokens(g.run(prompts(4), GREEDY)) == [[decoder.dense_greedy(prompts(4)[0], 12)]], "nothing was lost"
+    assert tokens(g.run(prompts(4), GREEDY)) == [[toy.dense_greedy(PARAMS, prompts(4)[0], 12)]], "nothing was lost"
+
+
+@pytest.mark.parametrize("wish", [{"min_new_tokens": 2}, {"presence_penalty": 0.5}, {"logit_bias": {3: 1.0}}])
+def test_a_wish_that_it_would_ignore_is_refused(wish):
+    with pytest.raises(NotImplementedError, match=f"{next(iter(wish))}=.*: the Generator does not support it"):
+        generator().submit([1], SamplingParams(max_new_tokens=4, **wish))
 
 
 def test_wrong_options_are_named():
