@@ -62,7 +62,8 @@ class _Sample:
     prompt: list[int]
     drawn: list[int] = dataclasses.field(default_factory=list)
     row: int = NO_ROW  # while it waits
-    is_cached: bool = False  # its prompt is in the prefix cache
+    num_cached: int = 0  # tokens whose pages its row holds, when the host last looked
+    is_found: bool = False  # by others, in the prefix cache
 
 
 class Generator:
@@ -156,6 +157,7 @@ class Generator:
         """Serve everything that was submitted, chunk by chunk; more may be submitted meanwhile."""
         while self._waiting or self._running:
             self._admit()
+            self._evict(self._needed_pages())
             self.state = _run(self._stepper, self.params, self.state, self._steps_per_visit, bool(self._waiting))
             yield from self._collect()
 
@@ -219,40 +221,49 @@ class Generator:
         rows = [row for row in range(self.config.max_sequences) if row not in self._running]
         new: list[_Sample] = []
         sources: dict[int, int] = {}  # of rows that wait for another row's prompt
-        planned = np.zeros(len(self.config.groups), int)  # pages that those chosen so far will take
         while self._waiting and rows:
             sample = self._waiting[0]
             leader = next((s for s in new if s.request == sample.request), None)
             if leader is None and any(self._will_share(sample, s) for s in self._running.values()):
                 break  # a later visit finds these pages in the prefix cache
-            num_cached = 0 if leader or self.cache is None else self.cache.lookup(sample.prompt)
-            own = np.array(1) if leader else self._count_pages(len(sample.prompt)) - num_cached // self.config.page_size
-            need = planned + own + len(self._running)  # whoever runs may take one page more
+            if leader:
+                sample.num_cached = len(sample.prompt) - 1
+            elif self.cache is not None:
+                sample.num_cached = self.cache.lookup(sample.prompt)
+            need = self._needed_pages() + self._pages_to_come(sample)
             if self._running and np.any(self._available_pages() < need):
+                sample.num_cached = 0
                 break
             sample.row = rows.pop(0)
             if leader:
                 sources[sample.row] = leader.row
-                self._cached_tokens += len(sample.prompt) - 1
             elif self.cache is not None:
-                table, num_cached = self.cache.match(self._table, sample.row, sample.prompt)
+                table, sample.num_cached = self.cache.match(self._table, sample.row, sample.prompt)
                 self._set_table(table)
-                self._cached_tokens += num_cached
-            planned += own
+            self._cached_tokens += sample.num_cached
             new.append(sample)
             self._running[sample.row] = self._waiting.popleft()
         if new:
             self._start(new, sources)
-            self._evict(planned + len(self._running))
 
     def _count_pages(self, num_tokens: int) -> np.ndarray:
         """The most pages that a sequence of this length maps at once in each group while it is prefilled; [G]."""
         step = self._stepper.token_counts[-1]
         return np.array([self.config.pages_mapped(group.window, num_tokens, step) for group in self.config.groups])
 
+    def _needed_pages(self) -> np.ndarray:
+        """The most pages that the running samples take in the next visit, in each group."""
+        return sum((self._pages_to_come(s) for s in self._running.values()), np.zeros(len(self.config.groups), int))
+
+    def _pages_to_come(self, sample: _Sample) -> np.ndarray:
+        """The most pages that a sample takes in the next visit, in each group; one of them may be a copy."""
+        longest = len(sample.prompt) + sample.params.max_new_tokens - 1
+        length = min(len(sample.prompt) + len(sample.drawn) + self._steps_per_visit, longest)
+        return np.maximum(self._count_pages(length) - sample.num_cached // self.config.page_size, 0)
+
     def _will_share(self, sample: _Sample, other: _Sample) -> bool:
         """Whether `other` is about to compute pages that `sample` could then find in the prefix cache."""
-        if self.cache is None or other.is_cached:
+        if self.cache is None or other.is_found:
             return False
         common = 0
         for ours, theirs in zip(sample.prompt[:-1], other.prompt[:-1], strict=False):
@@ -300,6 +311,7 @@ class Generator:
         )
         chunks, ended = [], []
         for row, sample in self._running.items():
+            sample.num_cached = int(lengths[row])
             self._remember(sample, tokens[row], int(lengths[row]), bool(finish[row]))
             begin = len(sample.prompt) + len(sample.drawn)
             drawn = tokens[row, begin : num_known[row]].tolist()
@@ -319,11 +331,11 @@ class Generator:
     def _remember(self, sample: _Sample, tokens: np.ndarray, length: int, has_ended: bool) -> None:
         """Cache the pages of a prompt once they are computed, and of prompt and answer at the end."""
         num_prompt = len(sample.prompt)
-        if self.cache is None or length < num_prompt or (sample.is_cached and not has_ended):
+        if self.cache is None or length < num_prompt or (sample.is_found and not has_ended):
             return
         known = tokens[: length if has_ended else num_prompt].tolist()
         self._set_table(self.cache.insert(self._table, sample.row, known))
-        sample.is_cached = True
+        sample.is_found = True
 
     def _ends_with_stop_string(self, sample: _Sample, drawn: list[int]) -> int | None:
         """How many of the drawn tokens it takes to complete a stop string; None if they complete none."""
