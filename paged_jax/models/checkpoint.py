@@ -5,13 +5,13 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float, Int
 from rich.console import Console
 from rich.progress import Progress
@@ -26,6 +26,7 @@ from paged_jax.models.families import Family, Fields, find_family
 from paged_jax.models.mxfp4 import PackedTensor, find_packed
 from paged_jax.models.safetensors_file import StoredTensor, describe, list_checkpoint, read_json
 from paged_jax.models.sharding import Placement, tensor_parallel
+from paged_jax.models.stacks import unstacked
 from paged_jax.models.tokenizer import Tokenizer
 
 Stored = StoredTensor | PackedTensor
@@ -112,6 +113,7 @@ def load(
     max_length: int | None = None,
     sharding: Mesh | Placement | None = None,
     implementation: str | None = None,
+    stacked: bool | None = None,
 ) -> Model:
     """Loads a checkpoint folder, tensor by tensor, straight into its dtype and onto its devices.
 
@@ -123,6 +125,8 @@ def load(
         sharding: a mesh with an axis "model", over which heads and MLPs are split (`tensor_parallel`); or a function
             from a weight's path, such as "layers.0.attn.q.weight", to its sharding; None: the default device.
         implementation: of attention over pages: which kernel; None: by platform.
+        stacked: run the layers in a loop over stacked weights, so that compile time does not grow with their number
+            (see `Decoder`); None: unless the weights go to a CPU, where the loop would copy the weights of each layer.
 
     Returns:
         The model.
@@ -135,9 +139,14 @@ def load(
     family = find_family(fields)
     config = family.read(fields)
     stored = find_packed(list_checkpoint(folder), folder)
-    graph, abstract = _abstract_decoder(config, dtype=_choose_dtype(fields, dtype), implementation=implementation)
-    plan = _plan(family, abstract, stored, folder, config)
-    placement = tensor_parallel(config, sharding) if isinstance(sharding, Mesh) else sharding
+    if stacked is None:
+        stacked = _platform(sharding) != "cpu"
+    # Where nothing repeats there is nothing to stack.
+    period = config.period if stacked and config.period < config.num_layers else None
+    options = dict(dtype=_choose_dtype(fields, dtype), implementation=implementation, period=period)
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options)))
+    plan = _plan(family, abstract, stored, folder, config, period)
+    placement = tensor_parallel(config, sharding, period) if isinstance(sharding, Mesh) else sharding
     return Model(config, graph, _read(abstract, plan, placement), folder, _stop_tokens(folder, fields))
 
 
@@ -147,15 +156,17 @@ def save(folder: Path, hf_config: dict[str, Any], params: Any, *, dtype=None, nu
     Args:
         folder: made where it does not exist.
         hf_config: what config.json will say; its `model_type` chooses the tensors' names.
-        params: the state of a `Decoder` of that config.
+        params: the state of a `Decoder` of that config, whatever its period.
         dtype: of the written tensors; None: as they are.
         num_shards: files; more than one come with model.safetensors.index.json.
     """
     flat = _flatten(params)
-    places = find_family(Fields(hf_config)).place({path: leaf.shape[0] for path, leaf in flat.items()})
+    num_stacks = sum(path.endswith(".attn_norm.weight") and leaf.ndim == 2 for path, leaf in flat.items())
+    whole = _unstack(flat, decoder_config(hf_config).num_layers, num_stacks or None)
+    places = find_family(Fields(hf_config)).place({path: part.shape[0] for path, part in whole.items()})
     parts: dict[str, list[np.ndarray]] = {}
     for path, place in sorted(places.items(), key=lambda item: item[1].start):
-        value = flat[path][...]
+        value = whole[path].read(flat)
         parts.setdefault(place.name, []).append(np.asarray(value if dtype is None else value.astype(dtype)))
     # save_file writes the memory as it lies, whatever the strides say
     tensors = {name: np.ascontiguousarray(np.concatenate(parts[name])) for name in sorted(parts)}
@@ -194,9 +205,12 @@ def _choose_dtype(fields: Fields, dtype: str | None) -> jnp.dtype:
     return jnp.dtype(dtype)
 
 
-def _abstract_decoder(config: DecoderConfig, **options):
-    """Structure and shapes of a decoder, without allocating it."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options)))
+def _platform(sharding: Mesh | Placement | None) -> str:
+    """Of the devices that the weights go to."""
+    if isinstance(sharding, Mesh):
+        return sharding.devices.flat[0].platform
+    devices = jnp.zeros(()).devices() if sharding is None else sharding("embed.weight").device_set
+    return next(iter(devices)).platform
 
 
 def _flatten(params) -> dict[str, Any]:
@@ -204,15 +218,36 @@ def _flatten(params) -> dict[str, Any]:
     return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(params)}
 
 
+class _Part(NamedTuple):
+    """A weight as a checkpoint has it: a weight of ours, or one layer of it where it is stacked."""
+
+    path: str
+    index: int | None
+    shape: tuple[int, ...]
+
+    def read(self, flat: dict[str, Any]) -> jax.Array:
+        """Its value, from all weights."""
+        return flat[self.path][...] if self.index is None else flat[self.path][self.index]
+
+
+def _unstack(flat: dict[str, Any], num_layers: int, period: int | None) -> dict[str, _Part]:
+    """The weights of a decoder by their paths in one without a period."""
+    return {
+        plain: _Part(path, index, leaf.shape if index is None else leaf.shape[1:])
+        for path, leaf in flat.items()
+        for plain, index in unstacked(path, num_layers, period).items()
+    }
+
+
 def _plan(
-    family: Family, abstract, stored: dict[str, Stored], folder: Path, config: DecoderConfig
-) -> dict[str, tuple[Stored, int, int]]:
-    """For each of our tensors: where it is stored, and in which rows; one error for all that does not fit."""
-    flat = _flatten(abstract)
-    places = family.place({path: leaf.shape[0] for path, leaf in flat.items()})
+    family: Family, abstract, stored: dict[str, Stored], folder: Path, config: DecoderConfig, period: int | None
+) -> dict[str, list[tuple[Stored, int, int]]]:
+    """For each of our tensors: where each layer of it is stored, and in which rows; one error for all that is wrong."""
+    parts = _unstack(_flatten(abstract), config.num_layers, period)
+    places = family.place({path: part.shape[0] for path, part in parts.items()})
     shapes: dict[str, tuple[int, ...]] = {}
     for path, place in sorted(places.items(), key=lambda item: item[1].stop):
-        shapes[place.name] = (place.stop, *flat[path].shape[1:])
+        shapes[place.name] = (place.stop, *parts[path].shape[1:])
     ignored = {"lm_head.weight"} if config.tie_embeddings else set()
     extra = {name for name in stored if name not in shapes and not name.endswith(DERIVED)} - ignored
     missing = shapes.keys() - stored.keys()
@@ -238,10 +273,14 @@ def _plan(
             f"the tensors in {folder} are not those of its config.json. {'; '.join(found)}. "
             "Correct config.json, convert the weights, or download the checkpoint again."
         )
-    return {path: (stored[place.name], place.start, place.stop) for path, place in places.items()}
+    plan: dict[str, list[tuple[Stored, int, int]]] = {}
+    for plain, part in parts.items():  # the layers of a stack in their order
+        place = places[plain]
+        plan.setdefault(part.path, []).append((stored[place.name], place.start, place.stop))
+    return plan
 
 
-def _read(abstract, plan: dict[str, tuple[Stored, int, int]], placement: Placement | None):
+def _read(abstract, plan: dict[str, list[tuple[Stored, int, int]]], placement: Placement | None):
     """All tensors, the largest first: what a copy needs besides the weights is smallest at the end."""
     flat = dict(nnx.to_flat_state(abstract))
     sizes = {path: math.prod(leaf.shape) * leaf.dtype.itemsize for path, leaf in flat.items()}
@@ -250,11 +289,15 @@ def _read(abstract, plan: dict[str, tuple[Stored, int, int]], placement: Placeme
     with Progress(console=console, transient=True, disable=total < PROGRESS_BYTES) as bar:
         task = bar.add_task("loading weights", total=total)
         for path in sorted(flat, key=sizes.__getitem__, reverse=True):
-            name = ".".join(map(str, path))
-            tensor, start, stop = plan[name]
-            sharding = None if placement is None else placement(name)
-            flat[path] = flat[path].replace(_copy(tensor.rows(start, stop), flat[path].dtype, sharding))
-            bar.advance(task, sizes[path])
+            name, leaf = ".".join(map(str, path)), flat[path]
+            sharding, parts = None if placement is None else placement(name), plan[name]
+            tensor, start, stop = parts[0]
+            if len(leaf.shape) > len(tensor.shape):
+                value = _stack(parts, leaf, sharding, lambda num_bytes: bar.advance(task, num_bytes))
+            else:
+                value = _copy(tensor.rows(start, stop), leaf.dtype, sharding)
+                bar.advance(task, sizes[path])
+            flat[path] = leaf.replace(value)
     return nnx.from_flat_state(flat)
 
 
@@ -263,6 +306,24 @@ def _copy(rows: np.ndarray, dtype, sharding: Sharding | None) -> jax.Array:
     if sharding is None:
         return jnp.array(rows, dtype=dtype, copy=True)
     return jax.make_array_from_callback(rows.shape, sharding, lambda part: np.array(rows[part], dtype))
+
+
+def _stack(parts: list[tuple[Stored, int, int]], leaf, sharding: Sharding | None, advance) -> jax.Array:
+    """The layers of a stacked weight on their devices, written one after the other into the memory of the stack."""
+    layer_sharding = sharding
+    if isinstance(sharding, NamedSharding):
+        layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    value = jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
+    for i, (tensor, start, stop) in enumerate(parts):
+        layer = _copy(tensor.rows(start, stop), leaf.dtype, layer_sharding)
+        value = _put(value, layer, i)
+        advance(layer.nbytes)
+    return value
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack, layer, i):
+    return jax.lax.dynamic_update_index_in_dim(stack, layer, i, axis=0)
 
 
 def _stop_tokens(folder: Path, fields: Fields) -> tuple[int, ...]:

@@ -79,6 +79,13 @@ class DecoderConfig:
                 "(None for a layer without a window), or leave it empty."
             )
 
+    @property
+    def period(self) -> int:
+        """The number of layers after which their windows repeat: 1 if all see equally far, L if nothing repeats."""
+        windows = self.windows or (None,)
+        repeats = (n for n in range(1, len(windows)) if windows == (windows[:n] * len(windows))[: len(windows)])
+        return next(repeats, len(windows))
+
     def window(self, layer: int) -> int | None:
         """Tokens that a query of this layer sees, itself included; None: all."""
         return self.windows[layer] if self.windows else None

@@ -10,18 +10,20 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from paged_jax.attention import paged_attention
 from paged_jax.cache.metadata import AttentionMetadata
-from paged_jax.cache.pool import PagePool
+from paged_jax.cache.pool import LayerPlace, PagePool
 from paged_jax.models.config import DecoderConfig
 from paged_jax.models.dense import dense_attention
 from paged_jax.models.experts import Experts
 from paged_jax.models.parts import MLP, Linear, RMSNorm, make_norm
 from paged_jax.models.rope import rotate
+from paged_jax.models.stacks import check_period, layer_numbers
 
-# attend(layer, q [*T, N, H], k [*T, K, H], v [*T, K, H], sinks [N] or None) -> [*T, N, H]
+# attend(q [*T, N, H], k [*T, K, H], v [*T, K, H], sinks [N] or None) -> [*T, N, H]
 Attend = Callable[..., jax.Array]
 
 
@@ -74,18 +76,46 @@ class Layer(nnx.Module):
 class Decoder(nnx.Module):
     """A decoder-only transformer.
 
+    Without a period its layers are unrolled: `layers.i` is layer i. With one they run in a loop over stacked weights,
+    so that compile time does not grow with their number: `layers.j` for j < period holds the weights of the layers j,
+    j + period, j + 2 * period and so on, stacked along a first axis. What is left of the last period follows, unrolled.
+
     Args:
         config: shape and options.
+        period: the number of layers after which they repeat, `config.period` or a multiple of it; None: unrolled.
         implementation: of attention over pages: which kernel; None: by platform.
         dtype: of the weights and of the activations; norms, RoPE, softmax and logits are float32.
         rngs: its stream `params` initialises the weights.
+
+    Raises:
+        ValueError: the layers do not repeat after that many.
     """
 
-    def __init__(self, config: DecoderConfig, *, implementation: str | None = None, dtype=jnp.float32, rngs: nnx.Rngs):
-        self.config = config
-        self.implementation = implementation
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        period: int | None = None,
+        implementation: str | None = None,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if period is not None:
+            check_period(config, period)
+        self.config, self.period, self.implementation = config, period, implementation
+
+        def make(rngs: nnx.Rngs) -> Layer:
+            return Layer(config, dtype=dtype, rngs=rngs)
+
+        def make_stack(num_layers: int) -> Layer:
+            return nnx.split_rngs(splits=num_layers)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
+
+        numbers = layer_numbers(config.num_layers, period)
+        num_stacks = period or 0
         self.embed = Linear(config.hidden_size, config.vocab_size, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List([Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
+        self.layers = nnx.List(
+            [make_stack(len(own)) for own in numbers[:num_stacks]] + [make(rngs) for _ in numbers[num_stacks:]]
+        )
         self.norm: RMSNorm = make_norm(config, config.hidden_size, dtype)
         self.head = (
             None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, dtype=dtype, rngs=rngs)
@@ -105,7 +135,7 @@ class Decoder(nnx.Module):
             float32 logits at the tokens `metadata.logits_at`, and the pool with the new keys and values in it.
 
         Raises:
-            ValueError: the pool has pages for another number of layers.
+            ValueError: the pool has pages for another number of layers, or does not repeat as the layers do.
         """
         if pool.num_layers != self.config.num_layers:
             raise ValueError(
@@ -113,15 +143,13 @@ class Decoder(nnx.Module):
                 f"create it with num_layers={self.config.num_layers}."
             )
 
-        def attend(i, q, k, v, sinks):
-            nonlocal pool
-            out, pool = paged_attention(
-                q, k, v, pool, metadata, i,
-                sinks=sinks, implementation=self.implementation, **self._attention_options(i),
+        def attend(pool, entry, step, q, k, v, sinks):
+            return paged_attention(
+                q, k, v, pool, metadata, self._place(pool, entry, step),
+                sinks=sinks, implementation=self.implementation, **self._attention_options(entry),
             )  # fmt: skip
-            return out
 
-        x = self._hidden(tokens, metadata.positions, attend)
+        x, pool = self._hidden(tokens, metadata.positions, attend, pool)
         return self._logits(x[metadata.logits_at]), pool
 
     def dense(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T V"]:
@@ -134,32 +162,83 @@ class Decoder(nnx.Module):
             float32 logits.
         """
 
-        def attend(layer, q, k, v, sinks):
-            return dense_attention(q, k, v, sinks=sinks, **self._attention_options(layer))
+        def attend(pool, entry, step, q, k, v, sinks):
+            return dense_attention(q, k, v, sinks=sinks, **self._attention_options(entry)), pool
 
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1], dtype=jnp.int32), tokens.shape)
-        return self._logits(self._hidden(tokens, positions, attend))
+        return self._logits(self._hidden(tokens, positions, attend, None)[0])
 
-    def _attention_options(self, layer: int) -> dict:
+    @property
+    def _layer_numbers(self) -> tuple[tuple[int, ...], ...]:
+        return layer_numbers(self.config.num_layers, self.period)
+
+    def _window(self, entry: int) -> int | None:
+        return self.config.window(self._layer_numbers[entry][0])
+
+    def _attention_options(self, entry: int) -> dict:
         config = self.config
         return {
             "scale": config.attention_scale,
-            "window": config.window(layer),
+            "window": self._window(entry),
             "soft_cap": config.attention_soft_cap,
         }
 
-    def _hidden(self, tokens, positions, attend: Attend):
-        """The residual stream after the last layer, [*T, D]."""
+    def _place(self, pool: PagePool, entry: int, step: int | Array) -> LayerPlace:
+        """Where the pages of an entry of the layers lie in a step of the loop."""
+        first, *others = (pool.place(layer) for layer in self._layer_numbers[entry])
+        if not others:
+            return first
+        stride = others[0].index - first.index
+        expected = [LayerPlace(first.group, first.index + (i + 1) * stride) for i in range(len(others))]
+        if others != expected or pool.array_per_layer:
+            raise ValueError(
+                f"this decoder runs its layers in a loop of {self.period}, so their pages must lie at equal distances "
+                "in one array a group: create the pool with the windows of the decoder and without array_per_layer, or "
+                "make the decoder with period=None."
+            )
+        return LayerPlace(first.group, first.index + step * stride)
+
+    def _hidden(self, tokens, positions, attend, pool: PagePool | None):
+        """The residual stream after the last layer, [*T, D], and the pool.
+
+        Args:
+            tokens: token ids.
+            positions: of the tokens.
+            attend: `(pool, entry, step, q, k, v, sinks) -> (out, pool)`, with the entry of the layers and the step of
+                the loop over them, which together say which layer it is.
+            pool: what goes through `attend` from layer to layer.
+        """
         config = self.config
         x = self.embed.weight[...][tokens]
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         everywhere = config.rope.angles(positions, config.head_dim)
         local = config.local_rope.angles(positions, config.head_dim) if config.local_rope else everywhere
-        for i, layer in enumerate(self.layers):
-            angles = everywhere if config.window(i) is None else local
-            x = layer(x, angles, lambda q, k, v, sinks, i=i: attend(i, q, k, v, sinks))
-        return x
+
+        def run(layer: Layer, entry: int, step: int | Array, x, pool):
+            def attend_here(q, k, v, sinks):
+                nonlocal pool
+                out, pool = attend(pool, entry, step, q, k, v, sinks)
+                return out
+
+            angles = everywhere if self._window(entry) is None else local
+            return layer(x, angles, attend_here), pool
+
+        num_stacks = self.period or 0
+        if num_stacks:
+            graphs, weights = zip(*(nnx.split(layer) for layer in self.layers[:num_stacks]), strict=True)
+
+            def run_period(carry, this):
+                step, weights = this
+                for entry, (graph, own) in enumerate(zip(graphs, weights, strict=True)):
+                    carry = run(nnx.merge(graph, own), entry, step, *carry)
+                return carry, None
+
+            steps = jnp.arange(len(self._layer_numbers[0]), dtype=jnp.int32)
+            (x, pool), _ = lax.scan(run_period, (x, pool), (steps, weights))
+        for entry, layer in list(enumerate(self.layers))[num_stacks:]:
+            x, pool = run(layer, entry, 0, x, pool)
+        return x, pool
 
     def _logits(self, x):
         logits = (self.embed if self.head is None else self.head)(self.norm(x)).astype(jnp.float32)

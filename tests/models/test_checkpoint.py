@@ -280,9 +280,9 @@ import jax
 from paged_jax import models
 models.load(models.DEMO)  # what loading itself needs of code and caches is not the checkpoint's
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-mesh = jax.make_mesh((4,), ("model",)) if sys.argv[2] == "split" else None
+mesh = jax.make_mesh((4,), ("model",)) if "split" in sys.argv[2] else None
 before = peak()
-models.load(sys.argv[1], sharding=mesh)
+models.load(sys.argv[1], sharding=mesh, stacked="stacked" in sys.argv[2])
 print(peak() - before)
 """
 
@@ -308,7 +308,7 @@ def peak_of_loading(folder: Path, where: str, hidden_size: int, num_layers: int,
 
 
 @needs_proc
-@pytest.mark.parametrize("where, num_shards", [("whole", 1), ("split", 3)])
+@pytest.mark.parametrize("where, num_shards", [("whole", 1), ("split", 3), ("whole, stacked", 3)])
 def test_loading_holds_little_more_than_the_weights(tmp_path, where, num_shards):
     peak, size = peak_of_loading(tmp_path, where, hidden_size=768, num_layers=10, num_shards=num_shards)
     assert peak <= 1.1 * size + 64e6  # 40 to 60 MB are needed whatever is loaded
@@ -316,7 +316,7 @@ def test_loading_holds_little_more_than_the_weights(tmp_path, where, num_shards)
 
 @needs_proc
 @pytest.mark.long
-@pytest.mark.parametrize("where", ["whole", "split"])
+@pytest.mark.parametrize("where", ["whole", "split", "whole, stacked", "split, stacked"])
 def test_loading_a_gigabyte_holds_little_more_than_the_weights(tmp_path, where):
     peak, size = peak_of_loading(tmp_path, where, hidden_size=2048, num_layers=8, num_shards=1)
     assert peak <= 1.3 * size

@@ -1,0 +1,215 @@
+"""Layers in a loop over stacked weights: the same decoder, in and out of checkpoints, whole or split over devices."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+from tiny import EXPERTS, TINY
+
+from paged_jax import AttentionMetadata, CacheConfig, PagePool, PageTables, models
+from paged_jax.models.checkpoint import decoder_config
+from paged_jax.models.stacks import layer_numbers, unstacked
+
+# Two periods of two windows and a layer that sees everything, then two layers more; the pages of the windows' groups
+# lie at distances of 2 and 1.
+HYBRID = models.DecoderConfig(
+    vocab_size=32, hidden_size=16, intermediate_size=16, num_layers=8, num_heads=2, num_kv_heads=1, head_dim=8,
+    qk_norm=True, windows=(4, 4, None, 4, 4, None, 4, 4),
+)  # fmt: skip
+PLAIN = dataclasses.replace(HYBRID, num_layers=3, windows=())
+
+
+def stack_like(plain: models.Decoder, period: int) -> models.Decoder:
+    """The decoder with the same weights and a period."""
+    decoder = models.Decoder(plain.config, period=period, rngs=nnx.Rngs(0))
+    flat = dict(nnx.to_flat_state(nnx.state(plain)))
+    for path, leaf in nnx.to_flat_state(nnx.state(decoder)):
+        parts = unstacked(".".join(map(str, path)), plain.config.num_layers, period)
+        values = [flat[tuple(int(x) if x.isdigit() else x for x in part.split("."))][...] for part in parts]
+        leaf[...] = values[0] if None in parts.values() else jnp.stack(values)
+    return decoder
+
+
+@functools.cache
+def pair(config: models.DecoderConfig, period: int) -> tuple[models.Decoder, models.Decoder]:
+    plain = models.Decoder(config, rngs=nnx.Rngs(0))
+    nnx.update(plain, jax.tree.map(lambda w: 20 * w if w.ndim > 1 else w, nnx.state(plain)))
+    return plain, stack_like(plain, period)
+
+
+def test_which_layers_a_period_stacks():
+    assert layer_numbers(3, None) == ((0,), (1,), (2,))
+    assert layer_numbers(3, 1) == ((0, 1, 2),)
+    gemma3 = layer_numbers(26, 6)
+    assert gemma3[0] == (0, 6, 12, 18) and gemma3[5] == (5, 11, 17, 23) and gemma3[6:] == ((24,), (25,))
+    assert unstacked("layers.5.attn.q.weight", 26, 6)["layers.17.attn.q.weight"] == 2
+    assert unstacked("layers.7.attn.q.weight", 26, 6) == {"layers.25.attn.q.weight": None}
+    assert unstacked("norm.weight", 26, 6) == {"norm.weight": None}
+
+
+def test_the_period_of_a_pattern_of_windows():
+    def period(*windows):
+        return dataclasses.replace(PLAIN, num_layers=len(windows), windows=windows).period
+
+    assert PLAIN.period == 1 and HYBRID.period == 3
+    assert period(8, 8, 8) == 1
+    assert period(8, None, 8, None) == 2
+    assert period(*((8,) * 5 + (None,)) * 4, 8, 8) == 6
+    assert period(None, None, 8, 8) == 4  # nothing repeats
+
+
+@pytest.mark.parametrize("config, period", [(HYBRID, 3), (PLAIN, 1), (PLAIN, 2)], ids=["hybrid", "plain", "two"])
+def test_a_loop_over_layers_computes_what_the_layers_compute(config, period):
+    """Over pages, whose windows give some up; without a cache; and the gradient of that."""
+    plain, stacked = pair(config, period)
+    tokens = jax.random.randint(jax.random.key(0), (12,), 0, 32)
+    expected = jax.jit(plain.dense)(tokens)
+    np.testing.assert_allclose(jax.jit(stacked.dense)(tokens), expected, atol=1e-5)
+    assert np.ptp(expected) > 1
+
+    sizes = dict(num_pages=8, max_sequences=1, max_pages_per_sequence=4, page_size=4, dtype="float32")
+    cache = CacheConfig(config.num_layers, 1, 8, windows=config.windows, **sizes)
+    run = jax.jit(stacked)
+    tables, pool = PageTables.create(cache), PagePool.create(cache)
+    for start in (0, 6):
+        tables, _ = tables.slide().reserve(jnp.array([6]))
+        metadata = AttentionMetadata.ragged(tables, jnp.array([6]), 6)
+        metadata = dataclasses.replace(metadata, logits_at=jnp.arange(6))
+        logits, pool = run(tokens[start : start + 6], pool, metadata)
+        np.testing.assert_allclose(logits, expected[start : start + 6], atol=1e-5)
+
+
+def test_a_loop_over_layers_has_the_gradients_of_the_layers():
+    plain, stacked = pair(PLAIN, 1)
+
+    def gradient(decoder):
+        graph, params = nnx.split(decoder)
+        tokens = jnp.arange(12)
+        return jax.jit(jax.grad(lambda params: jnp.square(nnx.merge(graph, params).dense(tokens)).mean()))(params)
+
+    of_plain, of_stack = dict(nnx.to_flat_state(gradient(plain))), gradient(stacked)
+    for path, leaf in nnx.to_flat_state(of_stack):
+        paths = [(*path[:1], i, *path[2:]) for i in range(3)] if path[0] == "layers" else [path]
+        expected = [of_plain[each][...] for each in paths]
+        expected = jnp.stack(expected) if path[0] == "layers" else expected[0]
+        np.testing.assert_allclose(leaf[...], expected, atol=1e-5 * float(jnp.abs(expected).max()) + 1e-6)
+
+
+def test_the_loop_traces_a_period_of_layers_and_writes_the_pool_in_place():
+    def compiled(num_periods: int):
+        windows = (4, 4, None) * num_periods
+        config = dataclasses.replace(HYBRID, num_layers=3 * num_periods, windows=windows)
+        decoder = nnx.eval_shape(lambda: models.Decoder(config, period=3, rngs=nnx.Rngs(0)))
+        graph, params = nnx.split(decoder)
+        cache = CacheConfig(len(windows), 1, 8, 30_000, 2, 8, dtype="float32", windows=windows, window_pages=30_000)
+        pool, tables = jax.eval_shape(lambda: (PagePool.create(cache), PageTables.create(cache)))
+        metadata = jax.eval_shape(lambda tables: AttentionMetadata.decode(tables, jnp.ones(2, bool)), tables)
+        step = jax.jit(lambda pool, *rest: nnx.merge(graph, rest[0])(rest[1], pool, rest[2]), donate_argnums=0)
+        lowered = step.lower(pool, params, jnp.arange(2), metadata)
+        return lowered.as_text().count("\n"), lowered.compile().memory_analysis(), pool.num_bytes
+
+    (short, _, _), (long, memory, pool_bytes) = compiled(2), compiled(5)
+    assert long == short
+    assert memory.alias_size_in_bytes >= pool_bytes and memory.temp_size_in_bytes < 0.02 * pool_bytes
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+CHECKPOINTS = {
+    "llama": dict(num_hidden_layers=3),
+    "phi3, fused": dict(model_type="phi3", num_hidden_layers=3),
+    "gemma3, a rest": dict(
+        model_type="gemma3_text", num_hidden_layers=5, sliding_window=4, sliding_window_pattern=2,
+        query_pre_attn_scalar=8, hidden_activation="gelu_pytorch_tanh",
+    ),
+    "experts": EXPERTS | dict(num_hidden_layers=3),
+}  # fmt: skip
+FOUR_KV_HEADS = dict(num_attention_heads=8, num_key_value_heads=4)
+
+
+def make(folder, **changes):
+    hf_config = TINY | FOUR_KV_HEADS | changes
+    params = nnx.state(models.Decoder(decoder_config(hf_config), rngs=nnx.Rngs(1)))
+    models.save(folder, hf_config, params, num_shards=2)
+    return hf_config
+
+
+def leaves(model: models.Model) -> dict[str, jax.Array]:
+    return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(model.params)}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_loads_into_stacks_and_out_of_them(tmp_path, name):
+    hf_config = make(tmp_path / "a", **CHECKPOINTS[name])
+    plain, stacked = models.load(tmp_path / "a"), models.load(tmp_path / "a", "float32", stacked=True)
+    num_layers, period = plain.config.num_layers, plain.config.period
+    of_plain, seen = leaves(plain), set()
+    for path, leaf in leaves(stacked).items():
+        for part, index in unstacked(path, num_layers, period).items():
+            np.testing.assert_array_equal(leaf if index is None else leaf[index], of_plain[part], err_msg=part)
+            seen.add(part)
+    assert seen == of_plain.keys()
+    models.save(tmp_path / "b", hf_config, stacked.params)
+    for path, leaf in leaves(models.load(tmp_path / "b")).items():
+        np.testing.assert_array_equal(leaf, of_plain[path], err_msg=path)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_stack_is_split_as_its_layers_are(tmp_path, name):
+    make(tmp_path, **CHECKPOINTS[name])
+    mesh = jax.make_mesh((4,), ("model",))
+    plain, stacked = (leaves(models.load(tmp_path, sharding=mesh, stacked=stacked)) for stacked in (False, True))
+    config = models.load(tmp_path).config
+    for path, leaf in stacked.items():
+        for part, index in unstacked(path, config.num_layers, config.period).items():
+            spec = tuple(plain[part].sharding.spec)
+            expected = spec if index is None else (None, *spec) if spec else ()
+            assert leaf.sharding.spec == PartitionSpec(*expected), path
+            np.testing.assert_array_equal(leaf if index is None else leaf[index], plain[part], err_msg=part)
+
+
+def test_weights_on_a_cpu_are_not_stacked_unless_asked(tmp_path):
+    make(tmp_path, **CHECKPOINTS["llama"])
+    assert leaves(models.load(tmp_path))["layers.2.attn_norm.weight"].shape == (16,)
+    assert leaves(models.load(tmp_path, stacked=True))["layers.0.attn_norm.weight"].shape == (3, 16)
+
+
+def test_layers_that_do_not_repeat_are_not_stacked(tmp_path):
+    qwen = dict(model_type="qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    make(tmp_path, num_hidden_layers=3, **qwen)
+    assert leaves(models.load(tmp_path, stacked=True))["layers.2.attn_norm.weight"].shape == (16,)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("period", "match"),
+    [
+        (2, "the windows of the layers do not repeat after period=2: use a multiple of 3, or None"),
+        (0, "period=0 must be at least 1 and at most num_layers=8"),
+        (9, "period=9 must be at least 1 and at most num_layers=8"),
+    ],
+)
+def test_a_period_that_the_layers_do_not_have(period, match):
+    with pytest.raises(ValueError, match=match):
+        models.Decoder(HYBRID, period=period, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("pool", [dict(array_per_layer=True), dict(windows=(4,) + (None,) * 7)])
+def test_a_pool_whose_layers_do_not_lie_at_equal_distances(pool):
+    cache = CacheConfig(8, 1, 8, num_pages=8, max_sequences=1, max_pages_per_sequence=4, dtype="float32", **pool)
+    metadata = AttentionMetadata.decode(PageTables.create(cache), jnp.ones(1, bool))
+    with pytest.raises(ValueError, match="runs its layers in a loop of 3, .* windows of the decoder .* period=None"):
+        jax.eval_shape(pair(HYBRID, 3)[1], jnp.zeros(1, jnp.int32), PagePool.create(cache), metadata)
+
+
+def test_a_weight_that_nobody_said_how_to_split():
+    place = models.tensor_parallel(PLAIN, jax.make_mesh((1,), ("model",)))
+    with pytest.raises(ValueError, match="layers.0.attn.gate.weight is no weight of this decoder: say in SPLIT_AXES"):
+        place("layers.0.attn.gate.weight")
