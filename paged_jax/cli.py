@@ -1,4 +1,4 @@
-"""The command line: `paged_jax demo` and `paged_jax generate`."""
+"""The command line: `paged_jax demo`, `paged_jax generate` and `paged_jax families`."""
 
 import argparse
 import json
@@ -30,6 +30,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--max-new-tokens", type=int, default=64)
     demo.add_argument("--seed", type=int, default=0)
 
+    families = commands.add_parser("families", help="print the model families whose checkpoints are read")
+    families.set_defaults(command=_families)
+
     generate = commands.add_parser("generate", help="continue prompts with a Hugging Face checkpoint")
     generate.set_defaults(command=_generate)
     generate.add_argument("prompts", nargs="*", help="prompts; none: one a line from --file or stdin")
@@ -60,6 +63,14 @@ def _demo(options: argparse.Namespace) -> None:
         max_new_tokens=options.max_new_tokens,
         seed=options.seed,
     )
+
+
+def _families(options: argparse.Namespace) -> None:
+    from paged_jax.models.families import FAMILIES
+
+    width = max(map(len, FAMILIES))
+    for model_type, family in sorted(FAMILIES.items()):
+        print(f"{model_type:{width}}  {family.title}")
 
 
 def _generate(options: argparse.Namespace) -> None:

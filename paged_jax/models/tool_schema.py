@@ -27,7 +27,7 @@ def as_schemas(tools: Sequence[Any] | None) -> list[Any] | None:
     return None if tools is None else [describe(tool) if not isinstance(tool, Mapping) else tool for tool in tools]
 
 
-def describe(function: Callable) -> dict[str, Any]:
+def describe(function: Any) -> dict[str, Any]:
     """The schema of a function.
 
     Args:
@@ -124,9 +124,8 @@ def _schema(function: Callable, hint: Any) -> dict[str, Any]:
         return {"type": "array", "items": _schema(function, arguments[0])}
     if origin is tuple and len(arguments) > 1 and ... not in arguments:
         return {"type": "array", "prefixItems": [_schema(function, argument) for argument in arguments]}
-    if origin is dict:
-        _, values = arguments
-        return {"type": "object", "additionalProperties": _schema(function, values)}
+    if origin is dict and len(arguments) == 2:
+        return {"type": "object", "additionalProperties": _schema(function, arguments[-1])}
     _fail(function, f"the type hint {hint} has no JSON schema")
 
 
