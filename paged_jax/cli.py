@@ -103,7 +103,7 @@ def _generate(options: argparse.Namespace) -> None:
     generator = Generator(model.forward, model.params, config, decode_text=model.tokenizer.decode)
     for request, completions in enumerate(generator.run(prompts, params)):
         for number, completion in enumerate(completions):
-            text = model.tokenizer.decode(completion.tokens)
+            text = model.tokenizer.decode(completion.tokens, prompt=prompts[request])
             if options.json:
                 fields = {"prompt": texts[request], "sample": number, "text": text, "finish": completion.finish}
                 print(json.dumps(fields))

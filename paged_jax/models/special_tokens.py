@@ -45,23 +45,17 @@ class SpecialTokens:
             by_id = _entries(path, "added_tokens_decoder", values["added_tokens_decoder"])
             tokens = {_token_id(path, key): _token(path, "added_tokens_decoder", entry) for key, entry in by_id}
         else:
-            names = _read(folder / NAMES)
-            path, values = (folder / NAMES, values | names) if names else (path, values)
-            by_text = _read(folder / LEGACY_IDS)
-            special = set(_texts(path, values))
-            tokens = {
-                _token_id(folder / LEGACY_IDS, number): tokenizers.AddedToken(
-                    text, normalized=text not in special, special=text in special
-                )
-                for text, number in by_text.items()
-            }
-            path = folder / LEGACY_IDS if by_text else path
+            if (folder / NAMES).exists():
+                path, values = folder / NAMES, values | _read(folder / NAMES)
+            special = {token.content for token in _specials(path, values)}
+            tokens = _legacy_tokens(folder / LEGACY_IDS, special)
+            path = folder / LEGACY_IDS if tokens else path
+        added = {tokens[number].content: tokens[number] for number in sorted(tokens)}
+        for token in _specials(path, values):
+            added.setdefault(token.content, token)
+        named = {name: token.content for name, token in _named_tokens(path, values).items()}
         ids = {token.content: number for number, token in tokens.items()}
-        added = [tokens[number] for number in sorted(tokens)]
-        for text in _texts(path, values):
-            if text not in {token.content for token in added}:
-                added.append(tokenizers.AddedToken(text, special=True, normalized=False))
-        return cls(_named(path, values), tuple(added), ids, path)
+        return cls(named, tuple(added.values()), ids, path)
 
     def add_to(self, tokenizer: tokenizers.Tokenizer) -> None:
         """Teaches the tokenizer what it does not know yet.
@@ -89,24 +83,32 @@ def _read(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _named(path: Path, values: dict[str, Any]) -> dict[str, str]:
+def _legacy_tokens(path: Path, special: set[str]) -> dict[int, tokenizers.AddedToken]:
+    """The tokens of added_tokens.json, which gives ids to texts; those that have a name elsewhere are special."""
+    return {
+        _token_id(path, number): tokenizers.AddedToken(text, normalized=text not in special, special=text in special)
+        for text, number in _read(path).items()
+    }
+
+
+def _named_tokens(path: Path, values: dict[str, Any]) -> dict[str, tokenizers.AddedToken]:
     named = {name: value for name, value in values.items() if name.endswith("_token") and _is_token(value)}
     extra = values.get("extra_special_tokens")
     if isinstance(extra, dict):
         named |= extra
-    return {name: _token(path, name, value).content for name, value in named.items()}
+    return {name: _token(path, name, value) for name, value in named.items()}
 
 
-def _texts(path: Path, values: dict[str, Any]) -> Iterator[str]:
+def _specials(path: Path, values: dict[str, Any]) -> Iterator[tokenizers.AddedToken]:
     """Every token that has a name or stands in a list of further special tokens."""
-    yield from _named(path, values).values()
+    yield from _named_tokens(path, values).values()
     for key in ("additional_special_tokens", "extra_special_tokens"):
         listed = values.get(key) or []
-        if not isinstance(listed, dict):
-            for value in (
-                listed if isinstance(listed, list) else _fail(path, key, listed, "it must be a list of tokens")
-            ):
-                yield _token(path, key, value).content
+        if isinstance(listed, dict):
+            continue
+        if not isinstance(listed, list):
+            _fail(path, key, listed, "it must be a list of tokens")
+        yield from (_token(path, key, value) for value in listed)
 
 
 def _is_token(value: Any) -> bool:
@@ -119,7 +121,7 @@ def _token(path: Path, key: str, value: Any) -> tokenizers.AddedToken:
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):
         _fail(path, key, value, "a token must be a text, or an object with a text as its 'content'")
     flags = {name: bool(value[name]) for name in FLAGS if name in value}
-    return tokenizers.AddedToken(value["content"], **flags)
+    return tokenizers.AddedToken(value["content"], **({"special": True} | flags))
 
 
 def _token_id(path: Path, value: Any) -> int:

@@ -251,6 +251,47 @@ class Tools:
 FUNCTIONS = [weather, Tools().mix]
 
 
+ONE = {
+    "content": "<|one|>",
+    "lstrip": True,
+    "rstrip": False,
+    "single_word": False,
+    "normalized": False,
+    "special": True,
+}
+TWO = ONE | {"content": "<|two|>", "lstrip": False, "special": False}
+TRUNCATION = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+PADDING = {
+    "strategy": {"Fixed": 40},
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 0,
+    "pad_type_id": 0,
+    "pad_token": "<|endoftext|>",
+}
+# What folders say of tokens: name -> file -> what stands in it, in tokenizer.json besides the rest
+VARIANTS = {
+    "truncation": {"tokenizer": {"truncation": TRUNCATION}},
+    "padding": {"tokenizer": {"padding": PADDING}, "tokenizer_config": {"pad_token": "<|endoftext|>"}},
+    "added": {"tokenizer_config": {"added_tokens_decoder": {"1538": ONE, "1539": TWO}, "bos_token": "<|start|>"}},
+    "older": {"added_tokens": {"<|one|>": 1538, "<|two|>": 1539}, "special_tokens_map": {"eos_token": "<|one|>"}},
+    "listed": {"tokenizer_config": {"additional_special_tokens": ["<|one|>", "<|two|>"], "pad_token": "<|end|>"}},
+    "named": {"tokenizer_config": {"extra_special_tokens": {"image_token": "<|one|>"}, "boi_token": "<|two|>"}},
+    "map first": {"tokenizer_config": {"eos_token": "<|end|>"}, "special_tokens_map": {"eos_token": ONE}},
+    "split": {"tokenizer_config": {"split_special_tokens": True}},
+}
+VARIED = "a  <|one|> b<|two|>c <|end|> and more, é"
+
+
+def write_variant(folder: Path, name: str, tokenizer_json: str) -> None:
+    """The tokenizer files of one of VARIANTS."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = VARIANTS[name] | {"tokenizer": json.loads(tokenizer_json) | VARIANTS[name].get("tokenizer", {})}
+    files["tokenizer_config"] = files.get("tokenizer_config", {}) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for file, value in files.items():
+        (folder / f"{file}.json").write_text(json.dumps(value))
+
+
 def write_folder(folder: Path, style: str, tokenizer_json: str) -> None:
     """The tokenizer files of a checkpoint; the template stands in a file of its own or in the config."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -287,6 +328,19 @@ def run_families(folder: Path) -> dict[str, dict[str, str | None]]:
     return found
 
 
+def run_variants(folder: Path) -> dict[str, dict]:
+    """Tokens, texts with and without special tokens, and named special tokens of each variant."""
+    from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports]  own environment
+
+    found = {}
+    for name in VARIANTS:
+        tokenizer = AutoTokenizer.from_pretrained(folder / name)
+        tokens = tokenizer(VARIED)["input_ids"]
+        texts = [tokenizer.decode(tokens, skip_special_tokens=skip) for skip in (True, False)]
+        found[name] = {"tokens": tokens, "texts": texts, "named": tokenizer.special_tokens_map}
+    return found
+
+
 def main():
     from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports]  own environment
     from transformers.utils import get_json_schema  # pyright: ignore[reportMissingImports]  own environment
@@ -301,9 +355,8 @@ def main():
         apply = tokenizers[style].apply_chat_template
         found.append({"text": apply(messages, tokenize=False, **options), "tokens": apply(messages, **options)})
     schemas = [get_json_schema(function) for function in FUNCTIONS]
-    print(
-        json.dumps({"chats": found, "families": run_families(folder), "schemas": schemas}, indent=1, ensure_ascii=False)
-    )
+    found = {"chats": found, "families": run_families(folder), "schemas": schemas, "variants": run_variants(folder)}
+    print(json.dumps(found, indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":

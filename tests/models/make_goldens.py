@@ -18,8 +18,9 @@ from safetensors.numpy import save_file
 PROMPT_LENGTHS = (1, 2, 15, 16, 17, 45, 130, 300)
 NEW_TOKENS = 64
 SHORT = 128  # the first six prompts stay below it with their continuation, the others begin above it
+VOCAB_SIZE = 256
 COMMON = dict(
-    vocab_size=256,
+    vocab_size=VOCAB_SIZE,
     hidden_size=48,
     intermediate_size=80,
     num_hidden_layers=2,
@@ -227,7 +228,7 @@ def compute(case: str, seed: int) -> dict[str, np.ndarray]:
         model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     all_logits, greedy = [], []
     with torch.no_grad():
-        for prompt in prompts(seed, COMMON["vocab_size"]):
+        for prompt in prompts(seed, VOCAB_SIZE):
             tokens = torch.tensor([prompt])
             all_logits.append(model(tokens, use_cache=False).logits[0].numpy())
             out = model.generate(

@@ -11,6 +11,7 @@ from live import run_live
 
 from paged_jax import models
 from paged_jax.models.chat_template import ChatTemplate
+from paged_jax.models.special_tokens import SpecialTokens
 from paged_jax.models.tool_schema import as_schemas
 
 SAY = make_chats.SAY
@@ -24,6 +25,8 @@ def folders(tmp_path_factory) -> Path:
     parent = tmp_path_factory.mktemp("chats")
     for style in [*make_chats.STYLES, *make_chats.FAMILIES]:
         make_chats.write_folder(parent / style, style, tokenizer.to_str())
+    for name in make_chats.VARIANTS:
+        make_chats.write_variant(parent / name, name, tokenizer.to_str())
     return parent
 
 
@@ -52,6 +55,16 @@ def compare_families(folders: Path, found: dict) -> None:
     print(f"{len(found['families'])} families, {num_refused} scenes refused by both")
 
 
+def compare_variants(folders: Path, found: dict) -> None:
+    assert found["variants"].keys() == make_chats.VARIANTS.keys()
+    for name, theirs in found["variants"].items():
+        tokenizer = models.Tokenizer.load(folders / name)
+        tokens = tokenizer.encode(make_chats.VARIED)
+        texts = [tokenizer.decode(tokens), tokenizer.decode(tokens, special_tokens=True)]
+        named = SpecialTokens.load(folders / name).named
+        assert {"tokens": tokens, "texts": texts, "named": named} == theirs, name
+
+
 def stored() -> dict:
     return json.loads((Path(__file__).parent / "goldens" / "chats.json").read_text(encoding="utf-8"))
 
@@ -68,11 +81,16 @@ def test_functions_become_the_schemas_that_transformers_makes():
     assert as_schemas(make_chats.FUNCTIONS) == stored()["schemas"]
 
 
+def test_folders_mean_the_tokens_that_transformers_reads_from_them(folders):
+    compare_variants(folders, stored())
+
+
 @pytest.mark.parity
 def test_chats_are_written_as_transformers_does_now(folders):
     found = json.loads(run_live(make_chats.__file__, str(folders)))
     compare(folders, found)
     compare_families(folders, found)
+    compare_variants(folders, found)
     assert as_schemas(make_chats.FUNCTIONS) == found["schemas"]
 
 

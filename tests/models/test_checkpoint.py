@@ -43,7 +43,15 @@ def edit_json(path: Path, **changes):
 
 @pytest.mark.parametrize("num_shards", [1, 3])
 @pytest.mark.parametrize(
-    "changes", [dict(), dict(tie_word_embeddings=True), dict(model_type="phi3")], ids=["plain", "tied", "fused"]
+    "changes",
+    [
+        dict(),
+        dict(tie_word_embeddings=True),
+        dict(model_type="phi3"),
+        dict(model_type="mixtral", num_local_experts=3, num_experts_per_tok=2),
+        dict(model_type="qwen3_moe", num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8),
+    ],
+    ids=["plain", "tied", "fused", "experts", "other experts"],
 )
 def test_what_was_saved_is_loaded(tmp_path, changes, num_shards):
     saved = make(tmp_path, num_shards=num_shards, **changes)
@@ -267,6 +275,32 @@ def test_weights_whose_names_differ_in_the_prefix_are_loaded(tmp_path, prefix):
     assert loaded.keys() == saved.keys()
     for path in saved:
         np.testing.assert_array_equal(loaded[path], saved[path], err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda t: t.pop("model.layers.1.block_sparse_moe.experts.1.w3.weight"),
+            r"experts without the w3 of some expert",
+        ),
+        (
+            lambda t: t.pop("model.layers.1.block_sparse_moe.experts.2.w3.weight"),
+            r"experts whose w1, w3 and w2 do not fit",
+        ),
+        (
+            lambda t: t.update({"model.layers.1.block_sparse_moe.experts.1.w2.weight": np.zeros((3, 4), np.float32)}),
+            r"experts whose w2 should be matrices of one shape and dtype, not .*\[3, 4\]",
+        ),
+    ],
+)
+def test_experts_that_do_not_fit_together_are_refused(tmp_path, damage, message):
+    make(tmp_path, model_type="mixtral", num_local_experts=3, num_experts_per_tok=2)
+    tensors = load_file(tmp_path / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        models.load(tmp_path)
 
 
 def test_a_base_model_without_its_head_is_refused_by_its_name(tmp_path):

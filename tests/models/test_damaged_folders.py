@@ -128,7 +128,7 @@ def test_a_damaged_folder_is_refused_by_name_or_loads_the_same_weights(kind, fol
     whole, intact = folders[kind]
     folder = tmp_path / "damaged"
 
-    @settings(max_examples=70, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=70, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(st.data())
     def run(data):
         folder.mkdir(exist_ok=True)
