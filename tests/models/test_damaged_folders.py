@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_tokenizers
 from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -142,3 +143,47 @@ def test_a_damaged_folder_is_refused_by_name_or_loads_the_same_weights(kind, fol
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     run()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB: no lie about a size is believed
+
+
+TEXT_FILES = {
+    "tokenizer_config.json": {
+        "bos_token": {"content": "<s>", "special": True},
+        "eos_token": "</s>",
+        "additional_special_tokens": ["<|tool|>"],
+        "chat_template": [{"name": "default", "template": "{{ bos_token }}{{ messages[0].content }}"}],
+    },
+    "special_tokens_map.json": {"eos_token": {"content": "</s>", "lstrip": False}},
+    "added_tokens.json": {"</s>": 1537},
+}
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    small_tokenizers.byte_level().save(str(folder / "tokenizer.json"))
+    for name, value in TEXT_FILES.items():
+        (folder / name).write_text(json.dumps(value))
+    assert models.Tokenizer.load(folder).chat_text([{"content": "x"}]) == "<s>x"
+    return folder
+
+
+def test_a_damaged_tokenizer_is_refused_by_name_or_reads_text(text_folder, tmp_path):
+    folder = tmp_path / "damaged"
+
+    @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(st.data())
+    def run(data):
+        folder.mkdir(exist_ok=True)
+        for path in text_folder.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        path = folder / data.draw(st.sampled_from(sorted([*TEXT_FILES, "tokenizer.json"])))
+        (damage_json if data.draw(st.booleans()) else damage_bytes)(data, path)
+        try:
+            tokenizer = models.Tokenizer.load(folder)
+            assert all(isinstance(token, int) for token in tokenizer.encode("the cat"))
+            tokenizer.chat_text([{"role": "user", "content": "x"}])
+        except ValueError as error:
+            assert str(folder) in str(error), error
+            assert len(str(error)) < 4000
+
+    run()
