@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import make_goldens
 import numpy as np
 import pytest
 from flax import nnx
@@ -17,7 +16,6 @@ from tiny import TINY
 
 from paged_jax import models
 from paged_jax.models.checkpoint import decoder_config
-from paged_jax.models.families import FAMILIES
 from paged_jax.models.safetensors_file import list_checkpoint
 
 CONFIG = TINY | dict(rms_norm_eps=1e-5, rope_theta=10000.0, eos_token_id=[3, 7])
@@ -310,71 +308,6 @@ def test_a_base_model_without_its_head_is_refused_by_its_name(tmp_path):
     save_file({name.removeprefix("model."): value for name, value in tensors.items()}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"missing: lm_head.weight\."):
         models.load(tmp_path)
-
-
-LONGROPE = dict(short_factor=[1.0] * 4, long_factor=[2.0, 3.0, 4.0, 5.0])
-
-
-@pytest.mark.parametrize("kind", ["su", "longrope", "yarn"])
-@pytest.mark.parametrize("name", ["type", "rope_type"])
-def test_old_files_of_phi_3_say_su_or_yarn_for_longrope(kind, name):
-    config = CONFIG | dict(model_type="phi3", original_max_position_embeddings=1024, max_position_embeddings=4096)
-    rope = decoder_config(config | dict(rope_scaling=LONGROPE | {name: kind})).rope
-    assert (rope.kind, rope.lane_factors, rope.original_length) == ("longrope", (2.0, 3.0, 4.0, 5.0), 1024)
-
-
-def test_sizes_may_be_written_as_floats():
-    assert decoder_config(CONFIG | dict(hidden_size=16.0, rope_theta=10000)) == decoder_config(CONFIG)
-
-
-def as_transformers_4(hf_config: dict) -> dict:
-    """The same config in the words of transformers 4."""
-    old = dict(hf_config)
-    if "text_config" in old:
-        return old | {"text_config": as_transformers_4(old["text_config"])}
-    parameters = old.pop("rope_parameters")
-    if "full_attention" in parameters:
-        old["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
-        parameters = parameters["full_attention"]
-    parameters = dict(parameters)
-    old["rope_theta"] = parameters.pop("rope_theta")
-    if "partial_rotary_factor" in parameters:
-        old["partial_rotary_factor"] = parameters.pop("partial_rotary_factor")
-    kind = parameters.pop("rope_type")
-    old["rope_scaling"] = None if kind == "default" else {"type": kind, **parameters}
-    return old
-
-
-@pytest.mark.parametrize("case", make_goldens.CASES)
-def test_configs_of_transformers_4_and_5_mean_the_same(case):
-    golden = np.load(Path(__file__).parent / "goldens" / f"{case}.npz")
-    new = json.loads(str(golden["config"]))
-    old = as_transformers_4(new)
-    if case == "qwen2":
-        del old["layer_types"]  # follows from max_window_layers
-    assert "rope_parameters" in json.dumps(new) and "rope_parameters" not in json.dumps(old)
-    assert decoder_config(old) == decoder_config(new)
-
-
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-SIZES += ("num_key_value_heads", "max_position_embeddings", "num_local_experts", "num_experts_per_tok")
-SIZES += ("moe_intermediate_size", "num_experts")
-
-
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_keys_that_a_config_leaves_out_mean_what_transformers_assumes(model_type):
-    full = json.loads((Path(__file__).parent / "goldens" / "defaults.json").read_text())[model_type]
-    sizes = full.get("text_config", full)
-    bare = {name: sizes[name] for name in SIZES if name in sizes} | {"model_type": model_type}
-    assert decoder_config(bare) == decoder_config(full)
-
-
-def test_layers_alternate_where_the_config_does_not_say_how():
-    gemma2 = decoder_config(CONFIG | dict(model_type="gemma2", sliding_window=8, num_hidden_layers=4))
-    assert gemma2.windows == (8, None, 8, None)
-    gemma3 = decoder_config(CONFIG | dict(model_type="gemma3_text", sliding_window=8, num_hidden_layers=7))
-    assert gemma3.windows == (8, 8, 8, 8, 8, None, 8)
-    assert decoder_config(CONFIG).windows == ()
 
 
 # getrusage's ru_maxrss begins with the parent's memory, VmHWM with the process's own.
