@@ -1,4 +1,4 @@
-"""The command line: `paged_jax demo` and `paged_jax generate`."""
+"""The command line: `paged_jax demo`, `paged_jax generate` and `paged_jax families`."""
 
 import argparse
 import json
@@ -29,6 +29,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--samples", type=int, default=3, help="continuations of each prompt")
     demo.add_argument("--max-new-tokens", type=int, default=64)
     demo.add_argument("--seed", type=int, default=0)
+
+    families = commands.add_parser("families", help="print the model families whose checkpoints are read")
+    families.set_defaults(command=_families)
 
     generate = commands.add_parser("generate", help="continue prompts with a Hugging Face checkpoint")
     generate.set_defaults(command=_generate)
@@ -62,6 +65,14 @@ def _demo(options: argparse.Namespace) -> None:
     )
 
 
+def _families(options: argparse.Namespace) -> None:
+    from paged_jax.models.families import FAMILIES
+
+    width = max(map(len, FAMILIES))
+    for model_type, family in sorted(FAMILIES.items()):
+        print(f"{model_type:{width}}  {family.title}")
+
+
 def _generate(options: argparse.Namespace) -> None:
     from paged_jax import models
     from paged_jax.generator import Generator
@@ -92,7 +103,7 @@ def _generate(options: argparse.Namespace) -> None:
     generator = Generator(model.forward, model.params, config, decode_text=model.tokenizer.decode)
     for request, completions in enumerate(generator.run(prompts, params)):
         for number, completion in enumerate(completions):
-            text = model.tokenizer.decode(completion.tokens)
+            text = model.tokenizer.decode(completion.tokens, prompt=prompts[request])
             if options.json:
                 fields = {"prompt": texts[request], "sample": number, "text": text, "finish": completion.finish}
                 print(json.dumps(fields))

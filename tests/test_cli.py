@@ -12,6 +12,7 @@ import pytest
 from paged_jax import models
 from paged_jax.cli import main
 from paged_jax.generator import Completion
+from paged_jax.models.families import FAMILIES
 
 load = functools.cache(models.load)
 
@@ -84,6 +85,12 @@ def test_demo_prints_text_and_memory(capsys):
     assert "prompt 5" in output and "sample 1" in output
     assert "the pool at its fullest" in output
     assert "sharing saves" in output and "times the paged cache" in output
+
+
+def test_families_lists_what_config_json_may_name(capsys):
+    assert main(["families"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(FAMILIES) and "smollm3      SmolLM 3" in lines
 
 
 @pytest.mark.parametrize(

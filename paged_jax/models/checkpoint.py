@@ -22,14 +22,15 @@ from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.cache.pool import PagePool
 from paged_jax.models.config import DecoderConfig
 from paged_jax.models.decoder import Decoder
-from paged_jax.models.families import Family, Fields, find_family
-from paged_jax.models.mxfp4 import PackedTensor, find_packed
-from paged_jax.models.safetensors_file import StoredTensor, describe, list_checkpoint, read_json
+from paged_jax.models.expert_files import split_experts
+from paged_jax.models.families import Family, find_family
+from paged_jax.models.fields import Fields
+from paged_jax.models.safetensors_file import StoredTensor, describe, read_json
 from paged_jax.models.sharding import Placement, tensor_parallel
 from paged_jax.models.stacks import unstacked
+from paged_jax.models.stored import Stored, find_tensors
 from paged_jax.models.tokenizer import Tokenizer
 
-Stored = StoredTensor | PackedTensor
 DTYPES = ("float32", "bfloat16")
 STORED_DTYPES = ("F32", "F16", "BF16")
 PROGRESS_BYTES = 200_000_000  # a progress bar from this size on
@@ -137,8 +138,8 @@ def load(
     folder = Path(folder)
     fields = Fields(read_json(folder / "config.json"), str(folder / "config.json"), max_length)
     family = find_family(fields)
-    config = family.read(fields)
-    stored = find_packed(list_checkpoint(folder), folder)
+    config, fields = family.read(fields), family.text_fields(fields)
+    stored = find_tensors(folder, fields, family)
     if stacked is None:
         stacked = _platform(sharding) != "cpu"
     # Where nothing repeats there is nothing to stack.
@@ -170,6 +171,7 @@ def save(folder: Path, hf_config: dict[str, Any], params: Any, *, dtype=None, nu
         parts.setdefault(place.name, []).append(np.asarray(value if dtype is None else value.astype(dtype)))
     # save_file writes the memory as it lies, whatever the strides say
     tensors = {name: np.ascontiguousarray(np.concatenate(parts[name])) for name in sorted(parts)}
+    tensors = split_experts(tensors)
     folder.mkdir(parents=True, exist_ok=True)
     names = list(tensors)
     shards = [names[i::num_shards] for i in range(num_shards)]
@@ -197,7 +199,7 @@ def decoder_config(hf_config: dict[str, Any]) -> DecoderConfig:
 def _choose_dtype(fields: Fields, dtype: str | None) -> jnp.dtype:
     if dtype is None:
         name = "dtype" if "dtype" in fields.values else "torch_dtype"
-        dtype = fields.get(name, "float32")
+        dtype = fields.text(name, "float32").removeprefix("torch.")
         if dtype not in DTYPES:
             fields.fail(name, f"pass load(folder, dtype=...) with one of {', '.join(DTYPES)}.")
     if dtype not in DTYPES:
@@ -329,6 +331,10 @@ def _put(stack, layer, i):
 def _stop_tokens(folder: Path, fields: Fields) -> tuple[int, ...]:
     """End-of-text ids: of generation_config.json, otherwise of config.json."""
     path = folder / "generation_config.json"
-    generation = read_json(path) if path.exists() else {}
-    ids = generation.get("eos_token_id", fields.get("eos_token_id", None))
-    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+    generation = Fields(read_json(path) if path.exists() else {}, str(path))
+    source = fields if generation.get("eos_token_id", None) is None else generation
+    ids = source.get("eos_token_id", [])
+    ids = ids if isinstance(ids, list) else [ids]
+    if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+        source.fail("eos_token_id", "it must be a token id or a list of them.")
+    return tuple(ids)

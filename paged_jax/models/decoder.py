@@ -39,17 +39,26 @@ class Attention(nnx.Module):
         self.v = Linear(hidden, num_kv, bias=bias, dtype=dtype, rngs=rngs)
         std = 0.02 * (2 * config.num_layers) ** -0.5
         self.out = Linear(num_q, hidden, bias=config.output_bias, std=std, dtype=dtype, rngs=rngs)
-        self.q_norm = make_norm(config, config.head_dim, dtype) if config.qk_norm else None
-        self.k_norm = make_norm(config, config.head_dim, dtype) if config.qk_norm else None
+        self.norm_of_all, self.interleaved = config.qk_norm_of_all, config.rope.interleaved
+        sizes = (num_q, num_kv) if config.qk_norm_of_all else (config.head_dim, config.head_dim)
+        self.q_norm = make_norm(config, sizes[0], dtype) if config.qk_norm else None
+        self.k_norm = make_norm(config, sizes[1], dtype) if config.qk_norm else None
         self.sinks = nnx.Param(jnp.zeros((config.num_heads,), dtype)) if config.sinks else None
 
     def __call__(self, x: Float[Array, "*T D"], angles, attend: Attend) -> Float[Array, "*T D"]:
-        q, k, v = (y.reshape(*y.shape[:-1], -1, self.head_dim) for y in (self.q(x), self.k(x), self.v(x)))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.norm_of_all:
+            q, k = self._normalise(q, k)
+        q, k, v = (y.reshape(*y.shape[:-1], -1, self.head_dim) for y in (q, k, v))
+        if not self.norm_of_all:
+            q, k = self._normalise(q, k)
         sinks = None if self.sinks is None else self.sinks[...].astype(jnp.float32)
-        out = attend(rotate(q, *angles), rotate(k, *angles), v, sinks)
+        q, k = (rotate(y, *angles, interleaved=self.interleaved) for y in (q, k))
+        out = attend(q, k, v, sinks)
         return self.out(out.reshape(*out.shape[:-2], -1))
+
+    def _normalise(self, q, k):
+        return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k))
 
 
 class Layer(nnx.Module):
@@ -59,18 +68,26 @@ class Layer(nnx.Module):
         def norm():
             return make_norm(config, config.hidden_size, dtype)
 
-        self.attn_norm = norm()
+        self.attn_norm = norm() if config.pre_norms else None
         self.attn = Attention(config, dtype=dtype, rngs=rngs)
         self.attn_post_norm = norm() if config.post_norms else None
-        self.mlp_norm = norm()
+        self.mlp_norm = norm() if config.pre_norms else None
         self.mlp = (Experts if config.num_experts else MLP)(config, dtype=dtype, rngs=rngs)
         self.mlp_post_norm = norm() if config.post_norms else None
+        self.residual_scale = config.residual_scale
 
     def __call__(self, x: Float[Array, "*T D"], angles, attend: Attend) -> Float[Array, "*T D"]:
-        update = self.attn(self.attn_norm(x), angles, attend)
-        x = x + (update if self.attn_post_norm is None else self.attn_post_norm(update))
-        update = self.mlp(self.mlp_norm(x))
-        return x + (update if self.mlp_post_norm is None else self.mlp_post_norm(update))
+        update = self.attn(_optional(self.attn_norm, x), angles, attend)
+        x = x + self._scale(_optional(self.attn_post_norm, update))
+        update = self.mlp(_optional(self.mlp_norm, x))
+        return x + self._scale(_optional(self.mlp_post_norm, update))
+
+    def _scale(self, update):
+        return update if self.residual_scale == 1.0 else update * jnp.asarray(self.residual_scale, update.dtype)
+
+
+def _optional(norm: RMSNorm | None, x):
+    return x if norm is None else norm(x)
 
 
 class Decoder(nnx.Module):
@@ -212,8 +229,8 @@ class Decoder(nnx.Module):
         x = self.embed.weight[...][tokens]
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
-        everywhere = config.rope.angles(positions, config.head_dim)
-        local = config.local_rope.angles(positions, config.head_dim) if config.local_rope else everywhere
+        ropes = [config.layer_rope(numbers[0]) for numbers in self._layer_numbers]
+        angles = {rope: rope.angles(positions, config.head_dim) for rope in set(ropes)}
 
         def run(layer: Layer, entry: int, step: int | Array, x, pool):
             def attend_here(q, k, v, sinks):
@@ -221,8 +238,7 @@ class Decoder(nnx.Module):
                 out, pool = attend(pool, entry, step, q, k, v, sinks)
                 return out
 
-            angles = everywhere if self._window(entry) is None else local
-            return layer(x, angles, attend_here), pool
+            return layer(x, angles[ropes[entry]], attend_here), pool
 
         num_stacks = self.period or 0
         if num_stacks:
@@ -242,5 +258,6 @@ class Decoder(nnx.Module):
 
     def _logits(self, x):
         logits = (self.embed if self.head is None else self.head)(self.norm(x)).astype(jnp.float32)
+        logits = logits if self.config.logit_scale == 1.0 else logits * self.config.logit_scale
         cap = self.config.logit_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -5,6 +5,7 @@ OCP Microscaling Formats (MX) Specification, version 1.0.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -52,13 +53,13 @@ def unpack(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return values.reshape(len(blocks), -1)
 
 
-def find_packed(stored: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor | PackedTensor]:
+def find_packed(stored: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The tensors of a checkpoint, with each pair of blocks and scales as one.
 
     Raises:
         ValueError: blocks without scales, or of dtypes or shapes that do not belong together.
     """
-    found: dict[str, StoredTensor | PackedTensor] = dict(stored)
+    found = dict(stored)
     for name in [name for name in stored if name.endswith("_blocks")]:
         base = name.removesuffix("_blocks")
         blocks, scales = found.pop(name), found.pop(f"{base}_scales", None)

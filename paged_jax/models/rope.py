@@ -30,6 +30,7 @@ class Rope:
         lane_factors: longrope: factor on the wavelength of each lane pair.
         magnitude: factor on cosine and sine, and so on queries and keys alike.
         rotary_share: the leading share of a head's lanes that turns; the rest carries no position.
+        interleaved: a lane turns against its neighbour instead of the lane half of the turning ones away (GLM-4).
     """
 
     theta: float = 10000.0
@@ -44,11 +45,12 @@ class Rope:
     lane_factors: tuple[float, ...] = ()
     magnitude: float = 1.0
     rotary_share: float = 1.0
+    interleaved: bool = False
 
     def frequencies(self, head_dim: int) -> np.ndarray:
         """Radians a position for each pair of lanes that turns, float32 [R // 2]."""
         size = int(head_dim * self.rotary_share)
-        plain = self.theta ** -(np.arange(0, size, 2) / size)
+        plain = self.theta ** -(np.arange(0, size, 2) / max(size, 1))
         if self.kind == "default":
             scaled = plain
         elif self.kind == "linear":
@@ -86,11 +88,20 @@ class Rope:
         return jnp.cos(angle) * self.magnitude, jnp.sin(angle) * self.magnitude
 
 
-def rotate(x: Float[Array, "*T N H"], cos: Float[Array, "*T R"], sin: Float[Array, "*T R"]) -> Float[Array, "*T N H"]:
-    """Turns lane i of every head against lane i + R, for the first 2R lanes, in float32."""
+def rotate(
+    x: Float[Array, "*T N H"], cos: Float[Array, "*T R"], sin: Float[Array, "*T R"], *, interleaved: bool = False
+) -> Float[Array, "*T N H"]:
+    """Turns lane i of every head against lane i + R, or lane 2i against 2i + 1, for the first 2R lanes, in float32."""
     size = cos.shape[-1]
-    left, right, rest = jnp.split(x, (size, 2 * size), axis=-1)
+    if size == 0:
+        return x
+    if interleaved:
+        left, right = x[..., : 2 * size : 2], x[..., 1 : 2 * size : 2]
+    else:
+        left, right = x[..., :size], x[..., size : 2 * size]
     left, right = left.astype(jnp.float32), right.astype(jnp.float32)
     cos, sin = cos[..., None, :], sin[..., None, :]
-    turned = [left * cos - right * sin, right * cos + left * sin]
-    return jnp.concatenate([*(part.astype(x.dtype) for part in turned), rest], axis=-1)
+    turned = [(left * cos - right * sin).astype(x.dtype), (right * cos + left * sin).astype(x.dtype)]
+    if interleaved:
+        turned = [jnp.stack(turned, axis=-1).reshape(*x.shape[:-1], 2 * size)]
+    return jnp.concatenate([*turned, x[..., 2 * size :]], axis=-1)

@@ -39,9 +39,10 @@ def check_period(config: DecoderConfig, period: int) -> None:
     """Raises ValueError unless the layers repeat after that many."""
     if not 1 <= period <= config.num_layers:
         raise ValueError(f"period={period} must be at least 1 and at most num_layers={config.num_layers}.")
-    windows = [config.window(layer) for layer in range(config.num_layers)]
-    if windows != [windows[layer % period] for layer in range(config.num_layers)]:
+    kinds = [config.kind(layer) for layer in range(config.num_layers)]
+    if kinds != [kinds[layer % period] for layer in range(config.num_layers)]:
         raise ValueError(
-            f"the windows of the layers do not repeat after period={period}: use a multiple of {config.period}, "
+            f"the windows and rotary embeddings of the layers do not repeat after period={period}: use a multiple of "
+            f"{config.period}, "
             "or None."
         )

@@ -7,8 +7,10 @@ neither JAX nor this package.
 """
 
 import argparse
+import enum
 import json
 from pathlib import Path
+from typing import Any, Literal
 
 # Headers around every turn; tools and the date go into the system turn (in the style of Llama 3).
 HEADERS = """
@@ -164,13 +166,142 @@ CHATS = [
 ]
 
 
+# Templates of well-known families, restated: each in a file, with the constructs that it is made of there.
+FAMILIES = sorted(path.stem for path in (Path(__file__).parent / "chats").glob("*.jinja"))
+PARAMETERS = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "description": "Where <it> is, é."},
+        "days": {"type": "array", "items": {"type": "integer"}, "description": "Which days."},
+        "unit": {"type": ["string", "null"], "enum": ["C", "F"]},
+    },
+    "required": ["city"],
+}
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "Tells.", "parameters": PARAMETERS}}
+CITY = {
+    "id": "call12345",
+    "type": "function",
+    "function": {"name": "weather", "arguments": {"city": "Zürich", "days": [1]}},
+}
+ANSWER = {"role": "assistant", "content": "It is <cold> & grey.\n"}
+ASKED = [
+    {"role": "system", "content": " Be brief. "},
+    {"role": "user", "content": "Weather?"},
+    {"role": "assistant", "content": "", "tool_calls": [CITY], "reasoning_content": "I must look."},
+    {"role": "tool", "name": "weather", "content": "3 degrees", "tool_call_id": "call12345"},
+]
+THOUGHT = {"role": "assistant", "content": "Yes.", "reasoning": "Is it so?"}
+# What every family's template is given: messages, and what else it is told
+SCENES = {
+    "one question": (SAY, {}),
+    "a talk": (TALK, {}),
+    "no generation prompt": (TALK[:3], {"add_generation_prompt": False}),
+    "tools": (ASKED, {"tools": [WEATHER, TOOL | {"type": "function", "function": WEATHER["function"]}]}),
+    "a result and an answer": ([*ASKED, ANSWER, SAY[0]], {"tools": [WEATHER]}),
+    "an answer that goes on": ([*TALK[:2], ANSWER | {"content": "It is"}], {"continue_final_message": True}),
+    "an answer that goes on after a space": ([*SAY, ANSWER | {"content": "It is "}], {"continue_final_message": True}),
+    "parts": ([*PARTS, ANSWER], {"add_generation_prompt": False}),
+    "thoughts": ([*SAY, THOUGHT, *SAY], {"enable_thinking": False, "reasoning_effort": "low"}),
+    "last thoughts": ([*SAY, THOUGHT], {"add_generation_prompt": False}),
+    "two users": ([*SAY, *SAY], {"documents": [{"title": "a", "text": "b"}]}),
+}
+
+
+def weather(city: str, days: list[int] | None = None, unit: Literal["C", "F"] = "C") -> dict[str, float]:
+    """
+    Tells the weather.
+
+    And more: of every day.
+
+    Args:
+        city: Where it is,
+            in two lines.
+        days: Which days
+        unit: The unit (choices: ["C ", "F"])
+
+    Returns:
+        The temperature.
+    """
+    raise NotImplementedError
+
+
+class Kind(enum.Enum):
+    """Values of several kinds."""
+
+    ONE = 1
+    TWO = "two"
+
+
+class Tools:
+    """Methods are tools, too."""
+
+    def mix(self, a: int | str, b: tuple[int, str], c: dict, d: Kind, e: Any, f: int | list[str] | None = None):
+        """Mixes.
+
+        Args:
+            a: one
+            b: two
+            c: three
+            d: four
+            e: five: with a colon
+            f: six
+        """
+
+
+FUNCTIONS = [weather, Tools().mix]
+
+
+ONE = {
+    "content": "<|one|>",
+    "lstrip": True,
+    "rstrip": False,
+    "single_word": False,
+    "normalized": False,
+    "special": True,
+}
+TWO = ONE | {"content": "<|two|>", "lstrip": False, "special": False}
+TRUNCATION = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+PADDING = {
+    "strategy": {"Fixed": 40},
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 0,
+    "pad_type_id": 0,
+    "pad_token": "<|endoftext|>",
+}
+# What folders say of tokens: name -> file -> what stands in it, in tokenizer.json besides the rest
+VARIANTS = {
+    "truncation": {"tokenizer": {"truncation": TRUNCATION}},
+    "padding": {"tokenizer": {"padding": PADDING}, "tokenizer_config": {"pad_token": "<|endoftext|>"}},
+    "added": {"tokenizer_config": {"added_tokens_decoder": {"1538": ONE, "1539": TWO}, "bos_token": "<|start|>"}},
+    "older": {"added_tokens": {"<|one|>": 1538, "<|two|>": 1539}, "special_tokens_map": {"eos_token": "<|one|>"}},
+    "listed": {"tokenizer_config": {"additional_special_tokens": ["<|one|>", "<|two|>"], "pad_token": "<|end|>"}},
+    "named": {"tokenizer_config": {"extra_special_tokens": {"image_token": "<|one|>"}, "boi_token": "<|two|>"}},
+    "map first": {"tokenizer_config": {"eos_token": "<|end|>"}, "special_tokens_map": {"eos_token": ONE}},
+    "split": {"tokenizer_config": {"split_special_tokens": True}},
+}
+VARIED = "a  <|one|> b<|two|>c <|end|> and more, é"
+
+
+def write_variant(folder: Path, name: str, tokenizer_json: str) -> None:
+    """The tokenizer files of one of VARIANTS."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = VARIANTS[name] | {"tokenizer": json.loads(tokenizer_json) | VARIANTS[name].get("tokenizer", {})}
+    files["tokenizer_config"] = files.get("tokenizer_config", {}) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for file, value in files.items():
+        (folder / f"{file}.json").write_text(json.dumps(value))
+
+
 def write_folder(folder: Path, style: str, tokenizer_json: str) -> None:
     """The tokenizer files of a checkpoint; the template stands in a file of its own or in the config."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(tokenizer_json)
     bos = {"__type": "AddedToken", "content": "<|endoftext|>", "lstrip": False, "rstrip": False, "special": True}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": "<|end|>", "pad_token": None}
-    if style == "headers":
+    if style in FAMILIES:
+        source = Path(__file__).parent / "chats" / f"{style}.jinja"
+        (folder / "chat_template.jinja").write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    elif style == "headers":
         (folder / "chat_template.jinja").write_text(STYLES[style])
     elif style == "thoughts":
         config["chat_template"] = STYLES[style]
@@ -180,8 +311,39 @@ def write_folder(folder: Path, style: str, tokenizer_json: str) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+def run_families(folder: Path) -> dict[str, dict[str, str | None]]:
+    """Each family's text of each scene; None where the template refuses it."""
+    from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports]  own environment
+
+    found: dict[str, dict[str, str | None]] = {}
+    for family in FAMILIES:
+        apply = AutoTokenizer.from_pretrained(folder / family).apply_chat_template
+        found[family] = {}
+        for scene, (messages, variables) in SCENES.items():
+            options = {"add_generation_prompt": not variables.get("continue_final_message", False)} | variables
+            try:
+                found[family][scene] = apply(messages, tokenize=False, **options)
+            except Exception:  # of the template, or of its expressions
+                found[family][scene] = None
+    return found
+
+
+def run_variants(folder: Path) -> dict[str, dict]:
+    """Tokens, texts with and without special tokens, and named special tokens of each variant."""
+    from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports]  own environment
+
+    found = {}
+    for name in VARIANTS:
+        tokenizer = AutoTokenizer.from_pretrained(folder / name)
+        tokens = tokenizer(VARIED)["input_ids"]
+        texts = [tokenizer.decode(tokens, skip_special_tokens=skip) for skip in (True, False)]
+        found[name] = {"tokens": tokens, "texts": texts, "named": tokenizer.special_tokens_map}
+    return found
+
+
 def main():
     from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports]  own environment
+    from transformers.utils import get_json_schema  # pyright: ignore[reportMissingImports]  own environment
 
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -192,7 +354,9 @@ def main():
         options = {"add_generation_prompt": True, "return_dict": False} | variables
         apply = tokenizers[style].apply_chat_template
         found.append({"text": apply(messages, tokenize=False, **options), "tokens": apply(messages, **options)})
-    print(json.dumps(found, indent=1))
+    schemas = [get_json_schema(function) for function in FUNCTIONS]
+    found = {"chats": found, "families": run_families(folder), "schemas": schemas, "variants": run_variants(folder)}
+    print(json.dumps(found, indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":

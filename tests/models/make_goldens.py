@@ -8,15 +8,19 @@ not stored: `fill` makes them again from their names and shapes, bit for bit, an
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 PROMPT_LENGTHS = (1, 2, 15, 16, 17, 45, 130, 300)
 NEW_TOKENS = 64
 SHORT = 128  # the first six prompts stay below it with their continuation, the others begin above it
+VOCAB_SIZE = 256
 COMMON = dict(
-    vocab_size=256,
+    vocab_size=VOCAB_SIZE,
     hidden_size=48,
     intermediate_size=80,
     num_hidden_layers=2,
@@ -98,6 +102,68 @@ CASES = {
             ),
         ),
     ),
+    "phi4_mini": (
+        "phi3",
+        dict(
+            hidden_size=64,
+            tie_word_embeddings=True,
+            original_max_position_embeddings=SHORT,
+            rope_parameters=dict(
+                rope_type="longrope",
+                rope_theta=10000.0,
+                partial_rotary_factor=0.75,
+                short_factor=[1.0] * 6,
+                long_factor=[1.0 + 0.5 * i for i in range(6)],
+            ),
+        ),
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        dict(moe_intermediate_size=24, num_experts=6, num_experts_per_tok=2, norm_topk_prob=True),
+    ),
+    "qwen3_moe_unnormalised": (
+        "qwen3_moe",
+        dict(moe_intermediate_size=24, num_experts=4, num_experts_per_tok=3, norm_topk_prob=False),
+    ),
+    "mixtral": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=24)),
+    "olmo2": ("olmo2", dict()),
+    "olmo3": (
+        "olmo3",
+        dict(
+            num_hidden_layers=4,
+            sliding_window=24,
+            rope_parameters={
+                "full_attention": YARN_ROPE | dict(truncate=True),  # transformers never sees another value here
+                "sliding_attention": dict(rope_type="default", rope_theta=10000.0),
+            },
+        ),
+    ),
+    "smollm3": ("smollm3", dict(num_hidden_layers=4, tie_word_embeddings=True)),
+    "granite": (
+        "granite",
+        dict(
+            embedding_multiplier=3.0,
+            attention_multiplier=0.2,
+            residual_multiplier=0.5,
+            logits_scaling=4.0,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "glm4": ("glm4", dict()),
+    "gemma3_with_images": (
+        "gemma3",
+        dict(
+            text_config=COMMON | dict(sliding_window=24, layer_types=MIXED, query_pre_attn_scalar=24),
+            vision_config=dict(
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                image_size=28,
+                patch_size=14,
+            ),
+        ),
+    ),
     "gpt_oss": (
         "gpt_oss",
         dict(
@@ -150,19 +216,19 @@ def compute(case: str, seed: int) -> dict[str, np.ndarray]:
     from transformers import AutoConfig, AutoModelForCausalLM  # pyright: ignore[reportMissingImports]  own environment
 
     model_type, changes = CASES[case]
-    config = AutoConfig.for_model(model_type, **(COMMON | changes))
-    config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    state = model.state_dict()
-    if config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    shapes = {name: list(tensor.shape) for name, tensor in state.items()}
-    weights = fill(seed, shapes, model_type.startswith("gemma"))
-    model.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()}, strict=False)
-    model.tie_weights()
+    config = AutoConfig.for_model(model_type, **(changes if "text_config" in changes else COMMON | changes))
+    with tempfile.TemporaryDirectory() as folder:
+        # The names and shapes are those of a folder that transformers writes, and it reads the weights from there
+        file = f"{folder}/model.safetensors"
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+        with safe_open(file, "np") as stored:
+            shapes = {name: list(stored.get_slice(name).get_shape()) for name in stored.keys()}
+        save_file(fill(seed, shapes, model_type.startswith("gemma")), file, metadata={"format": "pt"})
+        options = {"dtype": torch.float32, "attn_implementation": "eager"}
+        model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     all_logits, greedy = [], []
     with torch.no_grad():
-        for prompt in prompts(seed, config.vocab_size):
+        for prompt in prompts(seed, VOCAB_SIZE):
             tokens = torch.tensor([prompt])
             all_logits.append(model(tokens, use_cache=False).logits[0].numpy())
             out = model.generate(
