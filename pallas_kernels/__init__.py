@@ -1,14 +1,13 @@
 """Paged attention over a pool of KV pages: arrays in, arrays out."""
 
-from pallas_kernels.dispatch import check_page_table, copy_pages, paged_attention, read_pages, write_pages
 from pallas_kernels.merge import merge_states
+from pallas_kernels.ops import copy_pages, paged_attention, read_pages, write_pages
 from pallas_kernels.pages import Pages, init_pages, page_bytes
 from pallas_kernels.reference import AttentionResult
 
 __all__ = [
     "AttentionResult",
     "Pages",
-    "check_page_table",
     "copy_pages",
     "init_pages",
     "merge_states",

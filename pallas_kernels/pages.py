@@ -15,7 +15,7 @@ NULL_PAGE = 0  # never owned by a sequence; like every id outside 1..P-1, it sta
 PAGE_DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
 FP8 = jnp.dtype("float8_e4m3fn")
 LARGEST = {"int8": 127, FP8.name: 448}  # of what quantised pages hold: what a vector's largest number becomes
-TOKENS_AT_ONCE = 256  # of a write
+MOST_WRITTEN = 256  # tokens in one scatter
 SUBLANES, LANES = 8, 128  # of a TPU register; key and value share the lanes where a head does not fill them
 PADDED_TO = LANES // 2  # on a TPU, heads take a multiple of so many numbers
 
@@ -244,16 +244,16 @@ def put_tokens(
     XLA copies what it scatters, so many tokens go in pieces.
     """
     num_tokens = page.size
-    if num_tokens <= TOKENS_AT_ONCE:
+    if num_tokens <= MOST_WRITTEN:
         return put_piece(pages, k, v, page, slot)
 
     def put(i, pages):
         # The last piece starts early where the pieces do not fit evenly, and writes some tokens again.
-        first = jnp.minimum(i * TOKENS_AT_ONCE, num_tokens - TOKENS_AT_ONCE)
-        piece = (jax.lax.dynamic_slice_in_dim(x, first, TOKENS_AT_ONCE) for x in (k, v, page, slot))
+        first = jnp.minimum(i * MOST_WRITTEN, num_tokens - MOST_WRITTEN)
+        piece = (jax.lax.dynamic_slice_in_dim(x, first, MOST_WRITTEN) for x in (k, v, page, slot))
         return put_piece(pages, *piece)
 
-    return jax.lax.fori_loop(0, -(-num_tokens // TOKENS_AT_ONCE), put, pages)
+    return jax.lax.fori_loop(0, -(-num_tokens // MOST_WRITTEN), put, pages)
 
 
 def put_piece(

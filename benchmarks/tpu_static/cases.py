@@ -15,6 +15,7 @@ from pallas_kernels.pages import stored
 from pallas_kernels.tpu import attention
 from pallas_kernels.tpu.blocks import decode_sizes, prefill_kernels, prefill_sizes
 from pallas_kernels.tpu.heads import pack_heads
+from pallas_kernels.tpu.write import tiles_of_step
 
 POOL_BYTES = 400 << 20  # more than VMEM, or XLA would move the pages there
 
@@ -161,7 +162,7 @@ def operands(case: StaticCase) -> dict[str, dict[int, Any]]:
             rows = attention.prefill_rows(lengths, starts, table, sizes, counts)
             result[f"paged_prefill_{sizes.query_tokens}"] = {0: rows, 2: chunks}
         several = jnp.where(starts[1:] - starts[:-1] > 1, lengths, 0)
-        result["paged_write"] = {0: attention.write_scalars(pages, table, several, starts, case.num_tokens)}
+        result["paged_write"] = {0: tiles_of_step(table, several, starts, case.num_tokens, pages).scalars}
     return {
         kernel: {index: [int(x) for x in words] for index, words in by_index.items()}
         for kernel, by_index in result.items()

@@ -24,7 +24,7 @@ SEES_ALL = 2**30  # the position of a query that sees every key
 LEAST_TILES = 4  # of keys in a part, where a sequence's keys are cut to keep every multiprocessor busy
 
 
-class Options(NamedTuple):
+class AttentionOptions(NamedTuple):
     """What every form of attention takes."""
 
     scale: float
@@ -53,7 +53,7 @@ def paged_attention(
     """As `pallas_kernels.paged_attention`; the arguments are already checked, here and by `refusal`."""
     if k is not None and v is not None:
         pages = write_pages(pages, k, v, page_table, lengths, query_starts)
-    options = Options(scale, window, soft_cap, sinks)
+    options = AttentionOptions(scale, window, soft_cap, sinks)
     places = token_places(lengths, query_starts, q.shape[0])
     group = q.shape[1] // pages.num_kv_heads
     if max_query_len == 1 and group <= MOST_DECODE_GROUP:
@@ -77,7 +77,7 @@ def prefill(
     lengths: Int32[Array, " B"],
     query_starts: Int32[Array, " B+1"],
     max_query_len: int,
-    options: Options,
+    options: AttentionOptions,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """Attention of sequences with any number of queries; those with one go to the decode kernel where it pays."""
     num_tokens, num_heads, _ = q.shape
@@ -113,7 +113,7 @@ def attend_queries(
     pages: Pages,
     page_table: Int32[Array, "B M"],
     queries: Queries,
-    options: Options,
+    options: AttentionOptions,
     is_packed: bool,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """Attention of runs of queries by the rows kernel.
@@ -178,7 +178,7 @@ def decode_behind_prefix(
     sequence: Int32[Array, " R"],
     position: Int32[Array, " R"],
     shared_prefix: Int32[Array, ""],
-    options: Options,
+    options: AttentionOptions,
 ) -> tuple[Float[Array, "R N H"], Float[Array, "R N"]]:
     """`decode` where all sequences begin with the same pages: those are read once for all of them.
 
@@ -225,7 +225,7 @@ def decode(
     sequence: Int32[Array, " R"],
     position: Int32[Array, " R"],
     begin: Int32[Array, " R"],
-    options: Options,
+    options: AttentionOptions,
 ) -> tuple[Float[Array, "R N H"], Float[Array, "R N"]]:
     """Attention of rows that each hold one query of one sequence to the keys from `begin` up to its position.
 

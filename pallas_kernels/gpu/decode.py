@@ -31,8 +31,8 @@ from pallas_kernels.gpu.quantised import (
 )
 from pallas_kernels.gpu.schedule import Schedule
 from pallas_kernels.pages import numbers
+from pallas_kernels.softmax import LOG2E
 
-LOG2E = math.log2(math.e)
 MASKED = -1e30  # a score that no key has; finite, so that a difference of two is not NaN
 LSE_LANES = 32  # of a partial's log-sum-exp in memory: the copy engine moves multiples of 128 bytes
 MERGE_STAGES = 4

@@ -31,8 +31,8 @@ from pallas_kernels.gpu.quantised import (
 )
 from pallas_kernels.gpu.schedule import RowItems
 from pallas_kernels.pages import numbers
+from pallas_kernels.softmax import LOG2E
 
-LOG2E = math.log2(math.e)
 WARPGROUP_ROWS = 64
 RAW_STAGES = 2  # 8-bit tiles of values on their way
 OUT_LANES = 32  # of the result that are staged at a time

@@ -18,7 +18,6 @@ from pallas_kernels.tpu.blocks import ALL_COUNTS, decode_sizes, prefill_kernels,
 from pallas_kernels.tpu.heads import pack_heads, pack_queries, pad_group, unpack_outputs, unpack_rows
 from pallas_kernels.tpu.memory import IDS
 from pallas_kernels.tpu.tasks import PrefillSizes
-from pallas_kernels.tpu.write import tiles_of_step
 
 
 def page_chunks(ids: Array) -> tuple[Array, int]:
@@ -231,11 +230,6 @@ def _run_prefill(
         lse = None if lse is None else new_lse
     out = new[:, :num_heads, lanes - head_dim :].astype(out.dtype)
     return out, None if lse is None else lse.reshape(num_tokens, -1)[:, :num_heads]
-
-
-def write_scalars(pages: Pages, ids: Array, lengths: Array, query_starts: Array, num_tokens: int) -> Array:
-    """The scalars of the write kernel."""
-    return tiles_of_step(ids, lengths, query_starts, num_tokens, pages).scalars
 
 
 def new_rows(k: Array, v: Array, pages: Pages) -> Array:

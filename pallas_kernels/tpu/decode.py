@@ -26,10 +26,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.pages import LANES, SUBLANES
+from pallas_kernels.softmax import FLOOR, LOG2E, MASKED
 from pallas_kernels.tpu.heads import HeadPacking
 from pallas_kernels.tpu.memory import IDS, WORD_PART, in_hbm
 from pallas_kernels.tpu.products import Products
-from pallas_kernels.tpu.softmax import FLOOR, LOG2E, MASKED
 from pallas_kernels.tpu.walk import FIELDS, HOLES, LAST_PAGE, LAST_SLOT, TOKEN, DecodeSizes, Walk
 
 RESIDENT_BYTES = 256 << 10  # a page table up to this size lies in scalar memory, a larger one streams

@@ -23,9 +23,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.pages import LANES, SUBLANES
+from pallas_kernels.softmax import FLOOR, LOG2E, MASKED
 from pallas_kernels.tpu.memory import IDS, in_hbm
 from pallas_kernels.tpu.products import dot, load_rows
-from pallas_kernels.tpu.softmax import FLOOR, LOG2E, MASKED
 from pallas_kernels.tpu.tasks import FIELDS, HOLES, NUM_TOKENS, TABLE_ROW, TOKEN, PrefillSizes, Tasks
 from pallas_kernels.tpu.units import Units
 

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.pages import LANES, SUBLANES
-from pallas_kernels.tpu.softmax import LOG2E
+from pallas_kernels.softmax import LOG2E
 from pallas_kernels.tpu.tasks import PrefillSizes
 
 UPPER_HALF = -65536  # of a word

@@ -1,11 +1,12 @@
 """What the GPU kernels do not do, each in one sentence."""
 
-import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from pallas_kernels import init_pages, paged_attention
+from pallas_kernels import gpu, init_pages, paged_attention, xla
 from pallas_kernels.gpu import hardware
+from pallas_kernels.registry import BACKENDS, choose
 
 
 def attend(q_dtype=jnp.bfloat16, heads=(4, 2), head_dim=128, page_size=16, dtype="bfloat16", is_padded=False):
@@ -40,9 +41,15 @@ def test_other_gpus_are_refused(monkeypatch):
         attend()
 
 
-def test_what_the_kernels_refuse_xla_serves():
-    jax.eval_shape(lambda: attend(heads=(4, 2)))  # not refused
-    pages = init_pages(3, 2, 16, 80)
-    q, one = jnp.zeros((1, 4, 80), jnp.bfloat16), jnp.ones(1, jnp.int32)
-    result = paged_attention(q, None, None, pages, one[None], one, jnp.array([0, 1], jnp.int32))
-    assert result.out.shape == q.shape
+def test_what_the_kernels_refuse_xla_serves(monkeypatch):
+    """Where the GPU kernels may be chosen unasked."""
+    monkeypatch.setitem(BACKENDS, "pallas_gpu", BACKENDS["pallas_gpu"]._replace(platforms=("gpu",)))
+
+    def chosen(head_dim):
+        pages = init_pages(3, 2, 16, head_dim, is_padded=False)
+        return choose("paged_attention", None, dict(q=jnp.zeros((1, 4, head_dim), jnp.bfloat16), pages=pages))
+
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=1, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)):
+        assert chosen(128) is gpu.paged_attention
+        assert chosen(80) is xla.paged_attention

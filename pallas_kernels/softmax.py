@@ -1,4 +1,4 @@
-"""Numbers of a softmax that is updated block by block, in base 2."""
+"""Numbers of a softmax that kernels update block by block, in base 2."""
 
 LOG2E = 1.4426950408889634
 MASKED = -1e30  # score of a key that is not seen; finite, so that a difference of two is not NaN
