@@ -250,24 +250,15 @@ def _find_source(
 def _attach(state: DecodeState, queue: _Queue, new: Bool[Array, " B"], num_samples: int) -> tuple[DecodeState, _Queue]:
     """New rows that wait for nobody take the pages of their prompt, if handles hold them, else those of the prefix."""
     takes_handles = new & (queue.sample // num_samples == queue.handles_of)
-    tables = _attach_each(state.cache.tables, takes_handles, queue.handles)
+    tables = state.cache.tables.attach_each(takes_handles, queue.handles)
     if queue.prefix is not None:
         alone = (
             new & ~takes_handles & (state.rows.source == NO_ROW) & (state.rows.num_prompt > queue.prefix[0].num_tokens)
         )
-        tables = _attach_each(tables, alone, queue.prefix)
+        tables = tables.attach_each(alone, queue.prefix)
     state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, tables=tables))
     is_complete = queue.next >= (queue.handles_of + 1) * num_samples
     return _drop_prompt(state, queue, is_complete)
-
-
-def _attach_each(tables: PageTables, rows: Bool[Array, " B"], handles: Handles) -> PageTables:
-    def attach(carry):
-        rows, tables = carry
-        row = jnp.argmax(rows).astype(jnp.int32)
-        return rows.at[row].set(False), tables.attach(row, handles)[0]
-
-    return lax.while_loop(lambda carry: jnp.any(carry[0]), attach, (rows, tables))[1]
 
 
 def _keep_prompt(state: DecodeState, queue: _Queue, num_samples: int) -> tuple[DecodeState, _Queue]:
