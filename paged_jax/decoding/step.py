@@ -219,7 +219,7 @@ def commit(state: DecodeState, drawn: Drawn) -> tuple[DecodeState, Bool[Array, "
     """
     rows = state.rows
     capacity = rows.tokens.shape[1]
-    row = jnp.arange(len(rows.active))
+    row = jnp.arange(len(rows.active), dtype=jnp.int32)
     place = row, jnp.where(drawn.drew, rows.num_known, capacity)
     num_known = rows.num_known + drawn.drew.astype(jnp.int32)
     finish = jnp.select(
