@@ -12,36 +12,31 @@ import toy
 from paged_jax import AttentionMetadata, KVCache, score
 from paged_jax.cache.invariants import check
 
-PLAIN, HYBRID = (None, None), (None, 6)
+HYBRID = (None, 6)  # a layer that sees everything, and one with a window, whose pages are given up
 WIDTH, NUM, LONGEST, CHUNK = 40, 7, 9, 8
 computed: list[int] = []  # tokens of each step of the programs below
 
 
-def counting_forward(windows, params, tokens, pool, metadata):
+def counting_forward(params, tokens, pool, metadata):
     jax.debug.callback(lambda n: computed.append(int(n)), metadata.query_starts[-1])
-    return decoder.forward(params, tokens, pool, metadata, windows=windows)
+    return decoder.forward(params, tokens, pool, metadata, windows=HYBRID)
 
 
-@functools.cache
-def program(windows):
-    forward = functools.partial(counting_forward, windows)
-
-    def run(cache, prefix, prompt, prompt_len, continuations, lengths):
-        arguments = jnp.int32(0), prompt, prompt_len, continuations, lengths, cache
-        result, cache = score(forward, *arguments, chunk=CHUNK, prompt_logprobs=True, prefix=prefix)
-        return result, KVCache(cache.tables.drop(prefix), cache.pool)
-
-    return jax.jit(run, donate_argnums=0)
+@functools.partial(jax.jit, donate_argnums=0)
+def run(cache, prefix, prompt, prompt_len, continuations, lengths):
+    arguments = jnp.int32(0), prompt, prompt_len, continuations, lengths, cache
+    result, cache = score(counting_forward, *arguments, chunk=CHUNK, prompt_logprobs=True, prefix=prefix)
+    return result, KVCache(cache.tables.drop(prefix), cache.pool)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def hold(windows, cache, tokens, num_tokens):
+@functools.partial(jax.jit, donate_argnums=0)
+def hold(cache, tokens, num_tokens):
     """Compute some tokens, and keep their pages by handles."""
     row = jnp.arange(cache.tables.num_rows) == 0
     counts = jnp.where(row, num_tokens, 0)
     cache, _ = cache.reserve(counts)
     metadata = AttentionMetadata.ragged(cache.tables, counts, len(tokens))
-    _, pool = decoder.forward(jnp.int32(0), tokens, cache.pool, metadata, windows=windows)
+    _, pool = decoder.forward(jnp.int32(0), tokens, cache.pool, metadata, windows=HYBRID)
     tables, handles = cache.tables.publish(0, num_tokens)
     return KVCache(tables.release(row), pool), handles
 
@@ -62,43 +57,42 @@ def is_empty(cache: KVCache) -> bool:
     return all(int(t.num_free) == t.num_pages - 1 for t in cache.tables.groups) and not np.any(cache.tables.lengths)
 
 
-def assert_dense(result, prompt, prompt_len, continuations, lengths, windows, first=1):
+def assert_dense(result, prompt, prompt_len, continuations, lengths, first=1):
     """Compare with a decoder that sees the whole text at once."""
     prompt = prompt[:prompt_len].tolist()
-    expected = decoder.dense_logprobs(prompt[:first], prompt[first:], windows)
+    expected = decoder.dense_logprobs(prompt[:first], prompt[first:], HYBRID)
     assert np.allclose(result.prompt_logprobs[first:prompt_len], expected, atol=1e-5, rtol=0)
     assert not np.any(result.prompt_logprobs[:first]) and not np.any(result.prompt_logprobs[prompt_len:])
     for i in range(NUM):
-        expected = decoder.dense_logprobs(prompt, continuations[i, : lengths[i]].tolist(), windows)
+        expected = decoder.dense_logprobs(prompt, continuations[i, : lengths[i]].tolist(), HYBRID)
         assert np.allclose(result.logprobs[i, : lengths[i]], expected, atol=1e-5, rtol=0)
         assert not np.any(result.logprobs[i, lengths[i] :])
 
 
-@pytest.mark.parametrize("windows", [PLAIN, HYBRID], ids=["plain", "hybrid"])
-def test_scores_are_those_of_the_whole_text_after_any_prefix_however_few_rows_and_pages_there_are(windows):
+def test_scores_are_those_of_the_whole_text_after_any_prefix_however_few_rows_and_pages_there_are():
     # Pages for the prompt, a copy of the prefix's last one, and two continuations at a time.
-    cache = KVCache.create(decoder.config(1 + 10 + 1 + 2 * 3, max_sequences=3, windows=windows))
+    cache = KVCache.create(decoder.config(1 + 10 + 1 + 2 * 3, max_sequences=3, windows=HYBRID))
     # A prompt that is all prefix is computed again.
     cases = ((37, 0, 1), (1, 0, 1), (40, 0, 1), (8, 0, 1), (37, 18, 19), (19, 18, 19), (18, 18, 1))
     for seed, (prompt_len, num_held, first) in enumerate(cases):
         prompt, continuations, lengths = problem(seed=seed)
-        cache, prefix = hold(windows, cache, prompt, np.int32(num_held))
+        cache, prefix = hold(cache, prompt, np.int32(num_held))
         computed.clear()
-        result, cache = program(windows)(cache, prefix, prompt, np.int32(prompt_len), continuations, lengths)
+        result, cache = run(cache, prefix, prompt, np.int32(prompt_len), continuations, lengths)
         assert is_empty(cache) and not int(cache.tables.fault)
-        assert_dense(result, prompt, prompt_len, continuations, lengths, windows, first)
+        assert_dense(result, prompt, prompt_len, continuations, lengths, first)
         jax.effects_barrier()
         assert sum(computed) == prompt_len - first + sum(lengths), "the prompt is computed once, but for its last token"
         assert max(computed) <= CHUNK and min(computed) > 0
-    assert program(windows)._cache_size() == 1
+    assert run._cache_size() == 1
 
 
 def test_a_real_decoder_scores_as_a_dense_forward_does():
     params = toy.init_params()
     prompt, continuations, lengths = problem(toy.VOCAB)
-    run = jax.jit(functools.partial(score, toy.forward, chunk=CHUNK, prompt_logprobs=True))
+    run_toy = jax.jit(functools.partial(score, toy.forward, chunk=CHUNK, prompt_logprobs=True))
     cache = KVCache.create(toy.config(max_sequences=3))
-    result, _ = run(params, prompt, np.int32(37), continuations, lengths, cache)
+    result, _ = run_toy(params, prompt, np.int32(37), continuations, lengths, cache)
     for i in range(NUM):
         text = np.concatenate([prompt[:37], continuations[i]])
         expected = jax.nn.log_softmax(toy.dense_logits(params, text))[np.arange(len(text) - 1), text[1:]]
@@ -108,13 +102,13 @@ def test_a_real_decoder_scores_as_a_dense_forward_does():
 
 def test_what_cannot_be_computed_is_nan_and_leaves_the_cache_empty():
     prompt, continuations, lengths = problem()
-    cache = KVCache.create(decoder.config(1 + 10 + 1 + 2 * 3, max_sequences=3))
+    cache = KVCache.create(decoder.config(1 + 10 + 1 + 2 * 3, max_sequences=3, windows=HYBRID))
     # Of 17 pages a prompt of 37 tokens takes 9, and a continuation of 9 up to 3.
     cases = ((0, 0, False), (41, 0, False), (-3, 0, False), (37, 20, True), (37, 24, False), (37, 40, False))
     for prompt_len, num_held, is_scored in cases:
-        cache, handles = hold(PLAIN, cache, prompt, np.int32(num_held))
-        cache, nothing = hold(PLAIN, cache, prompt, np.int32(0))
-        result, cache = program(PLAIN)(cache, nothing, prompt, np.int32(prompt_len), continuations, lengths)
+        cache, handles = hold(cache, prompt, np.int32(num_held))
+        cache, nothing = hold(cache, prompt, np.int32(0))
+        result, cache = run(cache, nothing, prompt, np.int32(prompt_len), continuations, lengths)
         for values in (result.logprobs, result.prompt_logprobs):
             assert np.all(np.isfinite(values)) if is_scored else np.all(np.isnan(values))
         cache = KVCache(drop(cache.tables, handles), cache.pool)
