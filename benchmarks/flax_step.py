@@ -20,11 +20,11 @@ from flax import nnx
 
 from benchmarks.report import Report, add_json_option
 from benchmarks.timing import compare
-from paged_jax import AttentionMetadata, CacheConfig, PagePool, PageTable, paged_attention
+from paged_jax import AttentionMetadata, CacheConfig, PagePool, PageTables, paged_attention
 from paged_jax.flax import Step
 from paged_jax.flax import linen as paged_linen
 from paged_jax.flax import nnx as paged_nnx
-from paged_jax.flax.step import LayerPages
+from paged_jax.flax.step import LayerUse
 
 STEPS, ROWS, LENGTH, HEADS, HEAD_DIM = 20, 8, 256, 4, 64
 SIZES = {"demo": (4, 192, 1536), "28 thin layers": (28, 64, 256)}  # layers, width, vocabulary
@@ -53,7 +53,7 @@ class Decoder(nnx.Module):
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x, metadata)
-        return x[metadata.last_tokens] @ self.embed.embedding[...].T
+        return x[metadata.logits_at] @ self.embed.embedding[...].T
 
 
 class LinenBlock(nn.Module):
@@ -79,19 +79,18 @@ class LinenDecoder(nn.Module):
         x = embed(tokens)
         for i in range(self.num_layers):
             x = LinenBlock(name=f"blocks_{i}")(x, metadata)
-        return embed.attend(x[metadata.last_tokens])
+        return embed.attend(x[metadata.logits_at])
 
 
 def plain_forward(params, tokens, pool, metadata):
     x = params["embed"][tokens]
-    layers = list(pool.layers)
     for i, w in enumerate(params["blocks"]):
         h = norm(x, w["norm"])
         q, k, v = (jnp.einsum("td,dnh->tnh", h, w[name]) for name in ("query", "key", "value"))
-        out, layers[i] = paged_attention(q, k, v, layers[i], metadata)
+        out, pool = paged_attention(q, k, v, pool, metadata, i)
         x = x + jnp.einsum("tnh,nhd->td", out, w["out"])
         x = x + jax.nn.gelu(norm(x, w["mlp_norm"]) @ w["up"]) @ w["down"]
-    return x[metadata.last_tokens] @ params["embed"].T, PagePool(tuple(layers))
+    return x[metadata.logits_at] @ params["embed"].T, pool
 
 
 def norm(x, scale):
@@ -114,12 +113,13 @@ def with_nnx_jit(model: Decoder, pool: PagePool):
     def run(model, tokens, metadata):
         return model(tokens, metadata)
 
-    for i, (cache, pages) in enumerate(zip(caches, pool.layers, strict=True)):
-        cache.pages.set_value(LayerPages(pages, i))
+    shared = paged_nnx.LentPool(pool)
+    for cache in caches:
+        cache.pool = shared
 
     def step(tokens, metadata):
         for i, cache in enumerate(caches):
-            cache.pages.set_value(LayerPages(cache.pages.get_value().pages, i))
+            cache.layer.set_value(LayerUse(pool.place(i)))
         return run(model, tokens, metadata)
 
     return step
@@ -132,13 +132,14 @@ def measure(report: Report, name: str, repeats: int) -> None:
     variables = paged_linen.init(linen, jax.random.key(0))
     functions, logits = {}, {}
 
-    def setup(num_kv_heads: int):
-        config = CacheConfig(num_layers, num_kv_heads, HEAD_DIM, ROWS * 17 + 1, ROWS, 17, dtype="float32")
-        table, _ = PageTable.create(config).reserve(jnp.full(ROWS, LENGTH, jnp.int32))
-        return PagePool.create(config), AttentionMetadata.decode(table, jnp.ones(ROWS, bool))
+    def setup(num_kv_heads: int, array_per_layer: bool = False):
+        sizes: dict[str, Any] = dict(dtype="float32", array_per_layer=array_per_layer)
+        config = CacheConfig(num_layers, num_kv_heads, HEAD_DIM, ROWS * 17 + 1, ROWS, 17, **sizes)
+        tables, _ = PageTables.create(config).reserve(jnp.full(ROWS, LENGTH, jnp.int32))
+        return PagePool.create(config), AttentionMetadata.decode(tables, jnp.ones(ROWS, bool))
 
     def add(way: str, step: Step, num_kv_heads: int):
-        pool, metadata = setup(num_kv_heads)
+        pool, metadata = setup(num_kv_heads, array_per_layer=way == "linen, paged_step")
 
         def run():
             nonlocal pool

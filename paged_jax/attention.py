@@ -1,5 +1,8 @@
 """Attention over a paged cache, as a layer sees it: new queries, keys and values, the pool, the step's metadata."""
 
+from typing import Any
+
+import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
@@ -44,7 +47,7 @@ def paged_attention(
 
     Raises:
         ValueError: at trace time, for shapes or options that do not fit together.
-        NotImplementedError: the named implementation cannot do this.
+        NotImplementedError: the named implementation cannot do this, or a gradient is taken through the pages.
     """
     place = layer if isinstance(layer, LayerPlace) else pool.place(layer)
     given_up = pool.groups[place.group].window
@@ -55,8 +58,9 @@ def paged_attention(
             "cache config must be those of the layers"
         )
     array, first_page = pool.locate(place)
+    q, k, v, pages = refuse_gradients((q, k, v, pool.arrays[array]))
     out, pages = attend_pages(
-        q, k, v, pool.arrays[array], layer_pages(metadata.page_tables[place.group], first_page), metadata,
+        q, k, v, pages, layer_pages(metadata.page_tables[place.group], first_page), metadata,
         scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, implementation=implementation,
     )  # fmt: skip
     return out, pool.replace(array, pages)
@@ -83,3 +87,21 @@ def attend_pages(
     specs = PartitionSpec(MODEL_AXIS), HEADS, HEADS, HEADS, HEADS, WHOLE, WHOLE, WHOLE
     attend_split = split_heads(attend, find_mesh((pages, q)), pages.num_kv_heads, specs, (HEADS, HEADS))
     return attend_split(sinks, q, k, v, pages, page_table, metadata.lengths, metadata.query_starts)
+
+
+@jax.custom_jvp
+def refuse_gradients(arrays: Any) -> Any:
+    """The arrays themselves; whoever differentiates what is computed with them gets one sentence that says what to do.
+
+    Without it, the first loop or scatter of a kernel that has no derivative would raise, in its own words.
+    """
+    return arrays
+
+
+@refuse_gradients.defjvp
+def _raise(primals, tangents):
+    raise NotImplementedError(
+        "attention over pages has no gradient: differentiate a pass over the whole sequence instead, which needs no "
+        "cache (for the decoders of paged_jax.models that is `dense_forward`), and pass parameters that are only "
+        "sampled with through jax.lax.stop_gradient."
+    )

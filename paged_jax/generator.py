@@ -374,7 +374,7 @@ _REASONS = {
 
 # Compiled once for all generators of one decoder and one config.
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _run(stepper: Stepper, params: Any, state: DecodeState, max_steps: int, until_one_ends: bool) -> DecodeState:
+def _run(stepper: Stepper, params: Any, state: DecodeState, max_steps, until_one_ends) -> DecodeState:
     return run(stepper, params, state, max_steps, until_one_ends=until_one_ends)
 
 

@@ -77,7 +77,7 @@ def token_counts_for(num_rows: int, budget: int = TOKEN_COUNTS[-1]) -> tuple[int
     """
     if budget < num_rows:
         raise ValueError(f"a budget of {budget} tokens a step does not hold one of each of {num_rows} rows: raise it")
-    decode = [count for count in TOKEN_COUNTS[:-1] if count // 2 < num_rows and count < budget]
+    decode = [count for count in TOKEN_COUNTS[:-1] if (count <= 8 or count // 2 < num_rows) and count < budget]
     if decode and decode[-1] < num_rows < budget:
         decode.append(num_rows)
     return (*decode, budget)

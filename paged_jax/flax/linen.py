@@ -1,5 +1,6 @@
 """A paged cache for models in Flax linen."""
 
+import dataclasses
 import re
 from typing import Any
 
@@ -10,8 +11,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int32
 
 from paged_jax.cache.metadata import AttentionMetadata
-from paged_jax.cache.pool import PagePool
-from paged_jax.flax.step import Call, LayerPages, Step, check_pool, finish, refuse
+from paged_jax.cache.pool import LayerPlace, PagePool
+from paged_jax.flax.step import Call, LayerUse, Step, check_pool, finish, refuse
+
+SCAN_ADVICE = (
+    "Layers under nn.scan cannot own pages: run them in a Python loop, with their weights taken apart, for example "
+    "{f'Block_{i}': jax.tree.map(lambda w: w[i], params['ScanBlock_0']) for i in range(num_layers)}."
+)
 
 
 class PagedCache(nn.Module):
@@ -20,8 +26,9 @@ class PagedCache(nn.Module):
         attn = nn.MultiHeadDotProductAttention(num_heads, attention_fn=PagedCache())
         attn(x, mask=metadata)
 
-    Its pages are a variable of the collection `cache`, which `paged_step` fills for the course of a step. It has no
-    parameters: a model has the same `params` with and without it.
+    Its pages are a variable of the collection `cache`, which `paged_step` fills for the course of a step, so the pool
+    must have an array for each layer: `CacheConfig(..., array_per_layer=True)`. It has no parameters: a model has the
+    same `params` with and without it.
 
     Args:
         scale: factor on the scores; None: H ** -0.5.
@@ -65,20 +72,23 @@ class PagedCache(nn.Module):
         """
         refuse(dropout=dropout_rate > 0 and not deterministic, weights=module is not None)
         has_cache = self.is_mutable_collection("cache")
-        pages: Any = self.variable("cache", "pages", lambda: None) if has_cache else None
+        # In a step (pool, layer); before, a number that nn.scan would stack, so that it can be found.
+        lent: Any = self.variable("cache", "lent", lambda: jnp.zeros((), jnp.int32)) if has_cache else None
         if self.is_initializing():
             return jnp.zeros_like(query)
-        if pages is None or pages.value is None:
+        if lent is None or not isinstance(lent.value, tuple):
             raise ValueError("a PagedCache has no pages outside of a step: use paged_step(module, variables).")
-        out, pages.value = pages.value.attend(
-            query, key, value, mask,
+        pool, layer = lent.value
+        out, pool, layer = layer.attend(
+            pool, query, key, value, mask,
             scale=self.scale, window=self.window, soft_cap=self.soft_cap, sinks=sinks,
             implementation=self.implementation,
         )  # fmt: skip
+        lent.value = pool, layer
         return out
 
 
-def _call(module: nn.Module, tokens: Int32[Array, " T"], metadata: AttentionMetadata) -> Float[Array, "B V"]:
+def _call(module: nn.Module, tokens: Int32[Array, " T"], metadata: AttentionMetadata) -> Float[Array, "Z V"]:
     return module(tokens, metadata)  # pyright: ignore[reportCallIssue]  nn.Module itself has no __call__
 
 
@@ -102,23 +112,26 @@ def paged_step(module: nn.Module, variables: Any, call: Call = _call) -> Step:
     Args:
         module: holds a `PagedCache` in every attention layer.
         variables: of the model, for example `{"params": ...}`; those of the collection `cache` are not used.
-        call: `(module, tokens, metadata) -> logits [B, V]` at each sequence's last new token, for a model that wants
+        call: `(module, tokens, metadata) -> logits [Z, V]` at the tokens `metadata.logits_at`, for a model that wants
             to be called in another way.
 
     Returns:
         The step; its `params` are the variables.
 
     Raises:
-        ValueError: the model has no `PagedCache`, or an attention layer has `decode=True`.
+        ValueError: the model has no `PagedCache`, or one under `nn.scan`, or an attention layer has `decode=True`.
     """
-    cache = flatten_dict(jax.eval_shape(lambda: _init(module, jax.random.key(0), call)).get("cache", {}))
-    paths = [path for path in cache if path[-1] == "pages"]
+    variables_of_init = jax.eval_shape(lambda: _init(module, jax.random.key(0), call))
+    cache: dict[tuple[str, ...], Any] = flatten_dict(variables_of_init.get("cache", {}))
+    paths = [path for path in cache if path[-1] == "lent"]
     paths.sort(key=lambda path: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", ".".join(path))])
     if not paths:
         raise ValueError(
             f"{type(module).__name__} has no PagedCache: give every attention layer one, for example "
-            "nn.MultiHeadDotProductAttention(num_heads, attention_fn=PagedCache())."
+            f"nn.MultiHeadDotProductAttention(num_heads, attention_fn=PagedCache()). {SCAN_ADVICE}"
         )
+    if scanned := [_name(path) for path in paths if cache[path].shape]:
+        raise ValueError(f"{', '.join(scanned)} runs under nn.scan. {SCAN_ADVICE}")
     if dense := [path for path in cache if path[-1] == "cached_key"]:
         raise ValueError(
             f"{_name(dense[0])} has decode=True, so Flax would fill its own dense cache first: a PagedCache needs "
@@ -126,14 +139,29 @@ def paged_step(module: nn.Module, variables: Any, call: Call = _call) -> Step:
         )
 
     def forward(params, tokens: Int32[Array, " T"], pool: PagePool, metadata: AttentionMetadata):
-        check_pool(pool, [_name(path) for path in paths])
-        pages = {path: LayerPages(pages, i) for i, (path, pages) in enumerate(zip(paths, pool.layers, strict=True))}
-        variables = {**params, "cache": unflatten_dict(pages)}
+        check_pool(pool, {_name(path): 1 for path in paths})
+        if not pool.array_per_layer:
+            raise ValueError(
+                "this pool has one array for all layers of a group, but a linen module owns the pages of its layer: "
+                "create the pool with CacheConfig(..., array_per_layer=True)."
+            )
+        lent = {path: _lend(pool, layer) for layer, path in enumerate(paths)}
+        variables = {**params, "cache": unflatten_dict(lent)}
         logits, new = module.apply(variables, tokens, metadata, method=call, mutable=["cache"])
-        written: dict[tuple[str, ...], Any] = flatten_dict(new["cache"])
-        return finish(logits, {_name(path): written[path] for path in paths}, metadata)
+        returned: dict[tuple[str, ...], Any] = flatten_dict(new["cache"])
+        logits = finish(logits, {_name(path): returned[path][1] for path in paths}, metadata)
+        return logits, dataclasses.replace(pool, arrays=tuple(returned[path][0].arrays[0] for path in paths))
 
     return Step(forward, _without_cache(variables))
+
+
+def _lend(pool: PagePool, layer: int) -> tuple[PagePool, LayerUse]:
+    """A pool of one layer's pages, and the layer's place in it."""
+    place = pool.place(layer)
+    array, _ = pool.locate(place)
+    layers = [(0,) if group == place.group else () for group in range(len(pool.groups))]
+    groups = tuple(dataclasses.replace(group, layers=own) for group, own in zip(pool.groups, layers, strict=True))
+    return PagePool((pool.arrays[array],), groups, array_per_layer=True), LayerUse(LayerPlace(place.group, 0))
 
 
 def _without_cache(variables: Any) -> dict[str, Any]:
@@ -143,7 +171,8 @@ def _without_cache(variables: Any) -> dict[str, Any]:
 def _init(module: nn.Module, rngs: Any, call: Call):
     """All variables, from a step of one sequence of one token."""
     one = jnp.zeros(1, jnp.int32)
-    return module.init(rngs, one, AttentionMetadata(one[None], one, jnp.zeros(2, jnp.int32), one, 1), method=call)
+    metadata = AttentionMetadata((one[None],), one, jnp.zeros(2, jnp.int32), one, one, 1)
+    return module.init(rngs, one, metadata, method=call)
 
 
 def _name(path: tuple[str, ...]) -> str:

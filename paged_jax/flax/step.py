@@ -2,19 +2,19 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from paged_jax.attention import Pages, paged_attention
+from paged_jax.attention import paged_attention
 from paged_jax.cache.metadata import AttentionMetadata
-from paged_jax.cache.pool import PagePool
+from paged_jax.cache.pool import LayerPlace, PagePool
+from paged_jax.forward import Forward
 
-Forward = Callable[[Any, Int32[Array, " T"], PagePool, AttentionMetadata], tuple[Float[Array, "B V"], PagePool]]
-Call = Callable[[Any, Int32[Array, " T"], AttentionMetadata], Float[Array, "B V"]]
+Call = Callable[[Any, Int32[Array, " T"], AttentionMetadata], Float[Array, "Z V"]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,11 +22,11 @@ class Step:
     """A Flax decoder as a pure function, split from its weights once.
 
     Called, it runs one jitted step with its own weights; the pool that is passed dies, its memory is the new pool's.
-    `forward` and `params` are what `decode_loop` and `Generator` take. The weights share their memory with the module
+    `forward` and `params` are what every loop of this library takes. The weights share their memory with the module
     they came from: do not donate them.
 
     Args:
-        forward: `(params, tokens, pool, metadata) -> (logits, pool)`, pure and not jitted.
+        forward: the decoder as a pure function, not jitted.
         params: the weights, plain dicts of arrays. For other weights pass those to `forward`; nothing compiles anew.
     """
 
@@ -35,8 +35,8 @@ class Step:
 
     def __call__(
         self, tokens: Int32[Array, " T"], pool: PagePool, metadata: AttentionMetadata
-    ) -> tuple[Float[Array, "B V"], PagePool]:
-        """Logits at each sequence's last new token, and the pool with the new keys and values in it."""
+    ) -> tuple[Float[Array, "Z V"], PagePool]:
+        """Logits at the tokens `metadata.logits_at`, and the pool with the new keys and values in it."""
         return self._jitted(self.params, tokens, pool, metadata)
 
     @functools.cached_property
@@ -44,18 +44,30 @@ class Step:
         return jax.jit(self.forward, donate_argnums=2)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["pages"], meta_fields=["index", "is_written"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["offset"], meta_fields=["first", "is_written"])
 @dataclasses.dataclass(frozen=True)
-class LayerPages:
-    """The pages of one layer in the course of one step."""
+class LayerUse:
+    """Which layers of the pool a PagedCache is, and whether it was called in this step.
 
-    pages: Pages
-    index: int  # static: the layer's number
-    is_written: bool = False  # static: a layer that runs twice in a step would overwrite its own keys
+    Args:
+        first: the place of its first layer; static.
+        offset: which layer past the first; of a PagedCache that a scan runs over, one entry for each of its steps;
+            None: there is one layer.
+        is_written: whether it was called, after which it refuses another call; static.
+    """
+
+    first: LayerPlace
+    offset: Int32[Array, "..."] | None = None
+    is_written: bool = False
+
+    @property
+    def place(self) -> LayerPlace:
+        """The layer, inside a scan that of the step."""
+        return self.first if self.offset is None else self.first._replace(index=self.first.index + self.offset)
 
     def attend(
-        self, query: Array, key: Array, value: Array, metadata: Any, **options: Any
-    ) -> tuple[Array, "LayerPages"]:
+        self, pool: PagePool, query: Array, key: Array, value: Array, metadata: Any, **options: Any
+    ) -> tuple[Array, PagePool, "LayerUse"]:
         """`paged_attention` for arrays `[..., heads, H]` whose leading axes, flattened, are the packed tokens.
 
         Raises:
@@ -68,7 +80,7 @@ class LayerPages:
                 "to the attention layer as its mask (and leave decode=False: with decode=True, Flax makes a mask of "
                 "its own for a dense cache of its own)."
             )
-        num_tokens, pages, metadata = len(metadata.positions), self.pages, metadata.layer(self.index)
+        num_tokens, pages = len(metadata.positions), pool.arrays[0]
         if query.shape[:-2] != key.shape[:-2] or np.prod(query.shape[:-2], dtype=int) != num_tokens:
             raise ValueError(
                 f"query {query.shape} and key {key.shape} must both hold the {num_tokens} tokens that the metadata "
@@ -86,8 +98,8 @@ class LayerPages:
                 "give every application of a layer a PagedCache of its own."
             )
         q, k, v = (x.reshape(num_tokens, *x.shape[-2:]) for x in (query, key, value))
-        out, pages = paged_attention(q, k, v, pages, metadata, **options)
-        return out.reshape(query.shape), LayerPages(pages, self.index, is_written=True)
+        out, pool = paged_attention(q, k, v, pool, metadata, self.place, **options)
+        return out.reshape(query.shape), pool, dataclasses.replace(self, is_written=True)
 
 
 def refuse(dropout: bool, weights: bool) -> None:
@@ -98,24 +110,30 @@ def refuse(dropout: bool, weights: bool) -> None:
         raise ValueError("sow_weights=True, but a PagedCache never forms the weights: leave it False.")
 
 
-def check_pool(pool: PagePool, layers: Sequence[str]) -> None:
-    """Raises ValueError unless there are pages for each layer that has a PagedCache."""
-    if len(pool.layers) != len(layers):
+def check_pool(pool: PagePool, layers: Mapping[str, int]) -> None:
+    """Raises ValueError unless there are pages for each layer that has a PagedCache.
+
+    Args:
+        pool: the step's.
+        layers: by the name of each PagedCache, how many layers it is.
+    """
+    num_layers = sum(layers.values())
+    if pool.num_layers != num_layers:
         raise ValueError(
-            f"the pool has pages for {len(pool.layers)} layers, but {len(layers)} layers have a PagedCache "
-            f"({', '.join(layers)}): give every attention layer one, and create the pool with num_layers={len(layers)}."
+            f"the pool has pages for {pool.num_layers} layers, but {num_layers} layers have a PagedCache "
+            f"({', '.join(layers)}): give every attention layer one, and create the pool with num_layers={num_layers}."
         )
 
 
-def finish(logits: Array, layers: dict[str, Any], metadata: AttentionMetadata) -> tuple[Array, PagePool]:
-    """What a step returns, once it is certain that every layer ran and that the logits are those of the sequences."""
-    num_rows = len(metadata.lengths)
-    if logits.ndim != 2 or len(logits) != num_rows:
+def finish(logits: Array, uses: Mapping[str, LayerUse], metadata: AttentionMetadata) -> Array:
+    """The logits, once it is certain that every layer ran and that the logits are those that were asked for."""
+    num_logits = len(metadata.logits_at)
+    if logits.ndim != 2 or len(logits) != num_logits:
         raise ValueError(
-            f"the model returned logits of shape {logits.shape}, a step needs [B, V] with B = {num_rows}: index the "
-            "packed tokens with metadata.last_tokens before the vocabulary projection."
+            f"the model returned logits of shape {logits.shape}, a step needs [Z, V] with Z = {num_logits}: index the "
+            "packed tokens with metadata.logits_at before the vocabulary projection."
         )
-    idle = [name for name, layer in layers.items() if not layer.is_written]
+    idle = [name for name, use in uses.items() if not use.is_written]
     if idle:
         raise ValueError(f"the PagedCache of {', '.join(idle)} was not called: run its layer, or remove it.")
-    return logits, PagePool(tuple(layer.pages for layer in layers.values()))
+    return logits

@@ -65,12 +65,12 @@ class Model:
 
         Args:
             params: the weights, as in `self.params`.
-            tokens: the new tokens of all sequences, packed; padding behind them.
+            tokens: the new tokens of all sequences, packed; padding after them.
             pool: the pages of every layer.
             metadata: where each token stands.
 
         Returns:
-            float32 logits [B, V] at each sequence's last new token, and the pool.
+            float32 logits [Z, V] at the tokens `metadata.logits_at`, and the pool.
         """
         return nnx.merge(self.graph, params)(tokens, pool, metadata)
 
@@ -111,6 +111,7 @@ def load(
     *,
     max_length: int | None = None,
     sharding: Mesh | Placement | None = None,
+    implementation: str | None = None,
 ) -> Model:
     """Loads a checkpoint folder, tensor by tensor, straight into its dtype and onto its devices.
 
@@ -121,6 +122,7 @@ def load(
             their factors for short and for long contexts; None: what config.json says.
         sharding: a mesh with an axis "model", over which heads and MLPs are split (`tensor_parallel`); or a function
             from a weight's path, such as "layers.0.attn.q.weight", to its sharding; None: the default device.
+        implementation: of attention over pages: which kernel; None: by platform.
 
     Returns:
         The model.
@@ -133,7 +135,7 @@ def load(
     family = find_family(fields)
     config = family.read(fields)
     stored = find_packed(list_checkpoint(folder), folder)
-    graph, abstract = _abstract_decoder(config, _choose_dtype(fields, dtype))
+    graph, abstract = _abstract_decoder(config, dtype=_choose_dtype(fields, dtype), implementation=implementation)
     plan = _plan(family, abstract, stored, folder, config)
     placement = tensor_parallel(config, sharding) if isinstance(sharding, Mesh) else sharding
     return Model(config, graph, _read(abstract, plan, placement), folder, _stop_tokens(folder, fields))
@@ -192,9 +194,9 @@ def _choose_dtype(fields: Fields, dtype: str | None) -> jnp.dtype:
     return jnp.dtype(dtype)
 
 
-def _abstract_decoder(config: DecoderConfig, dtype):
+def _abstract_decoder(config: DecoderConfig, **options):
     """Structure and shapes of a decoder, without allocating it."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options)))
 
 
 def _flatten(params) -> dict[str, Any]:

@@ -76,12 +76,14 @@ class Decoder(nnx.Module):
 
     Args:
         config: shape and options.
+        implementation: of attention over pages: which kernel; None: by platform.
         dtype: of the weights and of the activations; norms, RoPE, softmax and logits are float32.
         rngs: its stream `params` initialises the weights.
     """
 
-    def __init__(self, config: DecoderConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, implementation: str | None = None, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
+        self.implementation = implementation
         self.embed = Linear(config.hidden_size, config.vocab_size, dtype=dtype, rngs=rngs)
         self.layers = nnx.List([Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
         self.norm: RMSNorm = make_norm(config, config.hidden_size, dtype)
@@ -90,40 +92,37 @@ class Decoder(nnx.Module):
         )
 
     def __call__(
-        self,
-        tokens: Int[Array, " T"],
-        pool: PagePool,
-        metadata: AttentionMetadata,
-        *,
-        all_logits: bool = False,
-    ) -> tuple[Float[Array, "_ V"], PagePool]:
+        self, tokens: Int[Array, " T"], pool: PagePool, metadata: AttentionMetadata
+    ) -> tuple[Float[Array, "Z V"], PagePool]:
         """Runs the packed new tokens of many sequences against a paged cache.
 
         Args:
-            tokens: the new tokens of all sequences, packed; padding behind them.
+            tokens: the new tokens of all sequences, packed; padding after them.
             pool: the pages of every layer.
             metadata: where each token stands.
-            all_logits: logits at every token instead of at each sequence's last one.
 
         Returns:
-            float32 logits [B, V] at each sequence's last new token (anything finite for a sequence without one), or
-            [T, V] with `all_logits`; and the pool with the new keys and values in it.
+            float32 logits at the tokens `metadata.logits_at`, and the pool with the new keys and values in it.
+
+        Raises:
+            ValueError: the pool has pages for another number of layers.
         """
-        layers = list(pool.layers)
-        if len(layers) != self.config.num_layers:
+        if pool.num_layers != self.config.num_layers:
             raise ValueError(
-                f"the pool has pages for {len(layers)} layers, but the decoder has {self.config.num_layers}: create it "
-                f"with num_layers={self.config.num_layers}."
+                f"the pool has pages for {pool.num_layers} layers, but the decoder has {self.config.num_layers}: "
+                f"create it with num_layers={self.config.num_layers}."
             )
 
         def attend(i, q, k, v, sinks):
-            options = self._attention_options(i)
-            out, layers[i] = paged_attention(q, k, v, layers[i], metadata.layer(i), sinks=sinks, **options)
+            nonlocal pool
+            out, pool = paged_attention(
+                q, k, v, pool, metadata, i,
+                sinks=sinks, implementation=self.implementation, **self._attention_options(i),
+            )  # fmt: skip
             return out
 
         x = self._hidden(tokens, metadata.positions, attend)
-        logits = self._logits(x if all_logits else x[metadata.last_tokens])
-        return logits, PagePool(tuple(layers))
+        return self._logits(x[metadata.logits_at]), pool
 
     def dense(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T V"]:
         """Logits at every token of whole sequences, without a cache: for training, and to check the paged path.

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged_jax import AttentionMetadata, CacheConfig, PagePool, PageTable, PageTables
+from paged_jax import AttentionMetadata, CacheConfig, PagePool, PageTables
 
 NUM_TOKENS = 32
 
@@ -13,9 +13,9 @@ slide = jax.jit(PageTables.slide)
 
 
 @jax.jit
-def reserve(table: PageTable | PageTables, query_lens):
-    table, _ = table.reserve(query_lens)
-    return table, AttentionMetadata.ragged(table, query_lens, num_tokens=NUM_TOKENS)
+def reserve(tables: PageTables, query_lens):
+    tables, _ = tables.reserve(query_lens)
+    return tables, AttentionMetadata.ragged(tables, query_lens, num_tokens=NUM_TOKENS)
 
 
 def pack(pieces) -> jax.Array:

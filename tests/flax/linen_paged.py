@@ -24,4 +24,4 @@ class Decoder(nn.Module):
         x = nn.Embed(self.vocab, self.width)(tokens) + nn.Embed(512, self.width)(metadata.positions)
         for _ in range(self.num_layers):
             x = Block()(x, metadata)
-        return nn.Dense(self.vocab)(x[metadata.last_tokens])
+        return nn.Dense(self.vocab)(x[metadata.logits_at])

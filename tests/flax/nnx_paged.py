@@ -26,4 +26,4 @@ class Decoder(nnx.Module):
         x = self.embed(tokens) + self.position(metadata.positions)
         for block in self.blocks:
             x = block(x, metadata)
-        return self.head(x[metadata.last_tokens])
+        return self.head(x[metadata.logits_at])

@@ -1,9 +1,8 @@
 """A decoder as a function of a plain pytree of weights."""
 
 import jax
-import jax.numpy as jnp
 
-from paged_jax import PagePool, paged_attention
+from paged_jax import paged_attention
 
 
 def init(key, vocab, width, num_layers):
@@ -16,11 +15,9 @@ def init(key, vocab, width, num_layers):
 
 def forward(params, tokens, pool, metadata):
     x = params["embed"][tokens] + params["position"][metadata.positions]
-    layers = []
-    for i, pages in enumerate(pool.layers):
-        qkv = (x @ params[f"qkv{i}"]).reshape(len(x), -1, pages.head_dim)
-        out, pages = paged_attention(*jnp.split(qkv, 3, axis=1), pages, metadata)
-        layers.append(pages)
+    for i in range(pool.num_layers):
+        qkv = (x @ params[f"qkv{i}"]).reshape(len(x), 3, 4, -1)
+        out, pool = paged_attention(qkv[:, 0], qkv[:, 1], qkv[:, 2], pool, metadata, i)
         x = x + out.reshape(x.shape)
         x = x + jax.nn.gelu(x @ params[f"up{i}"]) @ params[f"down{i}"]
-    return x[metadata.last_tokens] @ params["embed"].T, PagePool(tuple(layers))
+    return x[metadata.logits_at] @ params["embed"].T, pool

@@ -22,8 +22,7 @@ from flax import nnx
 
 import paged_jax.flax.linen as paged_linen
 import paged_jax.flax.nnx as paged_nnx
-from paged_jax import AttentionMetadata, CacheConfig, DecodeState, Generator, PagePool, PageTable, SamplingParams
-from paged_jax.decoding import decode_loop
+from paged_jax import AttentionMetadata, CacheConfig, PagePool, PageTables
 from paged_jax.flax import Step
 
 HERE = pathlib.Path(__file__).parent
@@ -35,14 +34,16 @@ PROMPTS = [[5, 3, 1], [7, 7, 30, 2, 19, 60, 41, 8, 11], [44], [9, 10, 11, 12, 13
 class Way:
     """A paged decoder and the same decoder without a cache: logits [T, V] of one sequence [T]."""
 
+    name: str
     step: Step
     num_kv_heads: int
     dense: Callable[[jax.Array], jax.Array]
 
     def config(self, **sizes) -> CacheConfig:
         defaults: dict[str, Any] = dict(
-            num_pages=64, max_sequences=4, max_pages_per_sequence=16, page_size=4, dtype="float32"
-        )
+            num_pages=64, max_sequences=4, max_pages_per_sequence=16, page_size=4, dtype="float32",
+            array_per_layer=self.name == "linen",
+        )  # fmt: skip
         return CacheConfig(LAYERS, self.num_kv_heads, WIDTH // 4, **(defaults | sizes))
 
 
@@ -57,13 +58,15 @@ def way(name: str) -> Way:
         stock, paged = nnx_stock.Decoder(*SIZES, nnx.Rngs(0)), nnx_paged.Decoder(*SIZES, nnx.Rngs(1))
         nnx.update(stock, sharpen(nnx.state(stock)))
         nnx.update(paged, nnx.state(stock))
-        return Way(paged_nnx.paged_step(paged), 2, functools.partial(nnx.jit(nnx_stock.Decoder.__call__), stock))
+        return Way(name, paged_nnx.paged_step(paged), 2, functools.partial(nnx.jit(nnx_stock.Decoder.__call__), stock))
     if name == "linen":
         stock, paged = linen_stock.Decoder(*SIZES), linen_paged.Decoder(*SIZES)
         variables = sharpen(stock.init(jax.random.key(0), jnp.zeros(4, jnp.int32)))
-        return Way(paged_linen.paged_step(paged, variables), 4, functools.partial(jax.jit(stock.apply), variables))
+        return Way(
+            name, paged_linen.paged_step(paged, variables), 4, functools.partial(jax.jit(stock.apply), variables)
+        )
     params = sharpen(pytree_paged.init(jax.random.key(0), *SIZES))
-    return Way(Step(pytree_paged.forward, params), 4, functools.partial(jax.jit(dense_pytree), params))
+    return Way(name, Step(pytree_paged.forward, params), 4, functools.partial(jax.jit(dense_pytree), params))
 
 
 def dense_pytree(params, tokens):
@@ -80,10 +83,8 @@ def test_each_way_gives_the_tokens_of_the_decoder_without_a_cache(name):
     one = way(name)
     expected = [by_hand.without_cache(one.dense, prompt, 12) for prompt in PROMPTS]
     assert by_hand.serve(one.step, one.config(), PROMPTS, 12) == expected
-    if name == "nnx":  # its step has the form of linen's; tests of the generator have a pytree
-        generator = Generator(one.step.forward, one.step.params, one.config(), prefill_tokens=16)
-        served = generator.run(PROMPTS, SamplingParams(max_new_tokens=12))
-        assert [samples[0].tokens for samples in served] == expected
+    if name == "nnx":
+        assert by_hand.serve(one.step, one.config(array_per_layer=True), PROMPTS, 12) == expected
     assert len({token for tokens in expected for token in tokens}) > 12, "greedy tokens that say little"
 
 
@@ -113,7 +114,7 @@ class One(nnx.Module):
     def __call__(self, tokens, metadata):
         x = self.vectors[tokens]
         x = self.attn(x[None], mask=metadata)[0] if self.batched else self.attn(x, mask=metadata)
-        return x if metadata is None else x[metadata.last_tokens]
+        return x if metadata is None else x[metadata.logits_at]
 
 
 class OneLinen(nn.Module):
@@ -123,7 +124,7 @@ class OneLinen(nn.Module):
     def __call__(self, tokens, metadata):
         x = nn.Embed(VOCAB, WIDTH, embedding_init=nn.initializers.normal(1.0))(tokens)
         x = nn.MultiHeadDotProductAttention(num_heads=4, attention_fn=self.attention_fn)(x, mask=metadata)
-        return x[metadata.last_tokens] if isinstance(metadata, AttentionMetadata) else x
+        return x[metadata.logits_at] if isinstance(metadata, AttentionMetadata) else x
 
 
 def one_layer(name: str, **options):
@@ -150,15 +151,16 @@ def one_layer(name: str, **options):
 )
 def test_a_paged_layer_is_within_2e_6_of_dense_attention(name, options):
     step, num_kv_heads, dense = one_layer(name, **options)
-    config = CacheConfig(1, num_kv_heads, WIDTH // 4, 32, 4, 8, page_size=4, dtype="float32")
+    sizes: dict[str, Any] = dict(page_size=4, dtype="float32", array_per_layer=name == "linen")
+    config = CacheConfig(1, num_kv_heads, WIDTH // 4, 32, 4, 8, **sizes)
     rng = np.random.default_rng(0)
     contexts = rng.integers(0, VOCAB, (4, 24)).astype(np.int32)
     expected = np.stack([np.asarray(dense(context)) for context in contexts])
-    table, pool = PageTable.create(config), PagePool.create(config)
+    tables, pool = PageTables.create(config), PagePool.create(config)
     done, worst = np.zeros(4, np.int32), 0.0
     for query_lens in np.array([[5, 11, 0, 8], [3, 0, 9, 4], *[[1, 1, 1, 1]] * 8], np.int32):
         pieces = [c[d : d + n].tolist() for c, d, n in zip(contexts, done, query_lens, strict=True)]
-        table, metadata = by_hand.reserve(table, by_hand.lengths(pieces))
+        tables, metadata = by_hand.reserve(tables, by_hand.lengths(pieces))
         out, pool = step(by_hand.pack(pieces), pool, metadata)
         done += query_lens
         last = expected[np.arange(4), done - 1]
@@ -182,7 +184,7 @@ class Hybrid(nnx.Module):
         x = self.embed(tokens) * 8
         for layer in self.layers:
             x = x + layer(x, mask=metadata)
-        return self.head(x[metadata.last_tokens]) * 8
+        return self.head(x[metadata.logits_at]) * 8
 
 
 def one_attention(cache, rngs):
@@ -221,16 +223,16 @@ def counting(name: str):
 def test_a_step_compiles_once_for_growing_sequences_and_other_weights(name):
     step, traces = counting(name)
     config = way(name).config()
-    table, pool = PageTable.create(config), PagePool.create(config)
+    tables, pool = PageTables.create(config), PagePool.create(config)
     old = pool
     seen = []
     for active in ([True, True, False, True], [True, False, True, True], [False, True, True, True]):
         pieces = [[3] if is_active else [] for is_active in active]
-        table, metadata = by_hand.reserve(table, by_hand.lengths(pieces))
+        tables, metadata = by_hand.reserve(tables, by_hand.lengths(pieces))
         logits, pool = step(by_hand.pack(pieces), pool, metadata)
         seen.append(np.asarray(logits)[3])
     assert traces == [(by_hand.NUM_TOKENS,)]
-    assert old.layers[0].data.is_deleted(), "the pool was copied, not donated"
+    assert old.arrays[0].data.is_deleted(), "the pool was copied, not donated"
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(step.params))
     assert not np.allclose(seen[0], seen[1]), "the metadata of the first step was used again"
     other = dataclasses.replace(step, params=jax.tree.map(jnp.zeros_like, step.params))
@@ -249,14 +251,25 @@ def test_new_weights_of_a_model_fit_its_step():
 
 
 @pytest.mark.parametrize("name", ["nnx", "linen"])
-def test_a_decode_loop_updates_the_pool_in_place(name):
+def test_steps_in_a_loop_update_the_pool_in_place(name):
     step, config = way(name).step, way(name).config(num_pages=20_000, page_size=16)
-    state = jax.eval_shape(lambda: DecodeState.create(config, capacity=16))
-    loop = jax.jit(lambda params, state: decode_loop(step.forward, params, state), donate_argnums=1)
-    memory = loop.lower(step.params, state).compile().memory_analysis()
+
+    def run(params, tables, pool, tokens):
+        def one_step(_, carry):
+            tables, pool, tokens = carry
+            tables, reservation = tables.reserve(jnp.ones(4, jnp.int32))
+            metadata = AttentionMetadata.decode(tables, jnp.ones(4, bool))
+            logits, pool = step.forward(params, tokens, pool.copy(reservation), metadata)
+            return tables, pool, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+        return jax.lax.fori_loop(0, 16, one_step, (tables, pool, tokens))
+
+    pool, tables = jax.eval_shape(lambda: (PagePool.create(config), PageTables.create(config)))
+    arguments = step.params, tables, pool, jnp.arange(4)
+    memory = jax.jit(run, donate_argnums=2).lower(*arguments).compile().memory_analysis()
     assert memory is not None
-    assert memory.alias_size_in_bytes >= state.pool.num_bytes, "the pool is not updated in place"
-    assert memory.temp_size_in_bytes < 0.02 * state.pool.num_bytes, "the pool is copied"
+    assert memory.alias_size_in_bytes >= pool.num_bytes, "the pool is not updated in place"
+    assert memory.temp_size_in_bytes < 0.02 * pool.num_bytes, "the pool is copied"
 
 
 class Remat(nnx_paged.Decoder):
@@ -264,7 +277,7 @@ class Remat(nnx_paged.Decoder):
         x = self.embed(tokens) + self.position(metadata.positions)
         for block in self.blocks:
             x = nnx.remat(nnx_paged.Block.__call__)(block, x, metadata)
-        return self.head(x[metadata.last_tokens])
+        return self.head(x[metadata.logits_at])
 
 
 class LinenRemat(nn.Module):
@@ -273,25 +286,70 @@ class LinenRemat(nn.Module):
         x = nn.Embed(VOCAB, WIDTH)(tokens)
         for _ in range(LAYERS):
             x = nn.remat(linen_paged.Block)()(x, metadata)
-        return x[metadata.last_tokens]
+        return x[metadata.logits_at]
+
+
+def remat_step(name: str) -> Step:
+    """A step whose blocks run under the remat of Flax, with the weights of `way("nnx")` for nnx."""
+    if name == "nnx":
+        paged = Remat(*SIZES, nnx.Rngs(0))
+        nnx.update(paged, way("nnx").step.params)
+        return paged_nnx.paged_step(paged)
+    return paged_linen.paged_step(
+        LinenRemat(), jax.eval_shape(lambda: paged_linen.init(LinenRemat(), jax.random.key(0)))
+    )
 
 
 @pytest.mark.parametrize("name", ["nnx", "linen"])
-def test_pages_and_metadata_cross_the_transforms_of_flax(name):
-    if name == "nnx":
-        step = paged_nnx.paged_step(Remat(*SIZES, nnx.Rngs(0)))
-    else:
-        variables = jax.eval_shape(lambda: paged_linen.init(LinenRemat(), jax.random.key(0)))
-        step = paged_linen.paged_step(LinenRemat(), variables)
-    config = way(name).config()
+def test_pages_and_metadata_cross_the_remat_of_flax(name):
+    step, config = remat_step(name), way(name).config()
 
     def run(params, pool):
-        metadata = AttentionMetadata.decode(PageTable.create(config), jnp.ones(4, bool))
+        metadata = AttentionMetadata.decode(PageTables.create(config), jnp.ones(4, bool))
         return step.forward(params, jnp.arange(4), pool, metadata)
 
     trace = jax.make_jaxpr(run)(step.params, jax.eval_shape(lambda: PagePool.create(config)))
     assert str(trace).count("remat2[") == LAYERS
-    assert len(trace.out_avals) == 1 + LAYERS
+    assert len(trace.out_avals) == 1 + (1 if name == "nnx" else LAYERS)
+
+
+def test_blocks_under_nnx_remat_give_the_same_tokens():
+    one = way("nnx")
+    expected = by_hand.serve(one.step, one.config(), PROMPTS, 6)
+    assert by_hand.serve(remat_step("nnx"), one.config(), PROMPTS, 6) == expected
+
+
+class Scanned(nnx_paged.Decoder):
+    """The blocks stacked, run by a scan that carries the pool."""
+
+    def __init__(self, rngs, state_axes=None):
+        super().__init__(*SIZES, rngs)
+        self.axes = state_axes or nnx.StateAxes({paged_nnx.LentPool: nnx.Carry, ...: 0})
+        make = nnx.split_rngs(splits=LAYERS)(nnx.vmap(lambda rngs: nnx_paged.Block(WIDTH, rngs), in_axes=0, out_axes=0))
+        self.blocks = make(rngs)
+
+    def __call__(self, tokens, metadata):
+        x = self.embed(tokens) + self.position(metadata.positions)
+        run = nnx.scan(lambda block, x: block(x, metadata), in_axes=(self.axes, nnx.Carry), out_axes=nnx.Carry)
+        return self.head(run(self.blocks, x)[metadata.logits_at])
+
+
+def scanned_step(**options) -> Step:
+    """The scanned decoder with the weights of `way("nnx")`."""
+    scanned, params = Scanned(nnx.Rngs(0), **options), way("nnx").step.params
+    blocks = [params["blocks"][i] for i in range(LAYERS)]
+    nnx.update(scanned, params | {"blocks": jax.tree.map(lambda *w: jnp.stack(w), *blocks)})
+    return paged_nnx.paged_step(scanned)
+
+
+def test_blocks_under_nnx_scan_give_the_same_tokens():
+    one = way("nnx")
+    step, config = scanned_step(), one.config()
+    expected = by_hand.serve(one.step, config, PROMPTS, 12)
+    assert by_hand.serve(step, config, PROMPTS, 12) == expected
+    metadata = jax.eval_shape(lambda: AttentionMetadata.decode(PageTables.create(config), jnp.ones(4, bool)))
+    jaxpr = jax.make_jaxpr(step.forward)(step.params, jnp.arange(4), PagePool.create(config), metadata)
+    assert str(jaxpr).count(" scan[") == 1, "the layers were unrolled"
 
 
 @pytest.mark.parametrize("name", ["nnx", "linen"])
@@ -299,7 +357,7 @@ def test_over_a_mesh_each_device_attends_with_its_own_heads(name):
     step, config = way(name).step, way(name).config()
 
     def run(pool):
-        metadata = AttentionMetadata.decode(PageTable.create(config), jnp.ones(4, bool))
+        metadata = AttentionMetadata.decode(PageTables.create(config), jnp.ones(4, bool))
         return step.forward(step.params, jnp.arange(4), pool, metadata)
 
     for mesh, num_split in ((jax.make_mesh((2, 2), ("data", "model")), LAYERS), (None, 0)):
@@ -314,11 +372,11 @@ class Sinks(nnx.Module):
 
     def __call__(self, tokens, metadata):
         q, k, v = (jnp.ones((len(tokens), heads, WIDTH // 4)) for heads in (4, 2, 2))
-        return self.cache(q, k, v, metadata, sinks=jnp.array([1e9, -1e9, 1e9, -1e9]))[metadata.last_tokens, :, 0]
+        return self.cache(q, k, v, metadata, sinks=jnp.array([1e9, -1e9, 1e9, -1e9]))[metadata.logits_at, :, 0]
 
 
 def test_a_cache_of_attention_of_ones_own_takes_sinks():
     config = CacheConfig(1, 2, WIDTH // 4, 32, 4, 8, page_size=4, dtype="float32")
-    table, metadata = by_hand.reserve(PageTable.create(config), by_hand.lengths(PROMPTS))
+    tables, metadata = by_hand.reserve(PageTables.create(config), by_hand.lengths(PROMPTS))
     out, _ = paged_nnx.paged_step(Sinks())(by_hand.pack(PROMPTS), PagePool.create(config), metadata)
     np.testing.assert_allclose(out, np.tile([0, 1, 0, 1], (4, 1)), atol=1e-6)

@@ -1,6 +1,7 @@
 """What the adapters refuse, at trace time, and what they say."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +11,22 @@ import nnx_stock
 import pytest
 from flax import linen as nn
 from flax import nnx
+from test_adapters import scanned_step
 
 import paged_jax.flax.linen as paged_linen
 import paged_jax.flax.nnx as paged_nnx
-from paged_jax import AttentionMetadata, CacheConfig, PagePool, PageTable
+from paged_jax import AttentionMetadata, CacheConfig, PagePool, PageTables
 
 VOCAB, WIDTH, LAYERS = 61, 32, 2
 
 
-def trace(step, num_layers=LAYERS, num_kv_heads=2, head_dim=WIDTH // 4, num_tokens=3):
-    """A step of three rows, traced and never compiled."""
-    config = CacheConfig(num_layers, num_kv_heads, head_dim, 8, 3, 2, page_size=4, dtype="float32")
+def trace(step, num_layers=LAYERS, num_kv_heads=2, head_dim=WIDTH // 4, num_tokens=3, **options: Any):
+    """A step of three rows, traced and never compiled; linen's, which have 4 KV heads, with an array for each layer."""
+    options = {"array_per_layer": num_kv_heads == 4} | options
+    config = CacheConfig(num_layers, num_kv_heads, head_dim, 8, 3, 2, page_size=4, dtype="float32", **options)
 
     def run(params):
-        metadata = AttentionMetadata.decode(PageTable.create(config), jnp.ones(3, bool))
+        metadata = AttentionMetadata.decode(PageTables.create(config), jnp.ones(3, bool))
         return step.forward(params, jnp.zeros(num_tokens, jnp.int32), PagePool.create(config), metadata)
 
     return jax.eval_shape(run, step.params)
@@ -65,6 +68,26 @@ class LinenAttention(nn.Module):
     def __call__(self, tokens, metadata):
         attn = nn.MultiHeadDotProductAttention(4, attention_fn=paged_linen.PagedCache(**self.cache), **self.options)
         return attn(jnp.zeros((len(tokens), WIDTH)), **{"mask": metadata, **self.arguments})
+
+
+class LinenDecoder(nn.Module):
+    """Blocks under nn.scan, or, without axes, in a loop."""
+
+    scan_axes: dict | None
+
+    @nn.compact
+    def __call__(self, tokens, metadata):
+        x = jnp.zeros((len(tokens), WIDTH))
+        if self.scan_axes is None:
+            for _ in range(LAYERS):
+                x = linen_paged.Block()(x, metadata)
+            return x
+        run = lambda block, x, metadata: (block(x, metadata), None)  # noqa: E731
+        options: dict[str, Any] = dict(variable_axes=self.scan_axes, split_rngs={"params": True}, in_axes=nn.broadcast)
+        return nn.scan(run, length=LAYERS, **options)(linen_paged.Block(name="ScanBlock_0"), x, metadata)[0]
+
+
+EMPTY_STEP = jnp.zeros(1, jnp.int32), None
 
 
 def one(call=None, **options):
@@ -130,6 +153,43 @@ def test_a_pool_with_other_heads(sizes):
         trace(nnx_step(lambda model, *step: model(*step)), **sizes)
 
 
+def test_a_pool_without_an_array_for_each_linen_layer():
+    with pytest.raises(ValueError, match=r"one array for all layers .* CacheConfig\(\.\.\., array_per_layer=True\)"):
+        trace(linen_step(), num_kv_heads=4, array_per_layer=False)
+
+
+@pytest.mark.parametrize(
+    ("axes", "match"),
+    [
+        ({...: 0}, r"leading axis sizes(.|\n)*must carry the pool .*: nnx.scan\(in_axes=\(nnx.StateAxes"),
+        ({paged_nnx.LentPool: None, ...: 0}, "lost what they wrote to the pool. A scan .* must carry the pool"),
+    ],
+)
+def test_a_scan_that_does_not_carry_the_pool(axes, match):
+    with pytest.raises(ValueError, match=match):
+        trace(scanned_step(state_axes=nnx.StateAxes(axes)))
+
+
+@pytest.mark.parametrize("options", [dict(array_per_layer=True), dict(windows=(4, None))])
+def test_layers_of_a_scan_whose_pages_lie_apart(options):
+    match = r"blocks.attn.attention_fn is 2 layers that run in a scan, .* without array_per_layer, .* layers 0 to 1"
+    with pytest.raises(ValueError, match=match):
+        trace(scanned_step(), **options)
+
+
+@pytest.mark.parametrize("axes", [dict(params=0), dict(params=0, cache=0)])
+def test_linen_layers_in_a_scan_are_refused_with_advice_that_works(axes):
+    decoder = LinenDecoder(axes)
+    variables = decoder.init(jax.random.key(0), *EMPTY_STEP)
+    with pytest.raises(ValueError, match=r"run them in a Python loop, with their weights taken apart, .*ScanBlock_0"):
+        paged_linen.paged_step(decoder, variables)
+    scanned = variables["params"]["ScanBlock_0"]
+    params = {f"Block_{i}": jax.tree.map(lambda w, i=i: w[i], scanned) for i in range(LAYERS)}
+    step = paged_linen.paged_step(LinenDecoder(None), {"params": params})
+    logits, _ = trace(step, num_kv_heads=4)
+    assert logits.shape == (3, WIDTH)
+
+
 def test_tokens_that_the_metadata_does_not_speak_of():
     with pytest.raises(ValueError, match=r"query \(4, 4, 8\) and key \(4, 2, 8\) must both hold the 3 tokens"):
         trace(one(), num_layers=1, num_tokens=4)
@@ -153,7 +213,7 @@ def test_a_layer_that_does_not_run():
 
 
 def test_logits_of_every_token():
-    with pytest.raises(ValueError, match=r"logits of shape \(1, 3, 61\), a step needs \[B, V\] with B = 3: index"):
+    with pytest.raises(ValueError, match=r"logits of shape \(1, 3, 61\), a step needs \[Z, V\] with Z = 3: index"):
         trace(nnx_step(lambda model, tokens, metadata: model(tokens, metadata)[None]))
 
 

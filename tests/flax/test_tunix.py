@@ -46,7 +46,7 @@ class PagedAttention(nnx.Module):
 
 def call(model, tokens, metadata):
     logits, _ = model(tokens[None], metadata.positions[None], None, metadata)
-    return logits[0, metadata.last_tokens]
+    return logits[0, metadata.logits_at]
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_jax import AttentionMetadata, PagePool, PageTables
+from paged_jax.cache.mesh import find_mesh
 
 PAGE_SIZE = 16
 
@@ -15,12 +16,12 @@ PAGE_SIZE = 16
 def grant(tables, query_lens, num_tokens, max_query_len=None):
     """Reserves the new tokens of every row: the tables, the copies to make, the metadata of the step."""
     tables, reservation = tables.slide().reserve(query_lens)
-    metadata = AttentionMetadata.ragged(tables, query_lens, num_tokens, max_query_len)
+    metadata = AttentionMetadata.ragged(tables, query_lens, num_tokens, max_query_len=max_query_len)
     return tables, reservation, metadata
 
 
 class PagedRun:
-    """A batch of sequences over a paged cache of its own.
+    """A batch of sequences over a paged cache of its own, on the devices of the model.
 
     Args:
         model: what `load` returned.
@@ -39,8 +40,8 @@ class PagedRun:
             page_size=PAGE_SIZE,
             dtype=dtype,
         )
-        self.model, self.step_tokens = model, step_tokens
-        self.pool, self.tables = PagePool.create(config), PageTables.create(config)
+        self.model, self.config, self.step_tokens = model, config, step_tokens
+        self.pool, self.tables = PagePool.create(config, find_mesh(model.params)), PageTables.create(config)
         self.num_traces = 0
 
         def forward(*step):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +11,7 @@ import pytest
 from flax import nnx
 from paged_run import PAGE_SIZE, PagedRun, grant
 
-from paged_jax import (
-    AttentionMetadata,
-    CacheConfig,
-    CacheReport,
-    Generator,
-    PagePool,
-    PageTable,
-    SamplingParams,
-    models,
-)
+from paged_jax import AttentionMetadata, CacheConfig, CacheReport, PagePool, PageTables, models
 from paged_jax.models.rope import Rope
 
 SMALL = models.DecoderConfig(
@@ -119,43 +111,73 @@ def test_a_step_writes_the_donated_pool_in_place():
 
 
 def test_a_hybrid_holds_the_pages_of_its_window_and_draws_the_tokens_of_one_table():
-    """Context 4096, window 512, in the generator: prefill in chunks, then decode steps."""
+    """Context 4096, window 512: prefill in chunks, then decode steps."""
     length, window, chunk = 4096, 512, 256
     graph, params = nnx.split(make_decoder(SMALL))
+    model = types.SimpleNamespace(forward=lambda params, *step: nnx.merge(graph, params)(*step), params=params)
 
-    def forward(params, *step):
-        return nnx.merge(graph, params)(*step)
+    def run(**windows) -> PagedRun:
+        model.cache_config = functools.partial(CacheConfig, 3, 1, 8, **windows)
+        return PagedRun(model, 1, length, step_tokens=chunk)
 
-    def generator(**windows):
-        config = CacheConfig(
-            3, 1, 8, num_pages=length // PAGE_SIZE + 1, max_sequences=1, max_pages_per_sequence=length // PAGE_SIZE,
-            page_size=PAGE_SIZE, dtype="float32", **windows,
-        )  # fmt: skip
-        return Generator(forward, params, config, prefill_tokens=chunk, steps_per_visit=1)
+    def draw(run: PagedRun, num_tokens: int):
+        """Tokens by a seeded draw, of which random weights do not repeat one, and a report for each step."""
+        rng = np.random.default_rng(0)
+        logits = run.prefill([rng.integers(0, 64, length - num_tokens).tolist()], chunk)
+        for _ in range(num_tokens):
+            noise = rng.gumbel(size=64)
+            yield int((logits[0] + noise).argmax()), CacheReport.measure(run.tables, run.config)
+            logits = run.step([[int((logits[0] + noise).argmax())]], 1, 1)
 
-    sampling = SamplingParams(max_new_tokens=40, temperature=1.0)  # random weights repeat their greedy tokens
-    prompt = np.random.default_rng(0).integers(0, 64, length - 39).tolist()
-    hybrid = generator(windows=SMALL.windows)
-    hybrid.submit(prompt, sampling)
+    hybrid = run(windows=SMALL.windows)
     most, drawn = -(-window // PAGE_SIZE) + 1, []
-    for drawn_now in hybrid.stream():
-        drawn += drawn_now.tokens
-        if not drawn_now.finish:
-            report = CacheReport.measure(hybrid.state.tables, hybrid.config)
-            everything, local = report.groups
+    for token, report in draw(hybrid, 40):
+        everything, local = report.groups
+        if drawn:  # a prefill step holds its chunk, too
             assert everything.pages_in_use == -(-everything.tokens // PAGE_SIZE) and local.pages_in_use <= most
-            assert report.full_bytes == 3 * everything.pages_in_use * hybrid.config.layer_page_bytes
+        assert report.full_bytes == 3 * everything.pages_in_use * hybrid.config.layer_page_bytes
+        drawn.append(token)
     assert report.saved_by_windows > 0.57  # two layers of three keep 33 pages of 256
     # The pool of the local layers holds a window and a prefill step, a quarter of the sequence.
     assert hybrid.config.groups[1].num_pages < 0.27 * length / PAGE_SIZE
-    ((whole,),) = generator().run([prompt], sampling)
-    assert list(whole.tokens) == drawn and len(set(drawn)) > 8
+    assert [token for token, _ in draw(run(), 40)] == drawn and len(set(drawn)) > 8
+
+
+def test_logits_are_those_of_the_tokens_that_were_asked_for():
+    """All of them, in any order; and a step's default, the last token of each sequence."""
+    decoder = make_decoder(SMALL)
+    config = CacheConfig(3, 1, 8, num_pages=9, max_sequences=2, max_pages_per_sequence=4, dtype="float32")
+    prompts = np.random.default_rng(0).integers(0, 64, (2, 5))
+    tables, _ = PageTables.create(config).reserve(jnp.array([5, 3]))
+    metadata = AttentionMetadata.ragged(tables, jnp.array([5, 3]), 10)
+    tokens = jnp.asarray([*prompts[0], *prompts[1, :3], 0, 0], jnp.int32)
+    expected = np.concatenate([decoder.dense(jnp.asarray(prompts[0])), decoder.dense(jnp.asarray(prompts[1]))[:3]])
+    for at, which in ((metadata.logits_at, [4, 7]), (jnp.array([6, 0, 6]), [6, 0, 6]), (jnp.arange(8), range(8))):
+        logits, _ = decoder(tokens, PagePool.create(config), dataclasses.replace(metadata, logits_at=at))
+        np.testing.assert_allclose(logits, expected[np.asarray(which)], atol=1e-5)
+
+
+def test_an_implementation_reaches_the_attention_of_every_layer():
+    config = CacheConfig(3, 1, 8, num_pages=4, max_sequences=1, max_pages_per_sequence=2, dtype="float32")
+    metadata = AttentionMetadata.decode(PageTables.create(config), jnp.ones(1, bool))
+
+    def trace(implementation):
+        decoder = models.Decoder(SMALL, implementation=implementation, rngs=nnx.Rngs(0))
+        return str(jax.make_jaxpr(decoder)(jnp.zeros(1, jnp.int32), PagePool.create(config), metadata))
+
+    assert trace("reference") != trace("xla") == trace(None)
+    with pytest.raises(NotImplementedError, match="pallas_tpu"):
+        trace("pallas_tpu")
+    model = models.load(models.DEMO, implementation="fastest")
+    pool = PagePool.create(model.cache_config(num_pages=4, max_sequences=1, max_pages_per_sequence=2))
+    with pytest.raises(ValueError, match="implementation must be None or one of .*, got 'fastest'"):
+        jax.eval_shape(model.forward, model.params, jnp.zeros(1, jnp.int32), pool, metadata)
 
 
 def test_a_pool_that_does_not_fit_the_layers_is_refused():
     decoder = make_decoder(SMALL)
     config = CacheConfig(2, num_kv_heads=1, head_dim=8, num_pages=4, max_sequences=1, max_pages_per_sequence=2)
-    metadata = AttentionMetadata.ragged(PageTable.create(config), jnp.ones(1, jnp.int32), 1)
+    metadata = AttentionMetadata.ragged(PageTables.create(config), jnp.ones(1, jnp.int32), 1)
     with pytest.raises(ValueError, match="the pool has pages for 2 layers, but the decoder has 3: create it"):
         decoder(jnp.zeros(1, jnp.int32), PagePool.create(config), metadata)
 

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from benchmarks.tpu_static.target import compile_for
-from paged_jax import CacheConfig, DecodeState, decode_step, models
+from paged_jax import AttentionMetadata, CacheConfig, PagePool, PageTables, models
 
 CONFIG = models.DecoderConfig(
     vocab_size=512,
@@ -32,13 +32,17 @@ def test_a_step_runs_the_kernels_and_copies_no_pages(chip):
     decoder = nnx.eval_shape(lambda: models.Decoder(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     graph, params = nnx.split(decoder)
     cache = CacheConfig(2, 8, 128, 8192, max_sequences=32, max_pages_per_sequence=256, windows=CONFIG.windows)
-    state = jax.eval_shape(lambda: DecodeState.create(cache, capacity=8))
+    pool, tables = jax.eval_shape(lambda: (PagePool.create(cache), PageTables.create(cache)))
+    tokens = jax.ShapeDtypeStruct((32,), jnp.int32)
 
-    def step(state, params):
-        return decode_step(lambda params, *rest: nnx.merge(graph, params)(*rest), params, state)
+    def step(pool, tables, params, tokens):
+        tables, reservation = tables.slide().reserve(jnp.ones(32, jnp.int32))
+        metadata = AttentionMetadata.decode(tables, reservation.granted)
+        logits, pool = nnx.merge(graph, params)(tokens, pool.copy(reservation), metadata)
+        return pool, tables, jnp.argmax(logits, axis=-1)
 
-    compiled = compile_for(chip, jax.jit(step, donate_argnums=0), state, params)
+    compiled = compile_for(chip, jax.jit(step, donate_argnums=0), pool, tables, params, tokens)
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') >= CONFIG.num_layers
-    memory, pool_bytes = compiled.memory_analysis(), state.pool.num_bytes
+    memory, pool_bytes = compiled.memory_analysis(), pool.num_bytes
     assert memory.alias_size_in_bytes >= pool_bytes > 2**29
     assert memory.temp_size_in_bytes < 0.02 * pool_bytes

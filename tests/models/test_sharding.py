@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from paged_run import PagedRun
 from tiny import EXPERTS, TINY
 
-from paged_jax import Generator, SamplingParams, generator, models
+from paged_jax import models
 from paged_jax.models.checkpoint import decoder_config
 
 FOUR_KV_HEADS = dict(num_attention_heads=8, num_key_value_heads=4)
@@ -24,12 +25,6 @@ def make(folder, model_type: str = "llama", num_shards: int = 1, **changes) -> N
 
 def leaves(model: models.Model) -> dict[str, jax.Array]:
     return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(model.params)}
-
-
-def num_compiled() -> np.ndarray:
-    """Programs that each step of a generator has been compiled to so far."""
-    steps = generator._prefill, generator._decode, generator._start, generator._fork
-    return np.array([step._cache_size() for step in steps])  # pyright: ignore[reportAttributeAccessIssue]  jit has it
 
 
 @pytest.fixture(scope="module")
@@ -77,23 +72,19 @@ def test_a_function_may_place_every_weight(tmp_path):
         np.testing.assert_array_equal(split[path], leaf, err_msg=path)
 
 
-def test_split_weights_generate_the_same_tokens(tmp_path, mesh):
-    """Prefill, forks, copies on write and decode loops; pages of each device's own heads; nothing compiles twice."""
+def test_split_weights_draw_the_same_tokens(tmp_path, mesh):
+    """Prefill and decode steps over pages of each device's own heads; nothing compiles twice."""
     make(tmp_path, num_hidden_layers=1)
     prompts = [[3, 4, 5, 6, 7], [5, 6], [3, 4, 5, 6, 9], [3, 4, 5, 6, 7]]
     tokens = []
     for sharding in (None, mesh):
-        model = models.load(tmp_path, sharding=sharding)
-        config = model.cache_config(num_pages=33, max_sequences=4, max_pages_per_sequence=8, page_size=4)
-        run = Generator(model.forward, model.params, config, prefill_tokens=8, steps_per_visit=4)
-        before = num_compiled()
-        tokens.append(run.run(prompts, SamplingParams(max_new_tokens=20, num_samples=2)))
-        assert np.all(num_compiled() - before <= 1), "a step was compiled again"
-    assert tokens[0] == tokens[1]
-    assert len({token for samples in tokens[0] for token in samples[0].tokens}) > 5
-    for pages in run.state.pool.layers:
-        assert [shard.data.shape for shard in pages.data.addressable_shards] == [(33, 1, 4, 16)] * 4
-    assert run.state.tables.groups[0].pages.sharding.is_fully_replicated
+        run = PagedRun(models.load(tmp_path, sharding=sharding), 4, max_length=32, step_tokens=16)
+        tokens.append(run.greedy(run.prefill(prompts, chunk=4), 20))
+        assert run.num_traces == 2, "a step was compiled again"
+    np.testing.assert_array_equal(*tokens)
+    assert len(set(tokens[0].ravel().tolist())) > 5
+    for pages in run.pool.arrays:
+        assert [shard.data.shape for shard in pages.data.addressable_shards] == [(9, 1, 16, 16)] * 4
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import doctest
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def state_of(*params, numbers=None):
     return SamplingState.of([(p, i) for p, i in zip(params, numbers or [0] * len(params), strict=True)], **SIZES)
 
 
-def known(rows=R, at=0, prompt=None, tokens=None):
+def known(rows=R, at: Any = 0, prompt=None, tokens=None):
     """The tokens that rows know, how many are of the prompt, and how many there are."""
     tokens = np.zeros((rows, C)) if tokens is None else tokens
     at = np.broadcast_to(np.asarray(at, np.int32), rows)

@@ -81,8 +81,8 @@ def test_new_parameters_do_not_compile_again():
 def test_a_plain_greedy_batch_takes_a_fraction_of_the_time():
     """All run the same compiled program, in turns; what is asked for is at least 1.5 times as slow as an argmax."""
     x, plain, *rows = arguments(rows=8, vocab=30_000)
-    wishes = {"temperature": {"temperature": 1.0}, "top_p": {"temperature": 1.0, "top_p": 0.9}}
-    states = {name: SamplingState.of([(SamplingParams(**wish), 0)] * 8) for name, wish in wishes.items()}
+    wishes = {"temperature": SamplingParams(temperature=1.0), "top_p": SamplingParams(temperature=1.0, top_p=0.9)}
+    states = {name: SamplingState.of([(wish, 0)] * 8) for name, wish in wishes.items()}
     run = jax.jit(lambda x, state, active, *rows: sampling.draw(x, state, *rows, active=active).tokens)
     every, nobody = jnp.ones(8, bool), jnp.zeros(8, bool)
 

@@ -1,6 +1,7 @@
 """What a user may ask for, and the sentence that refuses the rest."""
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from paged_jax.sampling import SamplingParams
 
 
 def test_values_are_stored_in_one_form_and_hash():
-    given = SamplingParams(
+    loose: dict[str, Any] = dict(
         max_new_tokens=np.int64(7),
         temperature=1,
         top_p=np.float32(0.5),
@@ -19,17 +20,20 @@ def test_values_are_stored_in_one_form_and_hash():
         stop_strings="\n\n",
         seed=np.uint32(5),
     )
+    given = SamplingParams(**loose)
     same = SamplingParams(
         max_new_tokens=7,
         temperature=1.0,
         top_p=0.5,
         logit_bias=((2, -3.5), (9, 1.0)),
         forbidden_tokens=(4, 1),
-        stop_tokens=(token for token in (3, 8)),
+        stop_tokens=(3, 8),
         stop_strings=("\n\n",),
         seed=5,
     )
     assert given == same and hash(given) == hash(same) and repr(given) == repr(same)
+    loose["stop_tokens"] = (token for token in (3, 8))
+    assert SamplingParams(**loose) == same
     assert type(given.max_new_tokens) is int and type(given.temperature) is float
 
 

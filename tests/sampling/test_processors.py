@@ -1,7 +1,6 @@
 """Each function from logits to logits against plain numpy; penalties and restrictions as transformers defines them."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,8 +14,12 @@ def logits(rows, seed=0, vocab=V, scale=2.0):
     return (np.random.default_rng(seed).normal(size=(rows, vocab)) * scale).astype(np.float32)
 
 
-def column(*values, dtype=np.float32):
-    return np.array(values, dtype)
+def column(*values):
+    return np.array(values, np.float32)
+
+
+def whole(*values):
+    return np.array(values, np.int32)
 
 
 def softmax(x):
@@ -56,7 +59,7 @@ def test_penalties_count_the_prompt_for_repetition_and_drawn_tokens_for_all():
     x = logits(5)
     x[:, 4] = NEVER  # forbidden before: a penalty must not bring it back
     tokens = rng.integers(0, 12, (5, 20)).astype(np.int32)
-    num_prompt, num_known = column(0, 3, 9, 6, 20, dtype=np.int32), column(0, 12, 9, 20, 20, dtype=np.int32)
+    num_prompt, num_known = whole(0, 3, 9, 6, 20), whole(0, 12, 9, 20, 20)
     given = column(1.5, 2, 1.3, 0.5, 100), column(0.5, 0, 2, -2, 1), column(0.25, 1, 0, 0.5, 2)
     result = np.asarray(compiled("penalties")(x, *given, tokens, num_prompt, num_known))
     for row in range(5):
@@ -68,7 +71,7 @@ def test_penalties_that_change_nothing_change_nothing():
     x = logits(2)
     tokens = np.array([[1, 2, 3, 3]] * 2, np.int32)
     ones, zeros = np.ones(2, np.float32), np.zeros(2, np.float32)
-    at = column(1, 2, dtype=np.int32), column(4, 4, dtype=np.int32)
+    at = whole(1, 2), whole(4, 4)
     np.testing.assert_array_equal(compiled("penalties")(x, ones, zeros, zeros, tokens, *at), x)
 
 
@@ -76,7 +79,7 @@ def test_tokens_past_those_that_are_known_count_for_nothing():
     x = logits(2)
     tokens = np.array([[1, 2, 3, 3]] * 2, np.int32)
     harsh = column(5, 5), column(2, 2), column(2, 2)
-    at = column(0, 0, dtype=np.int32)
+    at = whole(0, 0)
     np.testing.assert_array_equal(compiled("penalties")(x, *harsh, tokens, at, at), x)
 
 
@@ -99,7 +102,7 @@ def test_the_most_extreme_temperatures_give_no_nan(temperature):
 
 def test_top_k_keeps_k_tokens():
     x = logits(6)
-    ks = column(0, 1, 3, V - 1, V, V + 10, dtype=np.int32)
+    ks = whole(0, 1, 3, V - 1, V, V + 10)
     result = compiled("top_k")(x, ks)
     for row, k in enumerate([V, 1, 3, V - 1, V, V]):
         nth = np.sort(x[row])[-k]
@@ -108,7 +111,7 @@ def test_top_k_keeps_k_tokens():
 
 def test_tokens_that_tie_at_the_edge_of_top_k_are_all_kept():
     x = np.array([[1, 0.0, -0.0, -1, 2]], np.float32)
-    np.testing.assert_array_equal(compiled("top_k")(x, column(3, dtype=np.int32)), [[1, 0, 0, NEVER, 2]])
+    np.testing.assert_array_equal(compiled("top_k")(x, whole(3)), [[1, 0, 0, NEVER, 2]])
 
 
 @pytest.mark.parametrize("scale", [0.1, 2.0, 8.0])
@@ -146,7 +149,7 @@ def test_what_was_forbidden_stays_forbidden(name):
     x = logits(3)
     x[:, ::2] = NEVER
     x[2] = NEVER
-    value = column(3, 3, 3, dtype=np.int32) if name == "top_k" else column(0.5, 0.9, 0.9)
+    value = whole(3, 3, 3) if name == "top_k" else column(0.5, 0.9, 0.9)
     result = np.asarray(compiled(name)(x, value))
     assert np.all(result[:, ::2] == NEVER) and np.all(result[2] == NEVER)
     assert np.all(np.isfinite(result[:2]).sum(axis=1) > 0)
@@ -173,20 +176,3 @@ def test_log_probabilities_of_rows_with_infinities_are_no_nan():
     assert np.all(result[1] == NEVER)
     assert result[2, 7] == 0 and np.all(np.delete(result[2], 7) < -1e38)
     assert np.all(np.isfinite(result[3]))
-
-
-def test_processors_are_traced_with_strict_promotion_under_x64():
-    with jax.enable_x64(True):
-        x = jnp.asarray(logits(2))
-        ints, floats = jnp.asarray(column(1, 2, dtype=np.int32)), jnp.asarray(column(0.5, 0.5))
-        tokens = jnp.asarray(np.array([[1, 2], [3, 3]], np.int32))
-        for result in (
-            processors.bias(x, tokens, jnp.ones((2, 2), jnp.float32)),
-            processors.penalties(x, floats, floats, floats, tokens, ints, ints),
-            processors.temperature(x, floats),
-            processors.top_k(x, ints),
-            processors.top_p(x, floats),
-            processors.min_p(x, floats),
-            processors.log_probabilities(x),
-        ):
-            assert result.dtype == jnp.float32
