@@ -2,7 +2,7 @@
 
 `CacheConfig` sizes a `KVCache`: the pool of pages, and the page tables that say who owns what. A step reserves pages,
 builds an `AttentionMetadata`, and each layer calls `paged_attention`. `rollout` draws many samples of many prompts in
-one XLA program; `Generator` serves prompts that come one by one.
+one XLA program, `score` measures given ones; `Generator` serves prompts that come one by one.
 """
 
 from paged_jax.attention import paged_attention
@@ -15,6 +15,7 @@ from paged_jax.cache.page_tables import PageTables
 from paged_jax.cache.pool import LayerPlace, PagePool
 from paged_jax.decoding.rollout import Rollout, rollout
 from paged_jax.decoding.rows import Finish
+from paged_jax.decoding.score import Score, score
 from paged_jax.decoding.step import Stepper
 from paged_jax.forward import Forward
 from paged_jax.sampling import Processor, SamplingParams, SamplingState
@@ -35,7 +36,9 @@ __all__ = [
     "Rollout",
     "SamplingParams",
     "SamplingState",
+    "Score",
     "Stepper",
     "paged_attention",
     "rollout",
+    "score",
 ]

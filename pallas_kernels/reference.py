@@ -108,7 +108,7 @@ def paged_attention(
     group = num_heads // pages.num_kv_heads
     places = token_places(lengths, query_starts, num_tokens)
     if sinks is None:
-        sinks = jnp.full(num_heads, -jnp.inf)
+        sinks = jnp.full(num_heads, -jnp.inf, jnp.float32)
 
     def attend(query):
         """One token: its row's pages, the keys it may see, their softmax, the mean of their values."""

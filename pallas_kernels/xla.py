@@ -70,7 +70,7 @@ def attend_pages(
         return jnp.where(inert[..., None], 0, out).astype(q.dtype), jnp.where(inert, -jnp.inf, lse)
 
     # Outputs take the place of their queries, token by token: a step then holds one array of that size, not two.
-    out, lse = q, jnp.full(q.shape[:2], -jnp.inf)
+    out, lse = q, jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
     is_short = jnp.diff(query_starts)[places.sequence] < FEWEST_BLOCK_QUERIES
     most = min(num_tokens, lengths.size * (FEWEST_BLOCK_QUERIES - 1))
     at_once = min(most, FEW_AT_ONCE)

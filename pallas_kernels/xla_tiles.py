@@ -55,7 +55,7 @@ def start(sinks: Float[Array, " N"] | None, num_kv_heads: int, num_heads: int, h
     group = num_heads // num_kv_heads
     out = jnp.zeros((num_kv_heads, group, head_dim), jnp.float32)
     if sinks is None:
-        return Softmax(jnp.full(out.shape[:2], LOWEST), jnp.zeros(out.shape[:2]), out)
+        return Softmax(jnp.full(out.shape[:2], LOWEST, jnp.float32), jnp.zeros(out.shape[:2], jnp.float32), out)
     sink = sinks.astype(jnp.float32).reshape(num_kv_heads, group)
     top = jnp.maximum(sink, LOWEST)
     return Softmax(top, jnp.exp(sink - top), out)

@@ -40,7 +40,10 @@ def _logits(total, xp):
 
 def forward(params, tokens, pool: PagePool, metadata: AttentionMetadata, windows=(None, None)):
     """Follows `paged_jax.Forward`; `params` is added to the hash."""
-    last = jnp.maximum(metadata.query_starts[1:] - 1, 0)
+    at = metadata.logits_at
+    row = jnp.searchsorted(metadata.query_starts[1:], at, side="right").astype(jnp.int32)
+    row = jnp.minimum(row, len(metadata.lengths) - 1)
+    length = metadata.positions[at][:, None] + 1
     totals = []
     for layer, window in enumerate(windows):
         place = pool.place(layer)
@@ -50,15 +53,11 @@ def forward(params, tokens, pool: PagePool, metadata: AttentionMetadata, windows
         pages = write_pages(pool.arrays[array], kv, kv, table, metadata.lengths, metadata.query_starts)
         pool = pool.replace(array, pages)
         keys, _ = read_pages(pages, table.reshape(-1))
-        held = keys[:, :, 0, 0].reshape(len(table), -1).astype(jnp.int32) - layer
+        held = keys[:, :, 0, 0].reshape(len(table), -1).astype(jnp.int32)[row] - layer
         position = jnp.arange(held.shape[1], dtype=jnp.int32)[None, :]
-        length = metadata.lengths[:, None]
         seen = (position < length) & (position >= (0 if window is None else length - window))
         totals.append(jnp.sum(jnp.where(seen, _mix(held, position), 0), axis=1, dtype=jnp.int32) * (layer + 1))
-    by_row = _logits(functools.reduce(operator.add, totals) + params, jnp)
-    row = jnp.searchsorted(metadata.query_starts[1:], metadata.logits_at, side="right").astype(jnp.int32)
-    at_end = last[jnp.minimum(row, len(last) - 1)] == metadata.logits_at
-    return jnp.where(at_end[:, None], by_row[jnp.minimum(row, len(last) - 1)], 0), pool
+    return _logits(functools.reduce(operator.add, totals) + params, jnp), pool
 
 
 @functools.cache

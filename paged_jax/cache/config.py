@@ -112,11 +112,7 @@ class CacheConfig:
             num_tokens: the length.
             new_tokens: the most that it grows by in a step.
         """
-        pages = -(-num_tokens // self.page_size)
-        if window is None:
-            return pages
-        # a step reads window - 1 tokens and writes the new ones; so many in a row touch at most
-        return min(pages, -(-(window + new_tokens - 2) // self.page_size) + 1)
+        return pages_mapped(window, num_tokens, new_tokens, self.page_size)
 
     def _num_pages(self, window: int | None) -> int:
         if window is None:
@@ -161,3 +157,12 @@ class CacheConfig:
         num_pages = range(2, pool_bytes)
         fitting = bisect.bisect_right(num_pages, pool_bytes, key=lambda p: cls(num_pages=p, **sizes).pool_bytes)
         return cls(num_pages=num_pages[fitting - 1], **sizes)
+
+
+def pages_mapped(window: int | None, num_tokens: int, new_tokens: int, page_size: int) -> int:
+    """The most pages that a sequence maps at once; see `CacheConfig.pages_mapped`."""
+    pages = -(-num_tokens // page_size)
+    if window is None:
+        return pages
+    # a step reads window - 1 tokens and writes the new ones; so many in a row touch at most
+    return min(pages, -(-(window + new_tokens - 2) // page_size) + 1)

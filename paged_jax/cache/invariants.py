@@ -82,7 +82,7 @@ def find(
         Violation.NULL_PAGE: table.refcounts[NULL_PAGE : NULL_PAGE + 1] != 1,
         Violation.NEGATIVE_REFCOUNT: table.refcounts < 0,
         Violation.REFCOUNT: (table.refcounts != owners) & (page != NULL_PAGE),
-        Violation.NUM_FREE: (table.num_free != jnp.sum(is_free))[None],
+        Violation.NUM_FREE: (table.num_free != jnp.sum(is_free, dtype=jnp.int32))[None],
         Violation.FREE_STACK: on_stack != is_free.astype(jnp.int32),
         Violation.LENGTH: bad_length,
         Violation.MAPPING: jnp.any(is_mapped != (table.pages != NULL_PAGE), axis=1) | ~jnp.all(in_range, axis=1),
@@ -98,7 +98,7 @@ def violations(
     bits = [
         jnp.where(jnp.any(where), jnp.int32(bit), jnp.int32(0)) for bit, where in find(table, held, appended).items()
     ]
-    return jnp.sum(jnp.stack(bits))
+    return jnp.sum(jnp.stack(bits), dtype=jnp.int32)
 
 
 _find = jax.jit(find)

@@ -243,7 +243,7 @@ class PageTable:
         in_range = (parents >= 0) & (parents < self.num_rows) & (children >= 0) & (children < self.num_rows)
         same_child = (children[:, None] == children[None, :]) & asked[None, :]
         is_empty = self.lengths.at[children].get(mode="clip") == 0
-        ok = asked & in_range & is_empty & (jnp.sum(same_child, axis=1) == 1)
+        ok = asked & in_range & is_empty & (jnp.sum(same_child, axis=1, dtype=jnp.int32) == 1)
 
         def share(i, table: PageTable) -> PageTable:
             pages = table._row(parents[i])
@@ -382,7 +382,7 @@ class PageTable:
             self,
             refcounts=self._set_refcounts(jnp.where(takes, page, NULL_PAGE), jnp.ones_like(page)),
             pages=self.pages.at[row, column].set(page, mode="drop", unique_indices=True),
-            num_free=self.num_free - jnp.sum(num_new),
+            num_free=self.num_free - jnp.sum(num_new, dtype=jnp.int32),
         )
 
         def take_more(b, table: PageTable) -> PageTable:
@@ -446,7 +446,7 @@ def _for_each(mask: Bool[Array, " n"], body: Callable[[Array, PageTable], PageTa
 
     def step(carry):
         mask, table = carry
-        i = jnp.argmax(mask)
+        i = jnp.argmax(mask).astype(jnp.int32)
         return mask.at[i].set(False), body(i, table)
 
     return lax.while_loop(lambda carry: jnp.any(carry[0]), step, (mask, table))[1]
@@ -456,7 +456,7 @@ def _running_total(x: Int32[Array, " B"], priority: Int32[Array, " B"] | None) -
     """For each row the sum of x over the rows served up to and including it."""
     if priority is None:
         return jnp.cumsum(x, dtype=jnp.int32)
-    order = jnp.argsort(priority, stable=True)
+    order = jnp.argsort(priority, stable=True).astype(jnp.int32)
     return jnp.zeros_like(x).at[order].set(jnp.cumsum(x[order], dtype=jnp.int32), unique_indices=True)
 
 
@@ -468,4 +468,4 @@ def _last_of_all_owners(
     rank = row if priority is None else jnp.zeros_like(row).at[jnp.argsort(priority, stable=True)].set(row)
     same = (page[:, None] == page[None, :]) & appends[None, :]
     is_last = ~jnp.any(same & (rank[None, :] > rank[:, None]), axis=1)
-    return appends & is_last & (jnp.sum(same, axis=1) == refcount)
+    return appends & is_last & (jnp.sum(same, axis=1, dtype=jnp.int32) == refcount)

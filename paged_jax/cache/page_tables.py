@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Int32
 
 from paged_jax.cache.config import CacheConfig, LayerGroup
@@ -156,6 +157,16 @@ class PageTables:
         """Make an empty row share the tokens of the handles of one `publish`; see `PageTable.attach`."""
         made = [table.attach(row, handle) for table, handle in zip(self.groups, handles, strict=True)]
         return self._with(table for table, _ in made), made[0][1]
+
+    def attach_each(self, rows: Bool[Array, " B"], handles: Handles) -> "PageTables":
+        """Make several empty rows share the tokens of the handles of one `publish`."""
+
+        def attach(carry: tuple[Array, PageTables]) -> tuple[Array, PageTables]:
+            rows, tables = carry
+            row = jnp.argmax(rows).astype(jnp.int32)
+            return rows.at[row].set(False), tables.attach(row, handles)[0]
+
+        return lax.while_loop(lambda carry: jnp.any(carry[0]), attach, (rows, self))[1]
 
     def drop(self, handles: Handles) -> "PageTables":
         """Give up the handles of one `publish`, exactly once."""

@@ -19,10 +19,12 @@ NO_PROMPT = -1
 
 
 class Rollout(NamedTuple):
-    """What `rollout` draws: Q prompts, n samples of each, at most X tokens a sample."""
+    """What `rollout` draws: Q prompts, n samples of each, at most X tokens a sample; k is `Stepper.num_logprobs`."""
 
     tokens: Int32[Array, "Q n X"]  # 0 past each sample's end
     logprobs: Float[Array, "Q n X"]  # of these tokens; 0 past the end
+    top_tokens: Int32[Array, "Q n X k"]  # the most likely tokens at the place of each
+    top_logprobs: Float[Array, "Q n X k"]
     lengths: Int32[Array, "Q n"]  # tokens drawn, a stop token included
     finish: Int32[Array, "Q n"]  # of Finish
     counters: Counters
@@ -115,6 +117,8 @@ def rollout(
     out = Rollout(
         tokens=jnp.zeros((num_all, max_new_tokens), jnp.int32),
         logprobs=jnp.zeros((num_all, max_new_tokens), jnp.float32),
+        top_tokens=jnp.zeros((num_all, max_new_tokens, stepper.num_logprobs or 0), jnp.int32),
+        top_logprobs=jnp.zeros((num_all, max_new_tokens, stepper.num_logprobs or 0), jnp.float32),
         lengths=jnp.zeros(num_all, jnp.int32),
         finish=jnp.zeros(num_all, jnp.int32),
         counters=state.counters,
@@ -146,8 +150,8 @@ def rollout(
 
     state, queue, out = lax.while_loop(unfinished, body, (state, queue, out))
     shape = num_prompts, num_samples
-    shaped = (x.reshape(*shape, *x.shape[1:]) for x in (out.tokens, out.logprobs, out.lengths, out.finish))
-    return Rollout(*shaped, state.counters), state.cache
+    drawn = {name: x.reshape(*shape, *x.shape[1:]) for name, x in out._asdict().items() if name != "counters"}
+    return Rollout(**drawn, counters=state.counters), state.cache
 
 
 def _check_sizes(stepper: Stepper, cache: KVCache, num_samples: int, max_new_tokens: int, num_prompts: int) -> None:
@@ -182,7 +186,8 @@ def _idle_state(stepper: Stepper, cache: KVCache, capacity: int, sampling: Sampl
     """A batch of empty rows, which can be sampled as the prompts are."""
     num_rows = cache.tables.num_rows
     idle = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (num_rows, *x.shape[1:])), sampling)
-    return DecodeState(cache, Rows.create(num_rows, capacity, idle), Counters.create(len(stepper.token_counts)))
+    rows = Rows.create(num_rows, capacity, idle, stepper.num_logprobs or 0)
+    return DecodeState(cache, rows, Counters.create(len(stepper.token_counts)))
 
 
 def _reachable_tokens(tables: PageTables, prefix: Handles | None) -> Int32[Array, ""]:
@@ -250,24 +255,15 @@ def _find_source(
 def _attach(state: DecodeState, queue: _Queue, new: Bool[Array, " B"], num_samples: int) -> tuple[DecodeState, _Queue]:
     """New rows that wait for nobody take the pages of their prompt, if handles hold them, else those of the prefix."""
     takes_handles = new & (queue.sample // num_samples == queue.handles_of)
-    tables = _attach_each(state.cache.tables, takes_handles, queue.handles)
+    tables = state.cache.tables.attach_each(takes_handles, queue.handles)
     if queue.prefix is not None:
         alone = (
             new & ~takes_handles & (state.rows.source == NO_ROW) & (state.rows.num_prompt > queue.prefix[0].num_tokens)
         )
-        tables = _attach_each(tables, alone, queue.prefix)
+        tables = tables.attach_each(alone, queue.prefix)
     state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, tables=tables))
     is_complete = queue.next >= (queue.handles_of + 1) * num_samples
     return _drop_prompt(state, queue, is_complete)
-
-
-def _attach_each(tables: PageTables, rows: Bool[Array, " B"], handles: Handles) -> PageTables:
-    def attach(carry):
-        rows, tables = carry
-        row = jnp.argmax(rows).astype(jnp.int32)
-        return rows.at[row].set(False), tables.attach(row, handles)[0]
-
-    return lax.while_loop(lambda carry: jnp.any(carry[0]), attach, (rows, tables))[1]
 
 
 def _keep_prompt(state: DecodeState, queue: _Queue, num_samples: int) -> tuple[DecodeState, _Queue]:
@@ -310,11 +306,17 @@ def _collect(out: Rollout, rows: Rows, sample: Int32[Array, " B"], ended: Bool[A
         index = jnp.arange(num_new, dtype=jnp.int32)[None, :]
         is_drawn = index < length[:, None]
         at = jnp.minimum(rows.num_prompt[:, None] + index, rows.tokens.shape[1] - 1)
-        tokens = jnp.where(is_drawn, jnp.take_along_axis(rows.tokens, at, axis=1), 0)
-        logprobs = jnp.where(is_drawn, jnp.take_along_axis(rows.logprobs, at, axis=1), 0.0)
+
+        def add(collected: Array, known: Array) -> Array:
+            axes = (*range(2, known.ndim),)
+            taken = jnp.take_along_axis(known, jnp.expand_dims(at, axes), axis=1)
+            return collected.at[place].set(jnp.where(jnp.expand_dims(is_drawn, axes), taken, 0), mode="drop")
+
         return out._replace(
-            tokens=out.tokens.at[place].set(tokens, mode="drop"),
-            logprobs=out.logprobs.at[place].set(logprobs, mode="drop"),
+            tokens=add(out.tokens, rows.tokens),
+            logprobs=add(out.logprobs, rows.logprobs),
+            top_tokens=add(out.top_tokens, rows.top_tokens),
+            top_logprobs=add(out.top_logprobs, rows.top_logprobs),
             lengths=out.lengths.at[place].set(length, mode="drop"),
             finish=out.finish.at[place].set(rows.finish, mode="drop"),
         )

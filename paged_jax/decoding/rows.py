@@ -38,6 +38,8 @@ class Rows:
 
     tokens: Int32[Array, "B C"]  # the prompt, then what was drawn
     logprobs: Float[Array, "B C"]  # of the drawn tokens, each at its token's place
+    top_tokens: Int32[Array, "B C k"]  # the most likely tokens at the place of each drawn one; k is often 0
+    top_logprobs: Float[Array, "B C k"]
     num_prompt: Int32[Array, " B"]
     num_known: Int32[Array, " B"]
     limit: Int32[Array, " B"]  # the number of known tokens at which the row ends
@@ -49,8 +51,15 @@ class Rows:
     sampling: SamplingState
 
     @classmethod
-    def create(cls, num_rows: int, capacity: int, sampling: SamplingState) -> "Rows":
-        """Empty rows that can know `capacity` tokens each."""
+    def create(cls, num_rows: int, capacity: int, sampling: SamplingState, num_logprobs: int = 0) -> "Rows":
+        """Empty rows.
+
+        Args:
+            num_rows: B.
+            capacity: C, tokens that a row can know.
+            sampling: of these rows.
+            num_logprobs: k, the most likely tokens that a row keeps beside each drawn one.
+        """
 
         def zeros(*shape: int, dtype=jnp.int32) -> Array:  # distinct buffers: each is donated
             return jnp.zeros(shape, dtype)
@@ -58,6 +67,8 @@ class Rows:
         return cls(
             tokens=zeros(num_rows, capacity),
             logprobs=zeros(num_rows, capacity, dtype=jnp.float32),
+            top_tokens=zeros(num_rows, capacity, num_logprobs),
+            top_logprobs=zeros(num_rows, capacity, num_logprobs, dtype=jnp.float32),
             num_prompt=zeros(num_rows),
             num_known=zeros(num_rows),
             limit=zeros(num_rows),
@@ -106,6 +117,7 @@ class DecodeState:
         token_counts: tuple[int, ...],
         sampling: SamplingState | None = None,
         mesh: Mesh | None = None,
+        num_logprobs: int = 0,
     ) -> "DecodeState":
         """An empty batch.
 
@@ -115,9 +127,10 @@ class DecodeState:
             token_counts: those of the steps; see `step`.
             sampling: that of all rows, whose sizes are those of the rows to come; None: greedy.
             mesh: splits the pool as in `PagePool.create`; each device holds all else.
+            num_logprobs: that of the steps; see `Stepper`.
         """
         num_rows = config.max_sequences
-        rows = Rows.create(num_rows, capacity, sampling or SamplingState.create(num_rows))
+        rows = Rows.create(num_rows, capacity, sampling or SamplingState.create(num_rows), num_logprobs)
         return cls(KVCache.create(config, mesh), rows, Counters.create(len(token_counts))).settle()
 
     @property

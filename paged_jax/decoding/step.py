@@ -37,7 +37,8 @@ class Stepper:
             computes; the largest is its budget, and must hold a token of every row.
         plan: how many tokens each row computes.
         processor: changes the logits of every row before they are drawn from; see `paged_jax.sampling.Processor`.
-        logprobs: whether the log-probabilities of the drawn tokens are kept, in `Rows.logprobs`.
+        num_logprobs: of how many of the most likely tokens `Rows` keeps the log-probabilities, beside that of the drawn
+            one; None computes none at all.
         processed_logprobs: those after all processors and the temperature, not the model's own.
     """
 
@@ -45,13 +46,15 @@ class Stepper:
     token_counts: tuple[int, ...] = TOKEN_COUNTS
     plan: Plan = first_come_first_served
     processor: Processor | None = None
-    logprobs: bool = True
+    num_logprobs: int | None = 0
     processed_logprobs: bool = False
 
     def __post_init__(self):
         counts = self.token_counts
         if not counts or any(count < 1 for count in counts) or list(counts) != sorted(set(counts)):
             raise ValueError(f"token_counts must be numbers of at least 1 in ascending order, got {counts}")
+        if self.num_logprobs is not None and self.num_logprobs < 0:
+            raise ValueError(f"num_logprobs must be None or at least 0, got {self.num_logprobs}")
 
 
 class Drawn(NamedTuple):
@@ -60,6 +63,8 @@ class Drawn(NamedTuple):
     drew: Bool[Array, " B"]
     tokens: Int32[Array, " B"]
     logprobs: Float[Array, " B"]
+    top_tokens: Int32[Array, "B k"]
+    top_logprobs: Float[Array, "B k"]
     processor: Any
 
 
@@ -91,6 +96,11 @@ def step(stepper: Stepper, params: Any, state: DecodeState) -> tuple[DecodeState
         raise ValueError(
             f"token_counts={stepper.token_counts} for a batch of {len(state.rows.active)} rows: the largest must hold "
             "one token of each"
+        )
+    if (kept := state.rows.top_tokens.shape[2]) != (stepper.num_logprobs or 0):
+        raise ValueError(
+            f"num_logprobs={stepper.num_logprobs} of the stepper, but the rows keep {kept} of the most likely tokens: "
+            f"create the state with num_logprobs={stepper.num_logprobs or 0}"
         )
     state, counts = reserve(state, stepper.plan(state, budget))
     state, drawn = compute(stepper, params, state, counts)
@@ -156,7 +166,7 @@ def _forward_and_draw(
         mine.num_known,
         active=drew,
         processor=stepper.processor,
-        num_logprobs=0 if stepper.logprobs else None,
+        num_logprobs=stepper.num_logprobs,
         processed_logprobs=stepper.processed_logprobs,
     )
 
@@ -166,10 +176,13 @@ def _forward_and_draw(
 
     zeros = jnp.zeros(num_rows, jnp.int32)
     logprobs = zeros.astype(jnp.float32)
+    top_zeros = jnp.zeros((num_rows, result.top_tokens.shape[1]), jnp.int32)
     return pool, Drawn(
         drew=spread(drew, jnp.zeros(num_rows, bool)),
         tokens=spread(result.tokens, zeros),
         logprobs=logprobs if result.logprobs is None else spread(result.logprobs, logprobs),
+        top_tokens=spread(result.top_tokens, top_zeros),
+        top_logprobs=spread(result.top_logprobs, top_zeros.astype(jnp.float32)),
         processor=jax.tree.map(spread, result.processor, rows.sampling.processor),
     )
 
@@ -219,7 +232,7 @@ def commit(state: DecodeState, drawn: Drawn) -> tuple[DecodeState, Bool[Array, "
     """
     rows = state.rows
     capacity = rows.tokens.shape[1]
-    row = jnp.arange(len(rows.active))
+    row = jnp.arange(len(rows.active), dtype=jnp.int32)
     place = row, jnp.where(drawn.drew, rows.num_known, capacity)
     num_known = rows.num_known + drawn.drew.astype(jnp.int32)
     finish = jnp.select(
@@ -233,6 +246,8 @@ def commit(state: DecodeState, drawn: Drawn) -> tuple[DecodeState, Bool[Array, "
         rows,
         tokens=rows.tokens.at[place].set(drawn.tokens, mode="drop", unique_indices=True),
         logprobs=rows.logprobs.at[place].set(drawn.logprobs, mode="drop", unique_indices=True),
+        top_tokens=rows.top_tokens.at[place].set(drawn.top_tokens, mode="drop", unique_indices=True),
+        top_logprobs=rows.top_logprobs.at[place].set(drawn.top_logprobs, mode="drop", unique_indices=True),
         num_known=num_known,
         active=rows.active & ~ended,
         finish=finish,
