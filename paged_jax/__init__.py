@@ -18,20 +18,28 @@ from paged_jax.decoding.rows import Finish
 from paged_jax.decoding.score import Score, score
 from paged_jax.decoding.step import Stepper
 from paged_jax.forward import Forward
+from paged_jax.generator import Completion, Generator
+from paged_jax.memory import CacheReport, MemoryReport
+from paged_jax.prefix.cache import PrefixCache
 from paged_jax.sampling import Processor, SamplingParams, SamplingState
 
 __version__ = "0.1.0"
 __all__ = [
     "AttentionMetadata",
     "CacheConfig",
+    "CacheReport",
+    "Completion",
     "Finish",
     "Forward",
+    "Generator",
     "HandleBook",
     "KVCache",
     "LayerPlace",
+    "MemoryReport",
     "PageHandle",
     "PagePool",
     "PageTables",
+    "PrefixCache",
     "Processor",
     "Rollout",
     "SamplingParams",

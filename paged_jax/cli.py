@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -12,12 +13,27 @@ from rich.console import Console
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, or 2 after bad input, which is named on stderr."""
     options = _parser().parse_args(argv)
+    keep_compiled_programs()
     try:
         options.command(options)
     except (ValueError, OSError) as error:
         print(f"paged_jax: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def keep_compiled_programs() -> None:
+    """Let JAX keep what it compiles on disk, so that the next start need not compile it again.
+
+    In $XDG_CACHE_HOME/paged_jax or ~/.cache/paged_jax, unless JAX_COMPILATION_CACHE_DIR names another folder.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "paged_jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     generate.add_argument("--top-k", type=int, default=0)
     generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--min-p", type=float, default=0.0)
+    generate.add_argument("--repetition-penalty", type=float, default=1.0)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--stop", action="append", default=[], help="end a sample at this string")
     generate.add_argument("--dtype", default=None, help="of weights and pages; default: the checkpoint's")
@@ -85,6 +103,8 @@ def _generate(options: argparse.Namespace) -> None:
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
         seed=options.seed,
         num_samples=options.samples,
         stop_tokens=model.stop_tokens,
@@ -106,6 +126,7 @@ def _generate(options: argparse.Namespace) -> None:
             text = model.tokenizer.decode(completion.tokens, prompt=prompts[request])
             if options.json:
                 fields = {"prompt": texts[request], "sample": number, "text": text, "finish": completion.finish}
+                fields["logprob"] = sum(completion.logprobs)
                 print(json.dumps(fields))
             else:
                 print(texts[request] + ("\n" if options.chat else "") + text)

@@ -19,6 +19,7 @@ from paged_jax.plot import page_map
 from paged_jax.sampling import SamplingParams
 
 PAGE_SIZE = 16
+TOKEN_COUNTS = (32, 256)  # all rows decode, or some prefill: two passes compile faster than the default four
 PREFIX_CHARACTERS = 1500
 ENDINGS = (
     '\n\ndef fill(text, width=70, **kwargs):\n    """Fill a single paragraph of text',
@@ -51,7 +52,7 @@ def run(model: Model, console: Console, *, samples: int = 3, max_new_tokens: int
         max_pages_per_sequence=-(-length // PAGE_SIZE),
         page_size=PAGE_SIZE,
     )
-    generator = Generator(model.forward, model.params, config, steps_per_visit=8)
+    generator = Generator(model.forward, model.params, config, token_counts=TOKEN_COUNTS, steps_per_visit=8)
     for prompt in tokens:
         generator.submit(prompt, params)
     drawn = np.empty((len(texts), samples), object)
@@ -80,10 +81,10 @@ def run(model: Model, console: Console, *, samples: int = 3, max_new_tokens: int
             progress.advance(task, len(chunk.tokens))
             if chunk.finish:
                 progress.advance(task, max_new_tokens - len(drawn[chunk.request, chunk.sample]))
-            (table,) = generator.state.cache.tables.groups  # the model has no windows
-            report = MemoryReport.measure(table)
+            tables = generator.state.cache.tables
+            report = MemoryReport.measure(tables)
             if fullest is None or report.pages_in_use > fullest.pages_in_use:
-                fullest, picture = report, page_map(table)
+                fullest, picture = report, page_map(tables)
             seconds = time.perf_counter() - began
             count = sum(map(len, drawn.flat))
             progress.update(task, note=f"{count / seconds:.0f} tokens/s, {report.pages_in_use} pages in use")

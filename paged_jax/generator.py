@@ -79,7 +79,7 @@ class Generator:
         params: its parameters, any pytree. Split over a mesh axis "model", they say where the pages go: each device
             holds those of its own KV heads.
         config: sizes of the cache.
-        token_budget: the most tokens that a step computes; longer prompts are cut.
+        token_counts: of the steps, see `Stepper`; longer prompts are cut at the largest. None: some for so many rows.
         steps_per_visit: steps between two visits of the host, and so tokens in a chunk.
         prefix_cache: keep the pages of prompts and answers for later prompts that begin alike; None: unless layers
             have windows.
@@ -101,7 +101,7 @@ class Generator:
         params: Any,
         config: CacheConfig,
         *,
-        token_budget: int = 256,
+        token_counts: tuple[int, ...] | None = None,
         steps_per_visit: int = 16,
         prefix_cache: bool | None = None,
         decode_text: Callable[[Sequence[int]], str] | None = None,
@@ -118,7 +118,7 @@ class Generator:
         self.config = config
         self.params = params
         self.cache = None if config.has_windows or prefix_cache is False else PrefixCache(config.page_size)
-        self._stepper = Stepper(forward, token_counts_for(config.max_sequences, token_budget))
+        self._stepper = Stepper(forward, token_counts or token_counts_for(config.max_sequences))
         self._widths = {"max_stop_tokens": max_stop_tokens, "max_bias_tokens": max_bias_tokens}
         idle = SamplingState.create(config.max_sequences, **self._widths)
         mesh = find_mesh(params)

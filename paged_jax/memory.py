@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 
 from paged_jax.cache.config import CacheConfig
-from paged_jax.cache.page_table import PageTable
 from paged_jax.cache.page_tables import PageTables
 
 
@@ -31,8 +30,9 @@ class MemoryReport:
     pages_given_up: int
 
     @classmethod
-    def measure(cls, table: PageTable) -> "MemoryReport":
-        """Count a table; this waits for the device and copies the table to the host."""
+    def measure(cls, tables: PageTables, group: int = 0) -> "MemoryReport":
+        """Count the table of a group of layers; this waits for the device and copies the table to the host."""
+        table = tables.groups[group]
         page_size = table.page_size
         refcounts, rows, lengths = (np.asarray(x) for x in (table.refcounts, table.pages, table.lengths))
         row, column = np.nonzero(rows)
@@ -87,7 +87,7 @@ class CacheReport:
     @classmethod
     def measure(cls, tables: PageTables, config: CacheConfig) -> "CacheReport":
         """Count the tables of a cache; this waits for the device and copies them to the host."""
-        reports = tuple(MemoryReport.measure(table) for table in tables.groups)
+        reports = tuple(MemoryReport.measure(tables, group) for group in range(len(tables.groups)))
         return cls(reports, tuple(len(group.layers) * config.layer_page_bytes for group in config.groups))
 
     @property

@@ -3,7 +3,7 @@
 import numpy as np
 from rich.text import Text
 
-from paged_jax.cache.page_table import PageTable
+from paged_jax.cache.page_tables import PageTables
 
 FREE, CACHED, OWNED = -1, 0, 1  # page states; above OWNED: the number of rows that share the page
 _CELLS = {FREE: ("·", "dim"), CACHED: ("▒", "yellow"), OWNED: ("■", "blue")}
@@ -12,24 +12,25 @@ _COLOURS = {FREE: "#e8e8e8", CACHED: "#f2c14e", OWNED: "#9cc9e8", 2: "#3f8fcf", 
 _NAMES = {FREE: "free", CACHED: "cached", OWNED: "1 owner", 2: "2 owners", 3: "3 owners", 4: "4 or more"}
 
 
-def page_states(table: PageTable) -> np.ndarray:
-    """FREE, CACHED (only handles hold it), or how many rows map it; [P - 1], the null page left out."""
+def page_states(tables: PageTables, group: int = 0) -> np.ndarray:
+    """FREE, CACHED (only handles hold it), or how many rows map it; [P - 1] of a group of layers, no null page."""
+    table = tables.groups[group]
     refcounts, rows = np.asarray(table.refcounts), np.asarray(table.pages)
     owners = np.bincount(rows[rows > 0], minlength=len(refcounts))
     return np.where(refcounts == 0, FREE, owners)[1:]
 
 
-def page_map(table: PageTable, width: int = 64) -> Text:
-    """The pool for a terminal: `·` free, `▒` cached, `■` one owner, a digit for so many owners (9 for more)."""
+def page_map(tables: PageTables, group: int = 0, *, width: int = 64) -> Text:
+    """The pool of a group of layers for a terminal: `·` free, `▒` cached, `■` one owner, a digit for so many owners (9 for more)."""
     text = Text()
-    for i, state in enumerate(page_states(table)):
+    for i, state in enumerate(page_states(tables, group)):
         if i and i % width == 0:
             text.append("\n")
         text.append(*(_CELLS[state] if state in _CELLS else (str(min(state, 9)), _SHARED)))
     return text
 
 
-def draw_pages(table: PageTable, title: str = "", width: int = 32):
+def draw_pages(tables: PageTables, group: int = 0, *, title: str = "", width: int = 32):
     """Pool and rows for a notebook (needs matplotlib); returns the figure.
 
     Above, the pool: a square a page, darker the more rows share it. Below, the rows: the pages of each sequence in
@@ -38,8 +39,8 @@ def draw_pages(table: PageTable, title: str = "", width: int = 32):
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch, Rectangle
 
-    states = page_states(table)
-    rows = np.asarray(table.pages)
+    states = page_states(tables, group)
+    rows = np.asarray(tables.groups[group].pages)
     lines = -(-len(states) // width)
     height = lines + 1 + len(rows)
     figure, ax = plt.subplots(figsize=((width + 6) * 0.24, (height + 3) * 0.24))

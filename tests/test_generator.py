@@ -15,7 +15,7 @@ CONFIG = decoder.config(64)
 
 
 def generator(config=None, **options):
-    defaults: dict[str, Any] = {"token_budget": 32, "steps_per_visit": 4}
+    defaults: dict[str, Any] = {"token_counts": (8, 32), "steps_per_visit": 4}
     return Generator(decoder.forward, PARAMS, config or CONFIG, **(defaults | options))
 
 
@@ -45,8 +45,8 @@ def test_more_prompts_than_rows_each_get_their_own_tokens():
 def test_a_prompt_longer_than_a_step_is_cut():
     texts = prompts(50, 33, 32, 31, 5)
     expected = [[decoder.dense_greedy(p, 6)] for p in texts]
-    for budget in (7, 32):
-        assert tokens(generator(token_budget=budget).run(texts, SamplingParams(max_new_tokens=6))) == expected
+    for counts in ((7,), (8, 32)):
+        assert tokens(generator(token_counts=counts).run(texts, SamplingParams(max_new_tokens=6))) == expected
 
 
 def test_log_probabilities_are_the_models_own():
@@ -199,7 +199,7 @@ def test_nothing_is_compiled_again_after_the_first_run():
         traces.append(1)
         return decoder.forward(*arguments)
 
-    g = Generator(forward, PARAMS, CONFIG, token_budget=32, steps_per_visit=4)
+    g = Generator(forward, PARAMS, CONFIG, token_counts=(8, 32), steps_per_visit=4)
     g.run(prompts(3, 30, 9), [GREEDY, SamplingParams(max_new_tokens=5, temperature=1.0, num_samples=2), GREEDY])
     compiled = len(traces)
     for seed in range(3):
@@ -228,17 +228,27 @@ def test_a_request_that_can_never_be_served_is_refused_at_once(prompt, params, m
     g = generator(decoder.config(num_pages=9))
     with pytest.raises(ValueError, match=message):
         g.submit(prompt, params)
-    assert tokens(g.run(prompts(4), GREEDY)) == [[toy.dense_greedy(PARAMS, prompts(4)[0], 12)]], "nothing was lost"
+    assert tokens(g.run(prompts(4), GREEDY)) == [[decoder.dense_greedy(prompts(4)[0], 12)]], "nothing was lost"
 
 
-@pytest.mark.parametrize("wish", [{"min_new_tokens": 2}, {"presence_penalty": 0.5}, {"logit_bias": {3: 1.0}}])
-def test_a_wish_that_it_would_ignore_is_refused(wish):
-    with pytest.raises(NotImplementedError, match=f"{next(iter(wish))}=.*: the Generator does not support it"):
-        generator().submit([1], SamplingParams(max_new_tokens=4, **wish))
+@pytest.mark.parametrize("wish", [{"min_new_tokens": 3}, {"presence_penalty": 2.0}, {"forbidden_tokens": (3, 4)}])
+def test_whatever_a_request_asks_of_the_draw_is_done_beside_others_that_ask_for_nothing(wish):
+    (prompt,) = prompts(9)
+    first = decoder.dense_greedy(prompt, 12)
+    wishes = SamplingParams(max_new_tokens=12, stop_tokens=(first[0],), **wish)
+    g = generator(decoder.config(64, max_sequences=2), max_bias_tokens=2)
+    (one,), (other,) = g.run([prompt, prompt], [wishes, GREEDY])
+    assert list(other.tokens) == first
+    if "min_new_tokens" in wish:
+        assert len(one.tokens) >= 3 and first[0] not in one.tokens[:2]
+    elif "forbidden_tokens" in wish:
+        assert not {3, 4} & set(one.tokens)
+    else:
+        assert one.tokens == (first[0],)
 
 
 def test_wrong_options_are_named():
-    with pytest.raises(ValueError, match="a budget of 3 tokens a step does not hold one of each of 4 rows"):
-        generator(token_budget=3)
+    with pytest.raises(ValueError, match=r"token_counts=\(3,\) for a batch of 4 rows"):
+        generator(token_counts=(3,)).run(prompts(3), GREEDY)
     with pytest.raises(ValueError, match="steps_per_visit must be at least 1"):
         generator(steps_per_visit=0)

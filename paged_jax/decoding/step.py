@@ -25,6 +25,9 @@ from paged_jax.forward import Forward
 from paged_jax.sampling import Processor, SamplingState, draw
 
 TOKEN_COUNTS = (8, 16, 32, 64, 256)
+# Few tokens of each row take less of a kernel, and less of the compiler: on a CPU, a pass that can prefill compiles for
+# nearly twice as long as one that cannot.
+SHORT = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +36,9 @@ class Stepper:
 
     Args:
         forward: the decoder.
-        token_counts: T of the forward passes that are compiled, ascending. A step runs the smallest that holds what it
-            computes; the largest is its budget, and must hold a token of every row.
+        token_counts: T of the forward passes that are compiled, ascending. A step in which no row computes more than
+            `SHORT` tokens runs the smallest that holds what it computes. Any other, such as one that prefills, runs the
+            largest: that is the budget of a step, and must hold a token of every row.
         plan: how many tokens each row computes.
         processor: changes the logits of every row before they are drawn from; see `paged_jax.sampling.Processor`.
         num_logprobs: of how many of the most likely tokens `Rows` keeps the log-probabilities, beside that of the drawn
@@ -123,20 +127,23 @@ def compute(stepper: Stepper, params: Any, state: DecodeState, counts: Int32[Arr
     num_rows = len(counts)
     by_rows = [(n, tuple(group)) for n, group in itertools.groupby(stepper.token_counts, lambda t: min(t, num_rows))]
     branches = [functools.partial(_forward_and_draw, stepper, *sizes) for sizes in by_rows]
-    branch = _smallest([token_counts[-1] for _, token_counts in by_rows], total)
+    which = _choose_pass(stepper.token_counts, counts)
+    ends = jnp.cumsum(jnp.array([len(token_counts) for _, token_counts in by_rows], jnp.int32), dtype=jnp.int32)
+    branch = jnp.sum(ends <= which, dtype=jnp.int32)
     pool, drawn = lax.switch(branch, branches, params, state, counts)
     counters = state.counters
     counters = counters._replace(
-        steps=counters.steps.at[_smallest(stepper.token_counts, total)].add(1),
+        steps=counters.steps.at[which].add(1),
         computed_tokens=counters.computed_tokens + total,
         drawn_tokens=counters.drawn_tokens + jnp.sum(drawn.drew, dtype=jnp.int32),
     )
     return dataclasses.replace(state, cache=KVCache(state.cache.tables, pool), counters=counters), drawn
 
 
-def _smallest(sizes: Sequence[int], total: Int32[Array, ""]) -> Int32[Array, ""]:
-    """Which of some ascending sizes is the smallest that holds the total."""
-    return jnp.sum(jnp.array(sizes, jnp.int32) < total, dtype=jnp.int32)
+def _choose_pass(token_counts: Sequence[int], counts: Int32[Array, " B"]) -> Int32[Array, ""]:
+    """Which of the token counts a step runs; see `Stepper`."""
+    smallest = jnp.sum(jnp.array(token_counts, jnp.int32) < jnp.sum(counts, dtype=jnp.int32), dtype=jnp.int32)
+    return jnp.where(jnp.max(counts) <= SHORT, smallest, len(token_counts) - 1).astype(jnp.int32)
 
 
 def _forward_and_draw(
@@ -152,8 +159,8 @@ def _forward_and_draw(
     num_rows = len(counts)
     row = jnp.flatnonzero(counts > 0, size=num_taking, fill_value=num_rows).astype(jnp.int32)
     query_lens = counts.at[row].get(mode="fill", fill_value=0)
-    branches = [functools.partial(_forward, stepper.forward, num_tokens) for num_tokens in token_counts]
-    which = _smallest(token_counts, jnp.sum(counts, dtype=jnp.int32))
+    branches = [functools.partial(_forward, stepper, num_tokens) for num_tokens in token_counts]
+    which = _choose_pass(stepper.token_counts, counts) - stepper.token_counts.index(token_counts[0])
     logits, pool = lax.switch(which, branches, params, state, row, query_lens)
 
     mine = jax.tree.map(lambda x: x.at[row].get(mode="clip"), rows)
@@ -188,7 +195,7 @@ def _forward_and_draw(
 
 
 def _forward(
-    forward: Forward,
+    stepper: Stepper,
     num_tokens: int,
     params: Any,
     state: DecodeState,
@@ -197,12 +204,13 @@ def _forward(
 ) -> tuple[Float[Array, "R V"], PagePool]:
     """Logits at the last of the next tokens of some rows, computed in a pass of T = `num_tokens`."""
     num_rows, capacity = state.rows.tokens.shape
-    metadata = AttentionMetadata.ragged(state.cache.tables, query_lens, num_tokens, rows=row)
+    longest = num_tokens if num_tokens == stepper.token_counts[-1] else min(SHORT, num_tokens)
+    metadata = AttentionMetadata.ragged(state.cache.tables, query_lens, num_tokens, rows=row, max_query_len=longest)
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     sequence = jnp.searchsorted(metadata.query_starts[1:], token, side="right").astype(jnp.int32)  # R for padding
     place = row.at[sequence].get(mode="clip"), jnp.minimum(metadata.positions, capacity - 1)
     tokens = state.rows.tokens.at[place].get(mode="clip")
-    return forward(params, tokens, state.cache.pool, metadata)
+    return stepper.forward(params, tokens, state.cache.pool, metadata)
 
 
 def share_prompts(state: DecodeState) -> DecodeState:

@@ -43,6 +43,5 @@ def check_period(config: DecoderConfig, period: int) -> None:
     if kinds != [kinds[layer % period] for layer in range(config.num_layers)]:
         raise ValueError(
             f"the windows and rotary embeddings of the layers do not repeat after period={period}: use a multiple of "
-            f"{config.period}, "
-            "or None."
+            f"{config.period}, or None."
         )

@@ -120,7 +120,9 @@ def test_sizes_that_do_not_fit_are_named():
 
     def start(num_pages=1 + 16, chunk=CHUNK, continuations=continuations, prompt=prompt, **sizes):
         cache = KVCache.create(decoder.config(num_pages, **sizes))
-        score(decoder.forward, jnp.int32(0), prompt, 9, continuations, lengths[: len(continuations)], cache, chunk=chunk)
+        score(
+            decoder.forward, jnp.int32(0), prompt, 9, continuations, lengths[: len(continuations)], cache, chunk=chunk
+        )
 
     with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
         start(chunk=0)
@@ -139,6 +141,7 @@ def test_sizes_that_do_not_fit_are_named():
     ):
         start(num_pages=1 + 12)
     with pytest.raises(
-        ValueError, match="need 6 pages, but layers with a window of 6 have 5: raise window_pages to 7, .* or lower chunk"
+        ValueError,
+        match="need 6 pages, but layers with a window of 6 have 5: raise window_pages to 7, .* or lower chunk",
     ):
         start(windows=HYBRID, window_pages=1 + 5)
