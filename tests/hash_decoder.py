@@ -86,10 +86,10 @@ def dense_greedy(prompt: list[int], num_tokens: int, windows=(None, None), stop:
     return tokens[len(prompt) :]
 
 
-def dense_logprobs(prompt: list[int], drawn: list[int], windows=(None, None)) -> np.ndarray:
-    """The log-probability of each drawn token, in float64."""
+def dense_logprobs(prompt: list[int], drawn: list[int], windows=(None, None), tokens=None) -> np.ndarray:
+    """The log-probability of each drawn token, or of other `tokens` in its place, in float64."""
     out = []
-    for i, token in enumerate(drawn):
+    for i, token in enumerate(drawn if tokens is None else tokens):
         logits = dense_logits(prompt + drawn[:i], windows).astype(np.float64)
         out.append(logits[token] - np.log(np.sum(np.exp(logits))))
     return np.array(out)

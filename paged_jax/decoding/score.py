@@ -258,8 +258,8 @@ def _check_sizes(tables: PageTables, text: _Text, chunk: int, has_prefix: bool) 
     if longest + width - 1 > tables.max_length:  # the last token is never cached
         page_size = tables.groups[0].page_size
         raise ValueError(
-            f"{asked} need a row of {longest + width - 1} tokens, but rows hold {tables.max_length}: shorten the arrays "
-            f"or raise max_pages_per_sequence to {-(-(longest + width - 1) // page_size)}"
+            f"{asked} need a row of {longest + width - 1} tokens, but rows hold {tables.max_length}: shorten the "
+            f"arrays or raise max_pages_per_sequence to {-(-(longest + width - 1) // page_size)}"
         )
     num_tokens = min(chunk, num_continuations * width)
     for table, group, own in zip(tables.groups, tables.layout, _own_pages(tables, width, num_tokens), strict=True):
@@ -272,6 +272,6 @@ def _check_sizes(tables: PageTables, text: _Text, chunk: int, has_prefix: bool) 
             if group.window is not None:
                 whose, name = f"layers with a window of {group.window} have", "window_pages"
             raise ValueError(
-                f"{asked} in steps of {chunk} tokens need {need} pages, but {whose} {table.num_pages - 1}: raise {name} "
-                f"to {need + 1}, shorten the arrays or lower chunk"
+                f"{asked} in steps of {chunk} tokens need {need} pages, but {whose} {table.num_pages - 1}: raise "
+                f"{name} to {need + 1}, shorten the arrays or lower chunk"
             )

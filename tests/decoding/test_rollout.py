@@ -11,6 +11,8 @@ import pytest
 import toy
 from paged_jax import Finish, KVCache, Rollout, SamplingParams, SamplingState, Stepper, rollout
 from paged_jax.cache.invariants import check
+from paged_jax.decoding.rows import DecodeState
+from paged_jax.decoding.step import step
 
 PLAIN, HYBRID = (None, None), (None, 6)
 GREEDY = SamplingParams(max_new_tokens=24)
@@ -25,7 +27,7 @@ def queue(num_prompts: int, longest: int, width: int, seed: int = 0):
 
 @functools.cache
 def program(windows, num_samples: int, max_new_tokens: int, token_counts: tuple[int, ...]):
-    stepper = Stepper(decoder.forward_with(windows), token_counts)
+    stepper = Stepper(decoder.forward_with(windows), token_counts, num_logprobs=2)
 
     def run(cache, prompts, prompt_lens, sampling, limits):
         return rollout(
@@ -73,7 +75,8 @@ def test_every_sample_is_the_one_drawn_alone_with_plenty_of_pages_and_with_a_qua
     assert short.counters.preemptions > 10 and short.counters.recomputed_tokens > 0
     for name in ("tokens", "lengths", "finish"):
         assert np.array_equal(getattr(plenty, name), getattr(short, name)), name
-    assert np.array_equal(plenty.logprobs, short.logprobs), "not a bit differs after a preemption"
+    for name in ("logprobs", "top_tokens", "top_logprobs"):
+        assert np.array_equal(getattr(plenty, name), getattr(short, name)), f"{name}: not a bit differs"
     assert len({tuple(x) for x in plenty.tokens[1::2].reshape(-1, 24).tolist()}) == 15 * 3, "sampled ones differ"
     for q in range(30):
         prompt = prompts[q, : lens[q]].tolist()
@@ -82,6 +85,11 @@ def test_every_sample_is_the_one_drawn_alone_with_plenty_of_pages_and_with_a_qua
             assert not np.any(plenty.tokens[q, sample, plenty.lengths[q, sample] :])
             expected = decoder.dense_logprobs(prompt, drawn, windows)
             assert np.allclose(plenty.logprobs[q, sample, : len(drawn)], expected, atol=1e-5, rtol=0)
+            top = [decoder.dense_logits(prompt + drawn[:i], windows).argsort()[:-3:-1] for i in range(len(drawn))]
+            assert np.array_equal(plenty.top_tokens[q, sample, : len(drawn)], top)
+            for rank in range(2):
+                expected = decoder.dense_logprobs(prompt, drawn, windows, [best[rank] for best in top])
+                assert np.allclose(plenty.top_logprobs[q, sample, : len(drawn), rank], expected, atol=1e-5, rtol=0)
             if q % 2 == 0:
                 assert drawn == decoder.dense_greedy(prompt, int(limits[q]), windows, (5, 9))
             stopped = drawn[-1] in (5, 9)
@@ -218,3 +226,8 @@ def test_sizes_that_do_not_fit_together_are_named():
         ValueError, match=r"token_counts must be numbers of at least 1 in ascending order, got \(8, 4\)"
     ):
         Stepper(decoder.forward, (8, 4))
+    with pytest.raises(ValueError, match="num_logprobs must be None or at least 0, got -1"):
+        Stepper(decoder.forward, num_logprobs=-1)
+    state = DecodeState.create(decoder.config(17), 8, (4,))
+    with pytest.raises(ValueError, match="num_logprobs=3 of the stepper, but the rows keep 0 .* with num_logprobs=3"):
+        step(Stepper(decoder.forward, (4,), num_logprobs=3), jnp.int32(0), state)

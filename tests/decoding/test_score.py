@@ -2,12 +2,12 @@
 
 import functools
 
+import hash_decoder as decoder
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import hash_decoder as decoder
 import toy
 from paged_jax import AttentionMetadata, KVCache, score
 from paged_jax.cache.invariants import check
@@ -116,7 +116,7 @@ def test_what_cannot_be_computed_is_nan_and_leaves_the_cache_empty():
 
 
 def test_sizes_that_do_not_fit_are_named():
-    prompt, continuations, lengths = problem()
+    prompt, continuations, lengths = map(jnp.asarray, problem())
 
     def start(num_pages=1 + 16, chunk=CHUNK, continuations=continuations, prompt=prompt, **sizes):
         cache = KVCache.create(decoder.config(num_pages, **sizes))
