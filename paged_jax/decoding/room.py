@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int32
 from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.page_table import NULL_PAGE, Reservation
 from paged_jax.cache.page_tables import PageTables, Reservations
-from paged_jax.decoding.plan import YOUNGEST
+from paged_jax.decoding.plan import OLDEST, YOUNGEST
 from paged_jax.decoding.rows import DecodeState, Rows
 
 
@@ -107,7 +107,7 @@ def _choose_victim(attempt: _Attempt, rows: Rows) -> _Victim:
     younger = rows.active & holds & (rows.age > oldest_refused)
     owns = younger & _owns_pages(tables)
     candidates = jnp.where(jnp.any(ended), ended, jnp.where(jnp.any(owns), owns, younger & is_first))
-    youngest = jnp.max(jnp.where(candidates, rows.age, -1))
+    youngest = jnp.max(jnp.where(candidates, rows.age, OLDEST))
     row = jnp.arange(len(rows.age), dtype=jnp.int32)
     victim = candidates & (rows.age == youngest)
     victim &= row == jnp.argmax(victim).astype(jnp.int32)  # rows that have ended may be of one age
