@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import hash_decoder as decoder
 import numpy as np
 import pytest
 
+import hash_decoder as decoder
 from paged_jax.generator import Generator
 from paged_jax.sampling import SamplingParams
 

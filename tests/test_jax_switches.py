@@ -3,12 +3,12 @@
 import contextlib
 import functools
 
-import hash_decoder as decoder
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hash_decoder as decoder
 from paged_jax import KVCache, PageTables, SamplingParams, SamplingState, Stepper, rollout
 
 WINDOWS = (6, 6)  # one group of layers, whose pages are given up: what a single table does, at half the compilation

@@ -13,7 +13,7 @@ Plan = Callable[[DecodeState, int], Int32[Array, " B"]]
 Pure and static under jit. Rows that it gives nothing wait; the oldest active row must get some, or nobody may ever.
 """
 
-YOUNGEST = jnp.iinfo(jnp.int32).max
+OLDEST, YOUNGEST = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
 
 
 def first_come_first_served(state: DecodeState, budget: int) -> Int32[Array, " B"]:

@@ -9,7 +9,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from paged_jax.cache.config import LayerGroup
 from paged_jax.cache.kv_cache import KVCache
+from paged_jax.cache.page_table import PageTable
 from paged_jax.cache.page_tables import Handles, PageTables
 from paged_jax.decoding.rows import NO_ROW, Counters, DecodeState, Finish, Rows
 from paged_jax.decoding.step import Stepper, release, start, step
@@ -87,7 +89,7 @@ def rollout(
         sampling: how all prompts are sampled: prompt q draws from the seed `sampling.seed + q`. Or a SamplingState of Q
             rows, whose seeds may be traced, such as `SamplingState.of(...)`. Sample i of a prompt draws from the stream
             (seed, i).
-        limits: the most tokens of each prompt's samples, at most X; None: X for all.
+        limits: the most tokens of each prompt's samples, 0 to X; None: X for all.
         prefix: handles to the first tokens of all prompts, which were computed before; the prompts repeat these tokens.
 
     Returns:
@@ -123,7 +125,7 @@ def rollout(
         finish=jnp.zeros(num_all, jnp.int32),
         counters=state.counters,
     )
-    reachable = _reachable_tokens(cache.tables, prefix)
+    reachable = _reachable_tokens(cache.tables, prefix, prompt_lens, stepper.token_counts[-1])
 
     def unfinished(carry: tuple[DecodeState, _Queue, Rollout]) -> Array:
         state, queue, _ = carry
@@ -139,7 +141,7 @@ def rollout(
             state,
             queue,
         )
-        state, ended = step(stepper, params, state)
+        state, ended = step(stepper, params, _attach_prefix(state, queue.prefix))
         ended |= (queue.sample < num_all) & ~state.rows.active
         state, queue = _keep_prompt(state, queue, num_samples)
         is_stuck = state.counters.computed_tokens == before
@@ -160,8 +162,7 @@ def _check_sizes(stepper: Stepper, cache: KVCache, num_samples: int, max_new_tok
             raise ValueError(f"{name} must be at least 1, got {value}")
     tables, budget = cache.tables, stepper.token_counts[-1]
     for table, group in zip(tables.groups, tables.layout, strict=True):
-        need = 1 if group.window is None else -(-(group.window + budget - 2) // table.page_size) + 1
-        need = min(need, table.pages.shape[1])
+        need = 1 if group.window is None else _pages_of_window(table, group, budget)
         if need > table.num_pages - 1:
             raise ValueError(
                 f"layers with a window of {group.window} have {table.num_pages - 1} pages, but a row that computes "
@@ -190,20 +191,29 @@ def _idle_state(stepper: Stepper, cache: KVCache, capacity: int, sampling: Sampl
     return DecodeState(cache, rows, Counters.create(len(stepper.token_counts)))
 
 
-def _reachable_tokens(tables: PageTables, prefix: Handles | None) -> Int32[Array, ""]:
-    """The most tokens that a row can cache: with all pages that are free now, and those of the prefix."""
-    reachable = jnp.int32(tables.max_length)
-    has_windows = any(group.window is not None for group in tables.layout)
+def _reachable_tokens(
+    tables: PageTables, prefix: Handles | None, prompt_lens: Int32[Array, " Q"], budget: int
+) -> Int32[Array, " Q"]:
+    """The most tokens that a row of each prompt can cache with all pages that are free now, and those of the prefix."""
+    reachable = jnp.full_like(prompt_lens, tables.max_length)
     for g, (table, group) in enumerate(zip(tables.groups, tables.layout, strict=True)):
-        if group.window is None:
-            # where layers have windows a row that gave up its pages may have to compute the prefix again
-            shared = 0 if prefix is None or has_windows else prefix[g].num_tokens // table.page_size
-            reachable = jnp.minimum(reachable, (table.num_free + shared) * table.page_size)
+        free = jnp.broadcast_to(table.num_free, prompt_lens.shape)
+        if group.window is not None:  # with the pages of one step a row goes on for ever
+            free = jnp.where(free >= _pages_of_window(table, group, budget), table.pages.shape[1], free)
+        elif prefix is not None:
+            free += jnp.where(prompt_lens > prefix[g].num_tokens, prefix[g].num_tokens // table.page_size, 0)
+        reachable = jnp.minimum(reachable, free * table.page_size)
     return reachable
 
 
+def _pages_of_window(table: PageTable, group: LayerGroup, budget: int) -> int:
+    """The most pages that a row maps at once in a group whose layers see a window."""
+    assert group.window is not None
+    return min(-(-(group.window + budget - 2) // table.page_size) + 1, table.pages.shape[1])
+
+
 def _admit(
-    state: DecodeState, queue: _Queue, num_samples: int, reachable: Int32[Array, ""]
+    state: DecodeState, queue: _Queue, num_samples: int, reachable: Int32[Array, " Q"]
 ) -> tuple[DecodeState, _Queue]:
     """Free rows take the next samples. The first sample of a prompt computes it, the others wait for it to do so."""
     num_prompts, width = queue.prompts.shape
@@ -215,14 +225,14 @@ def _admit(
     prompt = jnp.minimum(jnp.where(takes, candidate // num_samples, 0), num_prompts - 1)
     sampling = jax.tree.map(lambda x: x[prompt], queue.sampling)
     num_prompt = queue.prompt_lens[prompt]
-    fits = (num_prompt >= 1) & (num_prompt <= jnp.minimum(reachable, width))
-    limit = jnp.clip(queue.limits[prompt], 1, state.rows.tokens.shape[1] - width)
+    fits = (num_prompt >= 1) & (num_prompt <= jnp.minimum(reachable[prompt], width))
+    limit = jnp.clip(queue.limits[prompt], 0, state.rows.tokens.shape[1] - width)
     new = dataclasses.replace(
         state.rows,
         tokens=state.rows.tokens.at[:, :width].set(queue.prompts[prompt]),
         num_prompt=jnp.where(fits, num_prompt, state.longest_row + 1),  # so that `start` refuses it
         num_known=num_prompt,
-        limit=jnp.minimum(num_prompt + limit, reachable + 1),
+        limit=jnp.minimum(num_prompt + limit, reachable[prompt] + 1),
         age=sample,
         active=jnp.ones(num_rows, bool),
         finish=jnp.zeros(num_rows, jnp.int32),
@@ -253,17 +263,25 @@ def _find_source(
 
 
 def _attach(state: DecodeState, queue: _Queue, new: Bool[Array, " B"], num_samples: int) -> tuple[DecodeState, _Queue]:
-    """New rows that wait for nobody take the pages of their prompt, if handles hold them, else those of the prefix."""
+    """New rows take the pages of their prompt, if handles hold them."""
     takes_handles = new & (queue.sample // num_samples == queue.handles_of)
     tables = state.cache.tables.attach_each(takes_handles, queue.handles)
-    if queue.prefix is not None:
-        alone = (
-            new & ~takes_handles & (state.rows.source == NO_ROW) & (state.rows.num_prompt > queue.prefix[0].num_tokens)
-        )
-        tables = tables.attach_each(alone, queue.prefix)
     state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, tables=tables))
     is_complete = queue.next >= (queue.handles_of + 1) * num_samples
     return _drop_prompt(state, queue, is_complete)
+
+
+def _attach_prefix(state: DecodeState, prefix: Handles | None) -> DecodeState:
+    """Rows that hold nothing take the pages of the prefix: new ones, and those that gave up all of theirs.
+
+    A row that had to compute the prefix again might find no pages for it, since the handles keep the first ones.
+    """
+    if prefix is None:
+        return state
+    rows, tables = state.rows, state.cache.tables
+    takes = rows.active & (rows.source == NO_ROW) & (tables.lengths == 0) & (rows.num_prompt > prefix[0].num_tokens)
+    tables = tables.attach_each(takes, prefix)
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, tables=tables))
 
 
 def _keep_prompt(state: DecodeState, queue: _Queue, num_samples: int) -> tuple[DecodeState, _Queue]:

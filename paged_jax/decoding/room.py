@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Int32
 from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.page_table import NULL_PAGE, Reservation
 from paged_jax.cache.page_tables import PageTables, Reservations
-from paged_jax.decoding.plan import YOUNGEST
-from paged_jax.decoding.rows import DecodeState, Rows
+from paged_jax.decoding.plan import OLDEST, YOUNGEST
+from paged_jax.decoding.rows import NO_ROW, DecodeState, Rows
 
 
 def reserve(state: DecodeState, asked: Int32[Array, " B"]) -> tuple[DecodeState, Int32[Array, " B"]]:
@@ -101,13 +101,14 @@ def _choose_victim(attempt: _Attempt, rows: Rows) -> _Victim:
     """Who gives up pages for the oldest refused row; nobody if none can help."""
     tables = attempt.tables
     oldest_refused = jnp.min(jnp.where(attempt.refused, rows.age, YOUNGEST))
-    is_first = oldest_refused == jnp.min(jnp.where(rows.active & (rows.num_known > 0), rows.age, YOUNGEST))
+    takes_part = rows.active & (rows.source == NO_ROW)
+    is_first = oldest_refused == jnp.min(jnp.where(takes_part, rows.age, YOUNGEST))
     holds = tables.lengths > 0
     ended = ~rows.active & holds
     younger = rows.active & holds & (rows.age > oldest_refused)
     owns = younger & _owns_pages(tables)
     candidates = jnp.where(jnp.any(ended), ended, jnp.where(jnp.any(owns), owns, younger & is_first))
-    youngest = jnp.max(jnp.where(candidates, rows.age, -1))
+    youngest = jnp.max(jnp.where(candidates, rows.age, OLDEST))
     row = jnp.arange(len(rows.age), dtype=jnp.int32)
     victim = candidates & (rows.age == youngest)
     victim &= row == jnp.argmax(victim).astype(jnp.int32)  # rows that have ended may be of one age

@@ -267,18 +267,21 @@ def commit(state: DecodeState, drawn: Drawn) -> tuple[DecodeState, Bool[Array, "
 def start(state: DecodeState, mask: Bool[Array, " B"], rows: Rows) -> DecodeState:
     """Put sequences into some rows, which must hold no pages; the others stay as they are.
 
-    A row whose prompt could never fit, even alone, ends at once, with `Finish.TOO_LONG` and no token drawn.
+    A row whose prompt could never fit, even alone, ends at once, with `Finish.TOO_LONG` and no token drawn; one whose
+    limit leaves it no token to draw ends at once with `Finish.MAX_TOKENS`.
     """
     rows = rows.where(mask, state.rows)
-    fits = rows.num_prompt <= state.longest_row
-    limit = jnp.minimum(rows.limit, state.longest_row + 1)  # the last token that a row draws is never cached
+    longest = min(state.longest_row, rows.tokens.shape[1] - 1)  # the last token that a row draws is never cached
+    fits = rows.num_prompt <= longest
+    draws = rows.limit > rows.num_prompt
+    finish = jnp.select([~fits, ~draws], [jnp.int32(Finish.TOO_LONG), jnp.int32(Finish.MAX_TOKENS)], rows.finish)
     return dataclasses.replace(
         state,
         rows=dataclasses.replace(
             rows,
-            limit=jnp.where(mask, limit, rows.limit),
-            active=rows.active & (fits | ~mask),
-            finish=jnp.where(mask & ~fits, jnp.int32(Finish.TOO_LONG), rows.finish),
+            limit=jnp.where(mask, jnp.minimum(rows.limit, longest + 1), rows.limit),
+            active=rows.active & (fits & draws | ~mask),
+            finish=jnp.where(mask, finish, rows.finish),
         ),
     )
 

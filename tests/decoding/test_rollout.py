@@ -2,17 +2,15 @@
 
 import functools
 
-import hash_decoder as decoder
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hash_decoder as decoder
 import toy
-from paged_jax import Finish, KVCache, Rollout, SamplingParams, SamplingState, Stepper, rollout
+from paged_jax import AttentionMetadata, Finish, KVCache, Rollout, SamplingParams, SamplingState, Stepper, rollout
 from paged_jax.cache.invariants import check
-from paged_jax.decoding.rows import DecodeState
-from paged_jax.decoding.step import step
 
 PLAIN, HYBRID = (None, None), (None, 6)
 GREEDY = SamplingParams(max_new_tokens=24)
@@ -25,30 +23,83 @@ def queue(num_prompts: int, longest: int, width: int, seed: int = 0):
     return rng.integers(0, decoder.VOCAB, (num_prompts, width)).astype(np.int32), lens
 
 
-@functools.cache
-def program(windows, num_samples: int, max_new_tokens: int, token_counts: tuple[int, ...]):
-    stepper = Stepper(decoder.forward_with(windows), token_counts, num_logprobs=2)
+Q, N, WIDTH, NEW = 16, 5, 40, 24  # prompts, samples of each, and the most tokens of both: one program for most tests
+TRACES = {PLAIN: 0, HYBRID: 0}
 
-    def run(cache, prompts, prompt_lens, sampling, limits):
+
+NO_PREFIX = np.zeros(18, np.int32)
+
+
+@functools.cache
+def stepper_of(windows) -> Stepper:
+    def forward(*arguments):
+        TRACES[windows] += 1
+        return decoder.forward(*arguments, windows=windows)
+
+    return Stepper(forward, (4, 16))
+
+
+@functools.cache
+def program(windows):
+    """The rollout of most tests; a prefix of no tokens is none."""
+
+    def run(cache, prompts, lens, sampling, limits, prefix):
         return rollout(
-            stepper, jnp.int32(0), prompts, prompt_lens, cache,
-            max_new_tokens=max_new_tokens, num_samples=num_samples, sampling=sampling, limits=limits,
+            stepper_of(windows), jnp.int32(0), prompts, lens, cache,
+            max_new_tokens=NEW, num_samples=N, sampling=sampling, limits=limits, prefix=prefix,
         )  # fmt: skip
 
-    return jax.jit(run, donate_argnums=0)
+    return jax.jit(run)
+
+
+@functools.cache
+def holder(windows):
+    """Publish so many tokens of each row of an empty cache; those of row 0 are computed."""
+
+    def hold(cache, tokens, lens):
+        cache, granted = cache.reserve(lens)
+        computed = jnp.where(jnp.arange(len(lens)) == 0, jnp.minimum(lens, len(tokens)), 0)
+        metadata = AttentionMetadata.ragged(cache.tables, computed, len(tokens))
+        _, pool = decoder.forward(jnp.int32(0), tokens, cache.pool, metadata, windows)
+        tables, handles = cache.tables, []
+        for row in range(len(lens)):
+            tables, handle = tables.publish(row, lens[row])
+            handles.append(handle)
+        return KVCache(tables.release(jnp.ones(len(lens), bool)), pool), handles, granted
+
+    return jax.jit(hold)
+
+
+@functools.cache
+def drop_all():
+    def drop(cache, handles):
+        return KVCache(functools.reduce(lambda tables, handle: tables.drop(handle), handles, cache.tables), cache.pool)
+
+    return jax.jit(drop)
+
+
+@functools.cache
+def empty_cache(windows) -> KVCache:
+    return KVCache.create(decoder.config(1 + 56, windows=windows))
 
 
 def sampling_of(num_prompts: int, params: SamplingParams = GREEDY) -> SamplingState:
     return SamplingState.of([(params, 0)] * num_prompts)
 
 
-def run(
-    cache, prompts, lens, *, windows=PLAIN, n=3, sampling=None, limits=None, counts=(4, 16)
-) -> tuple[Rollout, KVCache]:
+def run(prompts, lens, *, windows=PLAIN, sampling=None, limits=None, held=(0, 0, 0, 0), prefix=NO_PREFIX) -> Rollout:
+    """A rollout while handles hold the pages of so many tokens; those of the first are the prefix, if they are 18."""
     sampling = sampling_of(len(lens)) if sampling is None else sampling
-    limits = np.full(len(lens), 24, np.int32) if limits is None else limits
-    result, cache = program(windows, n, 24, counts)(cache, prompts, lens, sampling, limits)
-    return jax.device_get(result), cache
+    limits = np.full(len(lens), NEW, np.int32) if limits is None else limits
+    cache, handles, granted = holder(windows)(empty_cache(windows), prefix, np.array(held, np.int32))
+    assert np.all(granted)
+    nothing = empty_cache(windows).tables.publish(0, 0)[1]
+    before = int(cache.tables.groups[0].num_free)
+    prefix_handle = handles[0] if held[0] == 18 else nothing
+    result, cache = program(windows)(cache, prompts, lens, sampling, limits, prefix_handle)
+    assert int(cache.tables.groups[0].num_free) == before
+    assert is_empty(drop_all()(cache, handles))
+    return jax.device_get(result)
 
 
 def is_empty(cache: KVCache) -> bool:
@@ -59,151 +110,169 @@ def is_empty(cache: KVCache) -> bool:
 
 @pytest.mark.parametrize("windows", [PLAIN, HYBRID], ids=["plain", "hybrid"])
 def test_every_sample_is_the_one_drawn_alone_with_plenty_of_pages_and_with_a_quarter(windows):
-    prompts, lens = queue(30, 40, 40)
-    limits = np.random.default_rng(1).integers(1, 25, 30).astype(np.int32)
+    prompts, lens = queue(Q, WIDTH, WIDTH)
+    limits = np.random.default_rng(1).integers(1, NEW + 1, Q).astype(np.int32)
+    limits[3] = 0
     sampling = SamplingState.of(
-        [(SamplingParams(temperature=float(q % 2), seed=q, stop_tokens=(5, 9)), 0) for q in range(30)]
+        [(SamplingParams(temperature=float(q % 2), seed=q, stop_tokens=(5, 9)), 0) for q in range(Q)]
     )
-    results = []
-    for num_pages in (1 + 4 * 16, 1 + 16):
-        config = decoder.config(num_pages, windows=windows)
-        result, cache = run(KVCache.create(config), prompts, lens, windows=windows, sampling=sampling, limits=limits)
-        assert is_empty(cache)
-        results.append(result)
-    plenty, short = results
+    options = {"windows": windows, "sampling": sampling, "limits": limits}
+    plenty, short = (run(prompts, lens, **options, held=held) for held in ((0, 0, 0, 0), (64, 64, 32, 0)))
     assert plenty.counters.preemptions == plenty.counters.recomputed_tokens == 0
     assert short.counters.preemptions > 10 and short.counters.recomputed_tokens > 0
     for name in ("tokens", "lengths", "finish"):
         assert np.array_equal(getattr(plenty, name), getattr(short, name)), name
-    for name in ("logprobs", "top_tokens", "top_logprobs"):
-        assert np.array_equal(getattr(plenty, name), getattr(short, name)), f"{name}: not a bit differs"
-    assert len({tuple(x) for x in plenty.tokens[1::2].reshape(-1, 24).tolist()}) == 15 * 3, "sampled ones differ"
-    for q in range(30):
+    assert np.array_equal(plenty.logprobs, short.logprobs), "not a bit differs after a preemption"
+    for q in range(Q):
         prompt = prompts[q, : lens[q]].tolist()
-        for sample in range(3):
-            drawn = plenty.tokens[q, sample, : plenty.lengths[q, sample]].tolist()
-            assert not np.any(plenty.tokens[q, sample, plenty.lengths[q, sample] :])
+        for sample in range(N):
+            length = plenty.lengths[q, sample]
+            drawn = plenty.tokens[q, sample, :length].tolist()
+            assert not np.any(plenty.tokens[q, sample, length:])
             expected = decoder.dense_logprobs(prompt, drawn, windows)
-            assert np.allclose(plenty.logprobs[q, sample, : len(drawn)], expected, atol=1e-5, rtol=0)
-            top = [decoder.dense_logits(prompt + drawn[:i], windows).argsort()[:-3:-1] for i in range(len(drawn))]
-            assert np.array_equal(plenty.top_tokens[q, sample, : len(drawn)], top)
-            for rank in range(2):
-                expected = decoder.dense_logprobs(prompt, drawn, windows, [best[rank] for best in top])
-                assert np.allclose(plenty.top_logprobs[q, sample, : len(drawn), rank], expected, atol=1e-5, rtol=0)
+            assert np.allclose(plenty.logprobs[q, sample, :length], expected, atol=1e-5, rtol=0)
             if q % 2 == 0:
                 assert drawn == decoder.dense_greedy(prompt, int(limits[q]), windows, (5, 9))
-            stopped = drawn[-1] in (5, 9)
+            stopped = length > 0 and drawn[-1] in (5, 9)
             assert plenty.finish[q, sample] == (Finish.STOP_TOKEN if stopped else Finish.MAX_TOKENS)
-            assert stopped or len(drawn) == limits[q]
+            assert stopped or length == limits[q]
+        texts = {tuple(x) for x in plenty.tokens[q].tolist()}
+        assert len(texts) == (N if q % 2 and limits[q] > 4 else len(texts)), "sampled ones differ"
 
 
 def test_each_prompt_is_computed_once_for_all_its_samples_also_when_they_do_not_fit_in_the_rows_at_once():
-    prompts, lens = queue(7, 40, 40, seed=2)
-    result, _ = run(KVCache.create(decoder.config(1 + 64)), prompts, lens, n=5)
+    prompts, lens = queue(Q, WIDTH, WIDTH, seed=2)
+    result = run(prompts, lens)
     # Each sample computes all tokens that it draws but its last one, and all but the first the prompt's last token.
     drawn = int(np.sum(result.lengths))
     assert result.counters.drawn_tokens == drawn
-    assert result.counters.computed_tokens == int(np.sum(lens)) + 7 * 4 + drawn - 7 * 5
+    assert result.counters.computed_tokens == int(np.sum(lens)) + Q * (N - 1) + drawn - Q * N
 
 
 def test_samples_do_not_depend_on_the_order_of_the_queue_or_the_number_of_rows():
-    prompts, lens = queue(10, 30, 30, seed=3)
-    sampling = SamplingState.of([(SamplingParams(temperature=1.0, seed=q), 0) for q in range(10)])
-    one, _ = run(KVCache.create(decoder.config(1 + 64)), prompts, lens, sampling=sampling)
-    order = np.random.default_rng(0).permutation(10)
+    prompts, lens = queue(Q, 30, WIDTH, seed=3)
+    sampling = SamplingState.of([(SamplingParams(temperature=1.0, seed=q), 0) for q in range(Q)])
+    one = run(prompts, lens, sampling=sampling)
+    order = np.random.default_rng(0).permutation(Q)
     shuffled = jax.tree.map(lambda x: x[order], sampling)
-    config = decoder.config(1 + 64, max_sequences=7)
-    other, _ = run(KVCache.create(config), prompts[order], lens[order], sampling=shuffled, counts=(8, 16))
+    cache = KVCache.create(decoder.config(1 + 64, max_sequences=7))
+    stepper = Stepper(decoder.forward_with(PLAIN), (16,))
+    sample = jax.jit(functools.partial(rollout, stepper, max_new_tokens=NEW, num_samples=N))
+    other, _ = sample(jnp.int32(0), prompts[order], lens[order], cache, sampling=shuffled)
     assert np.array_equal(other.tokens, one.tokens[order]) and np.array_equal(other.logprobs, one.logprobs[order])
 
 
 def test_a_prompt_that_can_never_fit_ends_without_a_token_and_the_others_are_served():
-    prompts, lens = queue(6, 20, 40, seed=4)
+    prompts, lens = queue(Q, 20, WIDTH, seed=4)
     lens[2], lens[5] = 37, 0
-    result, cache = run(KVCache.create(decoder.config(1 + 9)), prompts, lens)
+    result = run(prompts, lens, held=(64, 64, 60, 0))  # 9 pages are free
     assert np.all(result.finish[[2, 5]] == Finish.TOO_LONG) and not np.any(result.lengths[[2, 5]])
-    for q in (0, 1, 3, 4):
-        most = min(24, 36 + 1 - lens[q])  # the last token is never cached
+    for q in set(range(Q)) - {2, 5}:
+        most = min(NEW, 36 + 1 - lens[q])  # the last token is never cached
         assert result.tokens[q, 0, :most].tolist() == decoder.dense_greedy(prompts[q, : lens[q]].tolist(), most)
         assert np.all(result.lengths[q] == most) and np.all(result.finish[q] == Finish.MAX_TOKENS)
-    assert is_empty(cache)
 
 
 @pytest.mark.parametrize("windows", [PLAIN, HYBRID], ids=["plain", "hybrid"])
 def test_prompts_continue_after_a_prefix_whose_pages_a_handle_keeps(windows):
-    prompts, lens = queue(8, 10, 40, seed=5)
-    prefix = np.random.default_rng(9).integers(0, decoder.VOCAB, 18)
-    prompts = np.concatenate([np.broadcast_to(prefix, (8, 18)), prompts], axis=1)[:, :40].astype(np.int32)
-    cold, _ = run(KVCache.create(decoder.config(1 + 64, windows=windows)), prompts, lens + 18, windows=windows)
-    stepper = Stepper(decoder.forward_with(windows), (4, 16))
-
-    @jax.jit
-    def warm(cache, prompts, lens):
-        cache, granted = cache.reserve(jnp.array([18, 0, 0, 0], jnp.int32))
-        from paged_jax import AttentionMetadata
-
-        metadata = AttentionMetadata.ragged(cache.tables, jnp.array([18, 0, 0, 0], jnp.int32), 18)
-        _, pool = stepper.forward(jnp.int32(0), prompts[0, :18], cache.pool, metadata)
-        tables, handles = cache.tables.publish(0, 18)
-        cache = KVCache(tables.release(jnp.array([True, False, False, False])), pool)
-        result, cache = rollout(
-            stepper, jnp.int32(0), prompts, lens, cache, max_new_tokens=24, num_samples=3,
-            sampling=GREEDY, prefix=handles,
-        )  # fmt: skip
-        return result, KVCache(cache.tables.drop(handles), cache.pool), granted
-
-    result, cache, granted = warm(KVCache.create(decoder.config(1 + 20, windows=windows)), prompts, lens + 18)
-    assert granted[0] and is_empty(cache)
-    assert np.array_equal(result.tokens, cold.tokens) and np.array_equal(result.logprobs, cold.logprobs)
-    if windows == PLAIN:
-        assert (
-            result.counters.computed_tokens - result.counters.recomputed_tokens < cold.counters.computed_tokens - 8 * 16
-        )
+    prompts, lens = queue(Q, 10, WIDTH, seed=5)
+    prefix = np.random.default_rng(9).integers(0, decoder.VOCAB, 18).astype(np.int32)
+    prompts = np.concatenate([np.broadcast_to(prefix, (Q, 18)), prompts], axis=1)[:, :WIDTH].astype(np.int32)
+    cold = run(prompts, lens + 18, windows=windows)
+    # 11 pages are free and 5 hold the prefix: a row that had to compute it again would never end.
+    short = run(prompts, lens + 18, windows=windows, held=(18, 64, 64, 32), prefix=prefix)
+    assert np.array_equal(short.tokens, cold.tokens) and np.array_equal(short.logprobs, cold.logprobs)
+    assert short.counters.preemptions > 0
+    warm = run(prompts, lens + 18, windows=windows, held=(18, 0, 0, 0), prefix=prefix)
+    assert np.array_equal(warm.tokens, cold.tokens) and np.array_equal(warm.logprobs, cold.logprobs)
+    assert warm.counters.computed_tokens == cold.counters.computed_tokens - Q * 18
 
 
-def test_one_compilation_serves_three_queues_without_a_host_callback():
-    traces = []
+def test_a_prompt_as_long_as_the_prefix_ends_as_too_long_where_only_the_prefix_would_let_it_fit():
+    prefix = np.arange(18, dtype=np.int32)
+    prompts = np.broadcast_to(np.pad(prefix, (0, WIDTH - 18)), (Q, WIDTH)).astype(np.int32)
+    lens = np.full(Q, 18, np.int32)
+    lens[1::2] = 19
+    result = run(prompts, lens, held=(18, 64, 64, 64), prefix=prefix)  # 3 pages are free
+    assert np.all(result.finish[::2] == Finish.TOO_LONG)
+    assert np.all(result.lengths[1::2] == 28 + 1 - 19)
 
-    def forward(*arguments):
-        traces.append(1)
-        return decoder.forward(*arguments)
 
-    stepper = Stepper(forward, (4, 16))
-
-    @jax.jit
-    def sample(cache, prompts, lens, sampling):
-        return rollout(stepper, jnp.int32(0), prompts, lens, cache, max_new_tokens=5, num_samples=2, sampling=sampling)[
-            0
-        ]
-
-    cache = KVCache.create(decoder.config(1 + 16))
-    lowered = sample.lower(cache, *queue(6, 9, 9), sampling_of(6))
+def test_one_compilation_served_all_queues_without_a_host_callback():
+    for windows in (PLAIN, HYBRID):
+        prompts, lens = queue(Q, 9, WIDTH)
+        run(prompts, lens, windows=windows)
+        before = TRACES[windows]
+        run(prompts + 1, lens, windows=windows, sampling=sampling_of(Q, SamplingParams(temperature=1.0, seed=3)))
+        assert TRACES[windows] == before > 0
+    none = empty_cache(PLAIN).tables.publish(0, 0)[1]
+    lowered = program(PLAIN).lower(empty_cache(PLAIN), prompts, lens, sampling_of(Q), np.full(Q, 9, np.int32), none)
     assert "callback" not in lowered.as_text() and "infeed" not in lowered.as_text()
-    for seed in range(3):
-        prompts, lens = queue(6, 9, 9, seed)
-        result = sample(cache, prompts, lens, sampling_of(6, SamplingParams(temperature=float(seed > 0), seed=seed)))
-        if seed == 0:
-            compiled = len(traces)
-            expected = [decoder.dense_greedy(p[:n].tolist(), 5) for p, n in zip(prompts, lens, strict=True)]
-            assert result.tokens[:, 1].tolist() == expected
-    assert len(traces) == compiled
 
 
-def test_a_real_decoder_draws_what_a_dense_forward_does():
+def test_four_devices_of_a_data_axis_draw_the_tokens_of_one():
+    prompts, lens = queue(4 * Q, 20, WIDTH, seed=6)
+    sampling = SamplingState.of([(SamplingParams(temperature=float(q % 2), seed=q), 0) for q in range(4 * Q)])
+    mesh, split = jax.sharding.Mesh(jax.devices()[:4], "data"), jax.sharding.PartitionSpec("data")
+    stepper = Stepper(decoder.forward_with(PLAIN), (4, 16))
+
+    def sample(prompts, lens, sampling):
+        cache = KVCache.create(decoder.config(1 + 64))
+        options = {"max_new_tokens": NEW, "num_samples": N}
+        result, _ = rollout(stepper, jnp.int32(0), prompts, lens, cache, sampling=sampling, **options)
+        return result._replace(counters=jax.tree.map(lambda x: x[None], result.counters))
+
+    each = jax.jit(jax.shard_map(sample, mesh=mesh, in_specs=split, out_specs=split, check_vma=False))
+    result = jax.device_get(each(prompts, lens, sampling))
+    for device in range(4):
+        mine = slice(device * Q, (device + 1) * Q)
+        one = run(prompts[mine], lens[mine], sampling=jax.tree.map(lambda x, mine=mine: x[mine], sampling))
+        assert np.array_equal(result.tokens[mine], one.tokens)
+        assert np.array_equal(result.logprobs[mine], one.logprobs)
+        assert result.counters.drawn_tokens[device] == one.counters.drawn_tokens
+
+
+def test_a_real_decoder_draws_what_a_dense_forward_does_and_learns_from_it_in_the_same_program():
+    """A policy gradient that rewards even tokens makes them likelier; its loss sees the parameters that drew."""
     params = toy.init_params()
     prompts, lens = queue(5, 20, 20, seed=6)
     prompts %= toy.VOCAB
     stepper = Stepper(toy.forward, (4, 16))
-    sample = jax.jit(functools.partial(rollout, stepper, max_new_tokens=12, num_samples=2, sampling=GREEDY))
-    result, _ = sample(params, prompts, lens, KVCache.create(toy.config(num_pages=1 + 10)))
+    num_new, place = 12, np.arange(12, dtype=np.int32)
+
+    @jax.jit
+    def train(params, cache, sampling):
+        result, cache = rollout(
+            stepper, params, prompts, lens, cache, max_new_tokens=num_new, num_samples=2, sampling=sampling
+        )
+        drawn = result.tokens  # [Q, n, X]
+        padded = jnp.broadcast_to(jnp.pad(prompts, ((0, 0), (0, num_new)))[:, None], (5, 2, 32))
+        at = jnp.broadcast_to(jnp.asarray(lens)[:, None, None] + place[None, None, :], drawn.shape)
+        whole = padded.at[np.arange(5)[:, None, None], np.arange(2)[None, :, None], at].set(drawn)
+        reward = jnp.where(drawn % 2 == 0, 1.0, -1.0)
+
+        def loss(params):
+            logits = jax.vmap(lambda tokens: toy.dense_logits(params, tokens))(whole.reshape(10, 32))
+            logprobs = jax.nn.log_softmax(jnp.take_along_axis(logits.reshape(5, 2, 32, -1), at[..., None] - 1, axis=2))
+            chosen = jnp.take_along_axis(logprobs, drawn[..., None], axis=3)[..., 0]
+            return -jnp.mean(reward * chosen), chosen
+
+        (value, chosen), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        better = jax.tree.map(lambda p, g: p - 0.01 * g, params, gradient)
+        return result, cache, chosen, value, loss(better)[0], gradient
+
+    cache = KVCache.create(toy.config(num_pages=1 + 10))
+    result, cache, chosen, value, later, gradient = train(params, cache, sampling_of(5))
     assert result.counters.preemptions > 0
     for q in range(5):
-        prompt = prompts[q, : lens[q]].tolist()
-        expected = toy.dense_greedy(params, prompt, 12)
+        expected = toy.dense_greedy(params, prompts[q, : lens[q]].tolist(), num_new)
         assert result.tokens[q].tolist() == [expected, expected]
-        logits = toy.dense_logits(params, jnp.array(prompt + expected, jnp.int32))[len(prompt) - 1 : -1]
-        logprobs = jax.nn.log_softmax(logits)[np.arange(12), expected]
-        assert np.allclose(result.logprobs[q, 0], logprobs, atol=1e-5, rtol=0)
+    result, _, chosen, value, later, gradient = train(
+        params, cache, sampling_of(5, SamplingParams(temperature=1.0, seed=1))
+    )
+    assert np.allclose(result.logprobs, chosen, atol=1e-5, rtol=0), "the parameters of the loss are those that drew"
+    norms = [float(jnp.linalg.norm(g)) for g in jax.tree.leaves(gradient)]
+    assert np.all(np.isfinite(norms)) and max(norms) > 0 and later < value
 
 
 def test_sizes_that_do_not_fit_together_are_named():
@@ -226,8 +295,3 @@ def test_sizes_that_do_not_fit_together_are_named():
         ValueError, match=r"token_counts must be numbers of at least 1 in ascending order, got \(8, 4\)"
     ):
         Stepper(decoder.forward, (8, 4))
-    with pytest.raises(ValueError, match="num_logprobs must be None or at least 0, got -1"):
-        Stepper(decoder.forward, num_logprobs=-1)
-    state = DecodeState.create(decoder.config(17), 8, (4,))
-    with pytest.raises(ValueError, match="num_logprobs=3 of the stepper, but the rows keep 0 .* with num_logprobs=3"):
-        step(Stepper(decoder.forward, (4,), num_logprobs=3), jnp.int32(0), state)
