@@ -193,7 +193,7 @@ def test_layers_that_do_not_repeat_are_not_stacked(tmp_path):
     [
         (
             2,
-            "the windows and rotary embeddings of the layers do not repeat after period=2: use a multiple of 3, or None",
+            "the layers do not repeat after period=2: use a multiple of 3, or None",
         ),
         (0, "period=0 must be at least 1 and at most num_layers=8"),
         (9, "period=9 must be at least 1 and at most num_layers=8"),
