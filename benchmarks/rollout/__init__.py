@@ -1,0 +1,1 @@
+"""Rollouts beside what a user would pick instead."""
