@@ -39,7 +39,7 @@ def _has_room(state: DecodeState, budget: int, decodes: Bool[Array, " B"]) -> Bo
     order = jnp.argsort(waiting_age)
     ok = jnp.ones(behind.shape, bool)
     for table, group in zip(tables.groups, tables.layout, strict=True):
-        most = -(-rows.num_known // table.page_size)
+        most = -(-rows.num_known // table.page_size) - table.first_column
         if group.window is not None:  # a step reads window - 1 tokens and writes at most `budget`
             most = jnp.minimum(most, -(-(group.window + budget - 2) // table.page_size) + 1)
         mapped = -(-table.lengths // table.page_size) - table.first_column

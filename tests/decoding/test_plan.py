@@ -79,7 +79,10 @@ def test_a_window_bounds_the_pages_that_a_row_needs():
     rows = {"known": [4, 60, 60, 1], "cached": [0, 0, 0, 1], "budget": 8}
     assert plan(**rows, window_free=5) == [4, 4, 0, 0]
     assert plan(**rows, window_free=4) == [4, 0, 0, 0]
-    assert plan([60, 60, 60, 1], [40, 40, 0, 1], 60, window_free=14) == [20, 20, 0, 0]
+
+
+def test_pages_given_up_behind_a_window_are_not_needed_again():
+    assert plan([60, 60, 60, 1], [40, 40, 0, 1], 60, window_free=10) == [20, 20, 0, 0], "5 pages each"
 
 
 def test_any_batch_gets_at_most_the_budget_and_its_oldest_row_gets_some():
