@@ -318,7 +318,7 @@ def _stack(parts: list[tuple[Stored, int, int]], leaf, sharding: Sharding | None
     value = jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
     for i, (tensor, start, stop) in enumerate(parts):
         layer = _copy(tensor.rows(start, stop), leaf.dtype, layer_sharding)
-        value = _put(value, layer, i)
+        value = _put(value, layer, i).block_until_ready()  # one layer at a time is held twice
         advance(layer.nbytes)
     return value
 

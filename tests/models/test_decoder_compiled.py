@@ -3,6 +3,7 @@ of a decoder costs nothing to compile where its layers run in a loop."""
 
 import dataclasses
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def compile_forward(config: models.DecoderConfig):
     """A decode step of 32 rows without the page table's part, and the bytes of its pool."""
     decoder = nnx.eval_shape(lambda: models.Decoder(config, period=config.period, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     graph, params = nnx.split(decoder)
-    sizes = dict(num_pages=1024, max_sequences=32, max_pages_per_sequence=128)
+    sizes: dict[str, Any] = dict(num_pages=1024, max_sequences=32, max_pages_per_sequence=128)
     cache = CacheConfig(config.num_layers, config.num_kv_heads, config.head_dim, windows=config.windows, **sizes)
 
     def step(pool, params, tokens, metadata):
@@ -97,6 +98,7 @@ def test_a_deep_decoder_compiles_to_the_program_of_one_period(config):
     (short, _, _, short_seconds), (deep, pool_bytes, layer_bytes, deep_seconds) = programs
     sizes = [compiled.as_text().count("\n") for compiled in (short, deep)]
     memory, memory_of_one = deep.memory_analysis(), short.memory_analysis()
+    assert memory is not None and memory_of_one is not None
     code = memory.generated_code_size_in_bytes / memory_of_one.generated_code_size_in_bytes
     print(
         f"{config.num_layers} layers to {num_layers}: CPU time {deep_seconds / short_seconds:.2f}, lines of HLO "
