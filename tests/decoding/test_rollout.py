@@ -276,7 +276,7 @@ def test_a_real_decoder_draws_what_a_dense_forward_does_and_learns_from_it_in_th
 
 
 def test_sizes_that_do_not_fit_together_are_named():
-    prompts, lens = queue(3, 9, 9)
+    prompts, lens = map(jnp.asarray, queue(3, 9, 9))
     cache = KVCache.create(decoder.config(1 + 16, windows=HYBRID, window_pages=4))
     stepper = Stepper(decoder.forward_with(HYBRID), (4, 16))
 
