@@ -23,7 +23,9 @@ def check_table(page_table, lengths, query_starts) -> None:
         )
 
 
-def check_attention(q, k, v, pages, page_table, lengths, query_starts, window, soft_cap, sinks, max_query_len) -> None:
+def check_attention(
+    q, k, v, pages, page_table, lengths, query_starts, window, soft_cap, sinks, sharing, max_query_len
+) -> None:
     """Raises ValueError where the arguments of `paged_attention` contradict each other."""
     if (k is None) != (v is None):
         raise ValueError("k and v must both be arrays (write, then attend) or both None (attend only)")
@@ -46,3 +48,8 @@ def check_attention(q, k, v, pages, page_table, lengths, query_starts, window, s
         raise ValueError(f"soft_cap must be above 0 or None, got {soft_cap}")
     if max_query_len is not None and max_query_len < 1:
         raise ValueError(f"max_query_len must be at least 1 or None, got {max_query_len}")
+    if sharing is not None and not sharing.leader.shape == sharing.tokens.shape == (len(sharing.leader), len(lengths)):
+        raise ValueError(
+            f"sharing must hold a leader and tokens for each level and each of {len(lengths)} rows, got "
+            f"{sharing.leader.shape} and {sharing.tokens.shape}"
+        )

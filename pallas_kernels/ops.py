@@ -12,6 +12,7 @@ from pallas_kernels.checks import check_attention, check_tokens
 from pallas_kernels.pages import Pages, stored
 from pallas_kernels.reference import AttentionResult
 from pallas_kernels.registry import choose
+from pallas_kernels.sharing import Sharing
 
 
 def paged_attention(
@@ -27,7 +28,7 @@ def paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
-    shared_prefix: Int32[Array, ""] | None = None,
+    sharing: Sharing | None = None,
     max_query_len: int | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
@@ -53,8 +54,7 @@ def paged_attention(
         window: how many positions a query sees, its own included; None: all.
         soft_cap: c in `c * tanh(score / c)`; None: no cap.
         sinks: float `[N]`, for each query head a logit that takes part in the softmax and has no value.
-        shared_prefix: int32 scalar, a promise that the first so many tokens (a multiple of S) of every
-            sequence with a length above 0 lie in the same pages. It changes the speed only.
+        sharing: which rows begin with the same pages, a promise that changes the speed only; None: no row.
         max_query_len: a promise that no sequence has more tokens in `T`; None: T. 1: decoding.
         return_lse: also return the log of each softmax denominator, sinks included.
         implementation: None (by platform and arguments) or a name in `BACKENDS`, which never falls back.
@@ -67,12 +67,12 @@ def paged_attention(
         ValueError: arguments that contradict each other.
         NotImplementedError: the named implementation cannot do this.
     """
-    check_attention(q, k, v, pages, page_table, lengths, query_starts, window, soft_cap, sinks, max_query_len)
+    check_attention(q, k, v, pages, page_table, lengths, query_starts, window, soft_cap, sinks, sharing, max_query_len)
     arguments = dict(
         q=_padded(q, pages), k=_padded(k, pages), v=_padded(v, pages), pages=stored(pages),
         page_table=page_table, lengths=lengths, query_starts=query_starts,
         scale=q.shape[-1] ** -0.5 if scale is None else scale, window=window, soft_cap=soft_cap, sinks=sinks,
-        shared_prefix=shared_prefix, return_lse=return_lse,
+        sharing=sharing, return_lse=return_lse,
         max_query_len=min(max_query_len or q.shape[0], q.shape[0]),
     )  # fmt: skip
     result = choose("paged_attention", implementation, arguments)(**arguments)

@@ -15,6 +15,7 @@ NULL_PAGE = 0  # never owned by a sequence; like every id outside 1..P-1, it sta
 PAGE_DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
 FP8 = jnp.dtype("float8_e4m3fn")
 LARGEST = {"int8": 127, FP8.name: 448}  # of what quantised pages hold: what a vector's largest number becomes
+MOST_ROWS = 2**31 - 2**20  # of a pool: ops count rows in int32, and send tokens that they drop past the last one
 MOST_WRITTEN = 256  # tokens in one scatter
 SUBLANES, LANES = 8, 128  # of a TPU register; key and value share the lanes where a head does not fill them
 PADDED_TO = LANES // 2  # on a TPU, heads take a multiple of so many numbers
@@ -114,7 +115,7 @@ def init_pages(
         Pages of zeros.
 
     Raises:
-        ValueError: a size below 1, or another dtype.
+        ValueError: a size below 1, more rows than int32 counts, or another dtype.
     """
     sizes = dict(num_pages=num_pages, num_kv_heads=num_kv_heads, page_size=page_size, head_dim=head_dim)
     for name, size in sizes.items():
@@ -128,6 +129,12 @@ def init_pages(
     width, scale_width = head_dim, 2 * page_size
     if is_padded:
         width, scale_width = (x + -x % unit for x, unit in ((width, PADDED_TO), (scale_width, LANES)))
+    num_rows = num_pages * num_kv_heads * scale_width
+    if num_rows > MOST_ROWS:
+        raise ValueError(
+            f"{num_pages} pages of {num_kv_heads} heads have {num_rows} rows of keys and values, and ops count up to "
+            f"{MOST_ROWS}: take fewer pages, or several pools"
+        )
     if width % LANES == 0:
         shape = (num_pages, num_kv_heads, 2 * page_size, width)
     else:

@@ -22,6 +22,7 @@ from pallas_kernels.pages import (
     token_places,
     token_slots,
 )
+from pallas_kernels.sharing import Sharing
 
 
 class AttentionResult(NamedTuple):
@@ -97,11 +98,11 @@ def paged_attention(
     window: int | None,
     soft_cap: float | None,
     sinks: Float[Array, " N"] | None,
-    shared_prefix: Int32[Array, ""] | None,
+    sharing: Sharing | None,
     max_query_len: int,
     return_lse: bool,
 ) -> AttentionResult:
-    del shared_prefix, max_query_len  # promises that a faster implementation may use
+    del sharing, max_query_len  # promises that a faster implementation may use
     if k is not None and v is not None:
         pages = write_pages(pages, k, v, page_table, lengths, query_starts)
     num_tokens, num_heads, head_dim = q.shape

@@ -50,6 +50,22 @@ def tiled_table(page_table: Int32[Array, "B M"], pages: Pages) -> Int32[Array, "
     return table.reshape(rows, -1, per_tile)
 
 
+def mapped_table(page_table: Int32[Array, "B M"], pages: Pages) -> Int32[Array, "B M"]:
+    """The page table with the null page for every unmapped entry."""
+    return jnp.where(is_mapped(page_table, pages), page_table, NULL_PAGE)
+
+
+def merge(a: Softmax, b: Softmax) -> Softmax:
+    """Attention over the keys of both."""
+    top = jnp.maximum(a.top, b.top)
+    shrink_a, shrink_b = jnp.exp(a.top - top), jnp.exp(b.top - top)
+    return Softmax(
+        top,
+        a.total * shrink_a + b.total * shrink_b,
+        a.out * shrink_a[..., None] + b.out * shrink_b[..., None],
+    )
+
+
 def start(sinks: Float[Array, " N"] | None, num_kv_heads: int, num_heads: int, head_dim: int) -> Softmax:
     """The state before any key: nothing but the sinks. `[K, G]` and `[K, G, H]`."""
     group = num_heads // num_kv_heads

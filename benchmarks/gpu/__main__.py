@@ -22,11 +22,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the others al
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
-import jax.numpy as jnp
 
 from benchmarks.gpu import checks, peers, timing
 from benchmarks.gpu.problems import HEAD_DIM, NUM_HEADS, Problem, make_problem
 from benchmarks.report import Report, add_json_option
+from pallas_kernels import Sharing
 
 PEER_SECONDS = 45  # for one way to run one problem, what it compiles included
 DTYPES = ("bfloat16", "int8", "float8_e4m3fn")
@@ -102,7 +102,8 @@ def time_prefill(report: Report, rate: float, clock: Clock) -> None:
 def time_shared_prefix(report: Report, bandwidth: float, clock: Clock) -> None:
     prefix, suffix = 4096, 128
     problem = make_problem(64, prefix + suffix, 64, "bfloat16", prefix=prefix)
-    for name, options in (("plain", {}), ("shared", dict(shared_prefix=jnp.int32(prefix)))):
+    sharing = Sharing.of_all(problem.lengths, prefix)
+    for name, options in (("plain", {}), ("shared", dict(sharing=sharing))):
         us = run_peer(lambda p, options=options: peers.ours(p, max_query_len=1, **options), problem, clock)
         percent = 100 * problem.kv_bytes / (us * 1e-6) / bandwidth if isinstance(us, float) else 0.0
         report.add(what="shared prefix 4096", batch=64, context=prefix + suffix, page=64, dtype="bfloat16",

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import Pages, copy_pages, init_pages, paged_attention, write_pages
+from pallas_kernels import Pages, Sharing, copy_pages, init_pages, paged_attention, write_pages
 from pallas_kernels.gpu import attention, hardware
 
 BOUND = 2e-2  # on data of unit scale: the weights are rounded to bfloat16
@@ -62,7 +62,7 @@ def check_attention(case: Case) -> dict[str, object]:
     own = rng.permutation(lengths.size * (columns - shared)).reshape(lengths.size, -1) + 1 + shared
     table = np.concatenate([np.tile(np.arange(shared) + 1, (lengths.size, 1)), own], axis=1).astype(np.int32)
     if "shared_prefix" in options:
-        options["shared_prefix"] = jnp.int32(options["shared_prefix"])
+        options["sharing"] = Sharing.of_all(jnp.asarray(lengths), options.pop("shared_prefix"))
 
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)

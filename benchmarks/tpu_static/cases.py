@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import init_pages, page_bytes, paged_attention
+from pallas_kernels import Sharing, init_pages, page_bytes, paged_attention
 from pallas_kernels.pages import stored
 from pallas_kernels.tpu import attention
 from pallas_kernels.tpu.blocks import decode_sizes, prefill_kernels, prefill_sizes
@@ -119,7 +119,8 @@ def abstract_pages(case: StaticCase):
 
 def step(q, k, v, pages, page_table, lengths, query_starts, shared_prefix=None, *, max_query_len: int):
     result = paged_attention(
-        q, k, v, pages, page_table, lengths, query_starts, shared_prefix=shared_prefix,
+        q, k, v, pages, page_table, lengths, query_starts,
+        sharing=None if shared_prefix is None else Sharing.of_all(lengths, shared_prefix),
         max_query_len=max_query_len, implementation="pallas_tpu",
     )  # fmt: skip
     return result.out, result.pages

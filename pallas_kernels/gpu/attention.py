@@ -16,10 +16,13 @@ from pallas_kernels.gpu.schedule import Queries, cut_queries, cut_rows, max_row_
 from pallas_kernels.merge import merge_states
 from pallas_kernels.pages import Pages, token_places
 from pallas_kernels.reference import AttentionResult
+from pallas_kernels.sharing import Sharing, shared_by_all
 
 MOST_PACKED_QUERIES = 32  # of a sequence: up to so many, the rows of a block are the query heads of a KV head as well
 MOST_DECODE_GROUP = 16  # query heads of a KV head that the decode kernel takes
-PREFIX_PAYS = 2.0**26  # bytes of a shared prefix that reading it once must save: 16 us of an H200's bandwidth
+PREFIX_PAYS = (
+    2.0**26
+)  # bytes of a shared prefix that reading it once must save: 16 us of an H200's bandwidth, not yet measured
 SEES_ALL = 2**30  # the position of a query that sees every key
 LEAST_TILES = 4  # of keys in a part, where a sequence's keys are cut to keep every multiprocessor busy
 
@@ -46,7 +49,7 @@ def paged_attention(
     window: int | None,
     soft_cap: float | None,
     sinks: Float[Array, " N"] | None,
-    shared_prefix: Int32[Array, ""] | None,
+    sharing: Sharing | None,
     max_query_len: int,
     return_lse: bool,
 ) -> AttentionResult:
@@ -58,10 +61,10 @@ def paged_attention(
     group = q.shape[1] // pages.num_kv_heads
     if max_query_len == 1 and group <= MOST_DECODE_GROUP:
         rows = (q, pages, page_table, places.sequence, places.position)
-        if shared_prefix is None or window is not None:
+        if sharing is None or window is not None:
             out, lse = decode(*rows, jnp.zeros_like(places.position), options)
         else:
-            out, lse = decode_behind_prefix(*rows, shared_prefix, options)
+            out, lse = decode_behind_prefix(*rows, shared_by_all(sharing, lengths), options)
     else:
         out, lse = prefill(q, pages, page_table, lengths, query_starts, max_query_len, options)
         lse = jnp.where(places.position[:, None] >= 0, lse, -jnp.inf)

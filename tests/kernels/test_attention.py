@@ -69,17 +69,6 @@ def test_neighbours_cannot_change_my_output(name, what, implementation):
 
 
 @each_implementation
-def test_a_shared_prefix_changes_nothing(implementation):
-    case = Case("decode", (40, 0, 60, 33), (1, 0, 1, 1))
-    inputs = make_inputs(case)
-    table = np.array(inputs.page_table)
-    table[:, :2] = table[0, :2]
-    inputs = dataclasses.replace(inputs, page_table=jnp.asarray(table))
-    promised = run(case, inputs, implementation, shared_prefix=jnp.int32(32))
-    np.testing.assert_allclose(promised.out, run(case, inputs, implementation).out, atol=case.tolerance, rtol=0)
-
-
-@each_implementation
 def test_lse_is_none_unless_asked_for(implementation):
     case = case_named("decode")
     assert run(case, make_inputs(case), implementation, return_lse=False).lse is None

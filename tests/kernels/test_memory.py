@@ -141,5 +141,5 @@ def test_all_layers_of_a_step_share_one_work_list():
         return lowered.as_text().count("call @cumsum("), (lowered.compile().as_text() or "").count("reduce-window(")
 
     (traced_one, compiled_one), (traced_three, compiled_three) = running_totals(1), running_totals(3)
-    assert (traced_one, traced_three) == (1, 3)
+    assert traced_three == 3 * traced_one > 0
     assert compiled_one == compiled_three > 0

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import copy_pages, init_pages
+from pallas_kernels import Sharing, copy_pages, init_pages
 from pallas_kernels.checks import check_attention, check_tokens
 
 
@@ -39,18 +39,22 @@ def arguments(**changes) -> dict[str, Any]:
         (dict(sinks=jnp.ones(2)), r"sinks must hold one logit for each of 4 query heads, got \(2,\)"),
         (dict(window=0), r"window must be at least 1 \(a query sees itself\) or None, got 0"),
         (dict(soft_cap=0.0), "soft_cap must be above 0 or None, got 0.0"),
+        (
+            dict(sharing=Sharing.of_all(jnp.ones(3, jnp.int32), 0)),
+            r"sharing must hold a leader and tokens for each level and each of 2 rows, got \(1, 3\) and \(1, 3\)",
+        ),
         (dict(max_query_len=0), "max_query_len must be at least 1 or None, got 0"),
     ],
 )
 def test_arguments_that_contradict_each_other_are_refused(changes, message):
-    options: dict[str, Any] = dict(window=None, soft_cap=None, sinks=None, max_query_len=None)
+    options: dict[str, Any] = dict(window=None, soft_cap=None, sinks=None, sharing=None, max_query_len=None)
     with pytest.raises(ValueError, match=message):
         # Not through the public function: in the test run its annotations refuse some of these first.
         check_attention(**arguments() | options | changes)
 
 
 def test_attending_without_writing_checks_the_table_too():
-    options: dict[str, Any] = dict(window=None, soft_cap=None, sinks=None, max_query_len=None)
+    options: dict[str, Any] = dict(window=None, soft_cap=None, sinks=None, sharing=None, max_query_len=None)
     with pytest.raises(ValueError, match="a page table of 2 rows needs"):
         check_attention(**arguments(k=None, v=None, query_starts=jnp.zeros(2, jnp.int32)) | options)
 

@@ -169,3 +169,14 @@ def test_sizes_below_one_are_refused(name):
 def test_other_dtypes_are_refused(dtype):
     with pytest.raises(ValueError, match=f"pages hold float32, .*, float8_e4m3fn, got {dtype}: choose one of these"):
         init_pages(2, 1, 4, 64, dtype)
+
+
+def test_more_rows_than_int32_counts_are_refused():
+    def lay_out(num_pages):
+        return jax.eval_shape(lambda: init_pages(num_pages, 8, 16, 128))
+
+    assert lay_out(8_384_512).num_pages == 8_384_512
+    with pytest.raises(
+        ValueError, match=r"8384513 pages of 8 heads have 2146435328 rows .* up to 2146435072: take few"
+    ):
+        lay_out(8_384_513)

@@ -9,7 +9,7 @@ import pytest
 from compiling import LOAD, count, read_reports
 
 from benchmarks.gpu_static.target import compile_for_h200
-from pallas_kernels import copy_pages, paged_attention, write_pages
+from pallas_kernels import Sharing, copy_pages, paged_attention, write_pages
 from pallas_kernels.pages import Pages, init_pages
 
 pytestmark = pytest.mark.gpu_compile
@@ -197,10 +197,9 @@ def test_rows(compile_kernels, page_size, head_dim, heads, tokens, options):
 def test_shared_prefix(compile_kernels):
     pages = abstract_pages(8, 64, 128)
 
-    def decode(shared_prefix, *arguments):
-        return paged_attention(
-            *arguments, shared_prefix=shared_prefix, max_query_len=1, implementation="pallas_gpu"
-        ).out
+    def decode(tokens, *arguments):
+        sharing = Sharing.of_all(arguments[5], tokens)
+        return paged_attention(*arguments, sharing=sharing, max_query_len=1, implementation="pallas_gpu").out
 
     arguments = attention_arguments(64, 64, 56, pages)
     _, reports = compile_kernels(jax.jit(decode), array(), *arguments)

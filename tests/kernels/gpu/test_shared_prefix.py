@@ -5,6 +5,7 @@ import pytest
 from oracle import check
 from problems import make_problem
 
+from pallas_kernels import Sharing
 from pallas_kernels.gpu import attention
 
 
@@ -37,15 +38,15 @@ def test_a_prefix_is_shared_where_that_pays(batch, prefix, shared):
 def test_shared_prefix(interpreter, monkeypatch, heads, prefix, pays):
     if pays:
         monkeypatch.setattr(attention, "PREFIX_PAYS", 0.0)
-    # An empty row stands first: it holds no page of the prefix. The second ends inside it, if that is long.
-    lengths = [0, 81, 203, 97]
+    # An empty row stands first: it holds no page of the prefix. The last two end soon after it.
+    lengths = [0, 203, 100, 97]
     # The table is long enough for the prefix to be cut in two parts.
     problem = make_problem(lengths, query_lens=[1, 1, 1, 1], heads=heads, padding=1, max_pages=64)
-    shared = problem.page_table[2, : prefix // 16]
+    shared = problem.page_table[1, : prefix // 16]
     table = problem.page_table
-    for row in (1, 3):
+    for row in (2, 3):
         mapped = min(prefix, lengths[row]) // 16
         table = table.at[row, :mapped].set(shared[:mapped])
     sinks = jnp.linspace(-1, 2, heads[0], dtype=jnp.float32)
     problem = problem._replace(page_table=table)
-    check(problem, max_query_len=1, shared_prefix=jnp.int32(prefix), sinks=sinks, soft_cap=20.0)
+    check(problem, max_query_len=1, sharing=Sharing.of_all(problem.lengths, prefix), sinks=sinks, soft_cap=20.0)

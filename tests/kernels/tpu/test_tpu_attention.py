@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from kernels.cases import CASES, Case, expected, make_inputs
 
-from pallas_kernels import copy_pages, init_pages, paged_attention, write_pages
+from pallas_kernels import Sharing, copy_pages, init_pages, paged_attention, write_pages
 from pallas_kernels.tpu import attention, decode
 from pallas_kernels.tpu.blocks import ALL_COUNTS, prefill_kernels
 from pallas_kernels.tpu.tasks import PrefillSizes
@@ -28,7 +28,7 @@ ATTENTION_CASES = [
 
 
 def attend(case, inputs, implementation="pallas_tpu", **options):
-    arrays = dict(sinks=inputs.sinks, shared_prefix=options.pop("shared_prefix", None))
+    arrays = dict(sinks=inputs.sinks, sharing=options.pop("sharing", None))
     options = {**case.options, **options, "implementation": implementation}
     return jax.jit(partial(paged_attention, **options))(*inputs.arguments, **arrays)
 
@@ -144,10 +144,10 @@ def test_shared_prefix_changes_nothing(interpreter, small_blocks, prefix):
     lengths = (40, 0, 170, 33, 32)
     case = Case("shared", lengths, (1,) * 5, (4, 2), 128, sinks=True)
     inputs = make_inputs(case)
-    table = inputs.page_table.at[jnp.array([2, 3]), :2].set(inputs.page_table[0, :2])
+    table = inputs.page_table.at[jnp.array([2, 3, 4]), :2].set(inputs.page_table[0, :2])
     inputs = dataclasses.replace(inputs, page_table=table)
     plain = attend(case, inputs, "reference", return_lse=True)
-    result = attend(case, inputs, return_lse=True, shared_prefix=jnp.int32(prefix))
+    result = attend(case, inputs, return_lse=True, sharing=Sharing.of_all(inputs.lengths, prefix))
     np.testing.assert_allclose(result.out, plain.out, atol=1e-5)
     np.testing.assert_allclose(np.asarray(result.lse), np.asarray(plain.lse), atol=1e-5)
     assert_same_pages(result.pages, plain.pages)

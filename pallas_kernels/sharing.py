@@ -1,0 +1,157 @@
+"""Which rows of the page table begin with the same pages: attention can read those once for all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int32
+
+NUM_LEVELS = 2  # for example a system prompt, and behind it a question with several answers
+NOBODY = -1  # the leader of a row without a group
+HASH_PLACES = 32  # a row, so that few pages meet in one place
+FEWEST_ROWS = 4  # of a group that pays
+FEWEST_TOKENS = 512  # that a group must save to pay: those of all its rows but one
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sharing:
+    """Groups of rows that begin with the same pages, on several levels: a promise that changes the speed only.
+
+    On level i, row b has its first `tokens[i, b]` tokens in the same pages as row `leader[i, b]`, and so have all rows
+    with this leader, which have the same `tokens`. Each level counts from the first token, and its groups are parts of
+    the groups of the level before it: on level 0 everybody may share 512 tokens, on level 1 eight rows 1024.
+
+    Args:
+        leader: row of the page table for each row, or -1 where the row has no group.
+        tokens: how many tokens the group shares, a multiple of the page size; 0 where the row has no group.
+    """
+
+    leader: Int32[Array, "levels B"]
+    tokens: Int32[Array, "levels B"]
+
+    @classmethod
+    def of_all(cls, lengths: Int32[Array, " B"], tokens: Int32[Array, ""] | int) -> Sharing:
+        """One group of all rows that have at least `tokens` tokens.
+
+        Args:
+            lengths: tokens of each row, the new ones included.
+            tokens: how many they share, a multiple of the page size.
+
+        Returns:
+            The group, on one level.
+        """
+        member = lengths >= jnp.maximum(tokens, 1)
+        leader = jnp.argmax(member).astype(jnp.int32)
+        return cls(jnp.where(member, leader, NOBODY)[None], jnp.where(member, tokens, 0).astype(jnp.int32)[None])
+
+
+def shared_by_all(sharing: Sharing, lengths: Int32[Array, " B"]) -> Int32[Array, ""]:
+    """The tokens that all rows share which have any, for kernels that know no other group; 0 where there are none."""
+    leader, tokens = sharing.leader[0], sharing.tokens[0]
+    member = (leader == jnp.max(leader)) & (leader >= 0)
+    return jnp.where(jnp.all(member | (lengths == 0)), jnp.max(tokens), 0)
+
+
+def pays(num_rows: Int32[Array, " B"], tokens: Int32[Array, " B"]) -> Bool[Array, " B"]:
+    """Whether reading `tokens` tokens once for `num_rows` rows is faster than reading them once a row."""
+    return (num_rows >= FEWEST_ROWS) & ((num_rows - 1) * tokens >= FEWEST_TOKENS)
+
+
+def find_groups(page_table: Int32[Array, "B M"], lengths: Int32[Array, " B"], page_size: int) -> Sharing:
+    """Groups of rows that begin with the same pages, read off the page table, where sharing pays.
+
+    Rows with the same first page form a group, which shares the pages that all of its rows begin with. Its rows with
+    the same page behind those form a group of the next level. The page of a row's last token is never shared.
+
+    Args:
+        page_table: int32 `[B, M]`, the pages of each row.
+        lengths: int32 `[B]`, tokens of each row, the new ones included.
+        page_size: S, tokens of a page.
+
+    Returns:
+        The groups of two levels. Where no page is shared, this costs `[B]` integers only.
+    """
+    num_rows = lengths.size
+    full = jnp.clip((lengths - 1) // page_size, 0, page_table.shape[1])
+    nobody = jnp.full(num_rows, NOBODY, jnp.int32)
+
+    def find(column: Int32[Array, " B"]) -> tuple[Array, Array]:
+        """Groups of rows with the same page in a column; how many columns from the first they share."""
+        leader = rows_alike(page_table, column, full)
+
+        def measure():
+            columns = jnp.arange(page_table.shape[1], dtype=jnp.int32)[None, :]
+            equal = (page_table == page_table[leader]) & (columns < jnp.minimum(full, full[leader])[:, None])
+            length = jnp.argmin(jnp.pad(equal, ((0, 0), (0, 1))), axis=1).astype(jnp.int32)
+            length = jnp.where(length > column, length, 0)
+            member = length > 0
+            index = jnp.where(member, leader, num_rows)
+            shortest = jnp.full(num_rows, page_table.shape[1], jnp.int32).at[index].min(length, mode="drop")[leader]
+            count = jnp.zeros(num_rows, jnp.int32).at[index].add(1, mode="drop")[leader]
+            member &= pays(count, (shortest - column) * page_size)
+            return jnp.where(member, leader, NOBODY), jnp.where(member, shortest, 0)
+
+        alone = leader == jnp.arange(num_rows, dtype=jnp.int32)
+        return jax.lax.cond(jnp.all(alone), lambda: (nobody, jnp.zeros_like(nobody)), measure)
+
+    first, first_columns = find(jnp.zeros_like(full))
+    second, second_columns = jax.lax.cond(
+        jnp.any(first >= 0), lambda: find(first_columns), lambda: (nobody, jnp.zeros_like(nobody))
+    )
+    return Sharing(jnp.stack([first, second]), jnp.stack([first_columns, second_columns]) * page_size)
+
+
+def rows_alike(page_table: Int32[Array, "B M"], column: Int32[Array, " B"], full: Int32[Array, " B"]) -> Array:
+    """For each row one row with the same page in a column, itself where there is none or the column is not full.
+
+    All rows alike get the same one. Rows are hashed by their page; of two pages in one place the rows of one stand
+    alone, which costs speed only.
+    """
+    num_rows, num_columns = page_table.shape
+    row = jnp.arange(num_rows, dtype=jnp.int32)
+    page = page_table[row, jnp.minimum(column, num_columns - 1)]
+    size = HASH_PLACES * num_rows
+    hashed = (
+        page.astype(jnp.uint32) * jnp.uint32(2654435761)
+    ) >> 8  # the upper bits of a product with Knuth's constant
+    place = jnp.where((column < full) & (page > 0), (hashed % jnp.uint32(size)).astype(jnp.int32), size)
+    leader = jnp.full(size, NOBODY, jnp.int32).at[place].max(row, mode="drop").at[place].get(mode="fill", fill_value=-1)
+    at = jnp.maximum(leader, 0)
+    alike = (leader >= 0) & (page[at] == page) & (column[at] == column)
+    return jnp.where(alike, leader, row)
+
+
+def check_sharing(
+    sharing: Sharing, page_table: Array | np.ndarray, lengths: Array | np.ndarray, page_size: int
+) -> None:
+    """Checks on the host what `sharing` promises, for debugging: the ops trust it.
+
+    Args:
+        sharing: the promise.
+        page_table: int32 `[B, M]`.
+        lengths: int32 `[B]`, the new tokens included.
+        page_size: S.
+
+    Raises:
+        ValueError: naming the first level and row for which the promise is broken, and how.
+    """
+    table, row_lengths = np.asarray(page_table), np.asarray(lengths)
+    for level, (leaders, tokens) in enumerate(zip(np.asarray(sharing.leader), np.asarray(sharing.tokens), strict=True)):
+        for row in np.flatnonzero(leaders >= 0):
+            leader, shared = leaders[row], tokens[row]
+            where = f"level {level}, row {row}"
+            if leader >= len(table) or leaders[leader] != leader or tokens[leader] != shared:
+                raise ValueError(
+                    f"{where}: its leader {leader} is not the leader of a group that shares {shared} tokens"
+                )
+            if shared % page_size:
+                raise ValueError(f"{where}: {shared} shared tokens are not a multiple of the page size {page_size}")
+            if shared > row_lengths[row]:
+                raise ValueError(f"{where}: it shares {shared} tokens and has {row_lengths[row]}")
+            columns = shared // page_size
+            if not np.array_equal(table[row, :columns], table[leader, :columns]):
+                raise ValueError(f"{where}: its first {columns} pages are not those of its leader {leader}")

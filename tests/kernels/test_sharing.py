@@ -1,0 +1,137 @@
+"""Groups of rows that share pages: found in the page table, checked on the host, and changing nothing but the speed."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernels.cases import Case, attend, expected, make_inputs
+
+from pallas_kernels import Sharing, check_sharing, find_groups, sharing
+from pallas_kernels.sharing import FEWEST_ROWS, shared_by_all
+
+S = 16
+PREFIX = 64  # tokens that everybody shares in the forests below
+FORK = 128  # tokens that a group shares, the prefix included
+# Rows 0 to 9 share the prefix, 0 to 3 and 4 to 8 also what follows, 10 and 11 share nothing, 12 is empty.
+MEMBERS = ((0, 1, 2, 3), (4, 5, 6, 7, 8))
+LENGTHS = (129, 300, 150, 131, 140, 200, 129, 260, 129, 65, 1, 40, 0)
+find = jax.jit(find_groups, static_argnums=2)
+
+
+def forest(case: Case):
+    """The inputs of a case on pages that its rows share, and the groups. What unowned slots hold stays NaN."""
+    inputs = make_inputs(case)
+    table = np.array(inputs.page_table)
+    keys, values = list(inputs.keys), list(inputs.values)
+    for rows, start, stop in ((range(10), 0, PREFIX), *((rows, PREFIX, FORK) for rows in MEMBERS)):
+        first = rows[0]
+        for row in rows:
+            table[row, start // S : stop // S] = table[first, start // S : stop // S]
+            for x in (keys, values):
+                x[row] = np.concatenate([x[row][:start], x[first][start:stop], x[row][stop:]])
+    leader, tokens = np.full((2, len(LENGTHS)), -1, np.int32), np.zeros((2, len(LENGTHS)), np.int32)
+    leader[0, :10], tokens[0, :10] = 0, PREFIX
+    for rows in MEMBERS:
+        leader[1, rows], tokens[1, rows] = rows[0], FORK
+    inputs = dataclasses.replace(inputs, page_table=jnp.asarray(table), keys=keys, values=values)
+    return inputs, Sharing(jnp.asarray(leader), jnp.asarray(tokens))
+
+
+QUERY_LENS = (1, 1, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0)
+CASES = [
+    Case("forest", LENGTHS, QUERY_LENS, head_dim=128, sinks=True),
+    Case("forest: window", LENGTHS, QUERY_LENS, window=70, soft_cap=4.0),
+    Case("forest: int8, mixed", LENGTHS, (1, 20, *QUERY_LENS[2:]), (4, 2), 128, dtype="int8", q_dtype="bfloat16"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_rows_share_changes_nothing(case):
+    inputs, groups = forest(case)
+    check_sharing(groups, inputs.page_table, inputs.lengths, S)
+    options = dict(sinks=inputs.sinks, sharing=groups, return_lse=True, implementation="xla", **case.options)
+    result = attend(*inputs.arguments, **options)
+    out, lse = expected(case, inputs)
+    np.testing.assert_allclose(np.asarray(result.out, np.float64), out, atol=case.tolerance, rtol=0)
+    np.testing.assert_allclose(result.lse, lse, atol=case.tolerance, rtol=1e-6)
+
+
+def test_the_shared_pages_are_read_through_the_leader_alone():
+    """So the promise is used: a member whose own table names other pages still gets what the leader's hold."""
+    case = Case("forest", LENGTHS, QUERY_LENS, head_dim=128)
+    inputs, groups = forest(case)
+    run = functools.partial(attend, sharing=groups, implementation="xla", **case.options)
+    lost = inputs.page_table.at[jnp.array([1, 2, 3]), 0].set(0)  # row 0 leads
+    arguments = inputs.arguments
+    np.testing.assert_array_equal(run(*arguments).out, run(*arguments[:4], lost, *arguments[5:]).out)
+    plain = attend(*arguments[:4], lost, *arguments[5:], implementation="xla", **case.options)
+    assert not np.array_equal(plain.out, run(*arguments).out)
+
+
+def test_groups_are_read_off_the_page_table(monkeypatch):
+    monkeypatch.setattr(sharing, "FEWEST_TOKENS", 64)
+    inputs, wanted = forest(CASES[0])
+    found = jax.jit(lambda table, lengths: find_groups(table, lengths, S))(inputs.page_table, inputs.lengths)
+    # Row 9 has one page behind the prefix, which holds its last token, so it has a group on the first level only.
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+    for level in range(2):
+        pairs = [np.asarray(x.leader)[level] for x in (found, wanted)]
+        same = [(x[:, None] == x[None, :]) & (x >= 0)[:, None] for x in pairs]
+        np.testing.assert_array_equal(*same)
+    check_sharing(found, inputs.page_table, inputs.lengths, S)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_found_in_random_tables_holds(seed):
+    rng = np.random.default_rng(seed)
+    table = rng.integers(0, 4, (24, 6)).astype(np.int32)
+    table[:, :3] = table[rng.integers(0, 3, 24), :3]
+    table[:, :1] = rng.integers(1, 3)
+    lengths = rng.integers(0, 6 * 256 + 1, 24).astype(np.int32)
+    found = find(jnp.asarray(table), jnp.asarray(lengths), 256)
+    check_sharing(found, table, lengths, 256)
+
+
+def test_rows_without_common_pages_have_no_group():
+    table = jnp.arange(1, 33, dtype=jnp.int32).reshape(8, 4)
+    found = find(table, jnp.full(8, 64, jnp.int32), S)
+    assert (found.leader == -1).all() and (found.tokens == 0).all()
+
+
+def test_a_group_of_too_few_rows_is_left_alone():
+    lengths = jnp.full(8, 1024, jnp.int32)
+    apart = jnp.arange(1, 513, dtype=jnp.int32).reshape(8, 64)
+    for count, shares in ((FEWEST_ROWS, True), (FEWEST_ROWS - 1, False)):
+        found = find(apart.at[:count, :40].set(apart[0, :40]), lengths, S)
+        assert (found.tokens[0, :count] == (640 if shares else 0)).all() and (found.tokens[:, count:] == 0).all()
+
+
+def test_kernels_that_know_one_prefix_get_it_where_all_rows_share_it():
+    lengths = jnp.array([40, 0, 64, 33], jnp.int32)
+    assert shared_by_all(Sharing.of_all(lengths, 32), lengths) == 32
+    assert shared_by_all(Sharing.of_all(lengths, 48), lengths) == 0  # two rows are shorter
+    _, two_levels = forest(CASES[0])
+    assert shared_by_all(two_levels, jnp.array(LENGTHS, jnp.int32)) == 0
+
+
+@pytest.mark.parametrize(
+    ("leader", "tokens", "message"),
+    [
+        ([0, 0, -1], [32, 32, 0], None),
+        ([0, 0, 0], [32, 32, 32], "level 0, row 2: its first 2 pages are not those of its leader 0"),
+        ([0, 0, -1], [24, 24, 0], "level 0, row 0: 24 shared tokens are not a multiple of the page size 16"),
+        ([0, 0, -1], [48, 48, 0], "level 0, row 0: it shares 48 tokens and has 40"),
+        ([0, 0, -1], [32, 16, 0], "level 0, row 1: its leader 0 is not the leader of a group that shares 16 tokens"),
+    ],
+)
+def test_a_broken_promise_is_named(leader, tokens, message):
+    table, lengths = np.array([[1, 2, 3], [1, 2, 4], [1, 5, 6]], np.int32), np.array([40, 48, 48], np.int32)
+    groups = Sharing(jnp.array([leader], jnp.int32), jnp.array([tokens], jnp.int32))
+    if message is None:
+        check_sharing(groups, table, lengths, S)
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_sharing(groups, table, lengths, S)
