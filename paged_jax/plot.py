@@ -21,7 +21,7 @@ def page_states(tables: PageTables, group: int = 0) -> np.ndarray:
 
 
 def page_map(tables: PageTables, group: int = 0, *, width: int = 64) -> Text:
-    """The pool of a group for a terminal: `·` free, `▒` cached, `■` one owner, a digit for so many owners (9: or more)."""
+    """The pool of a group for a terminal: `·` free, `▒` cached, `■` one owner, a digit for 2 to 9 or more owners."""
     text = Text()
     for i, state in enumerate(page_states(tables, group)):
         if i and i % width == 0:

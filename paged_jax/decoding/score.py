@@ -136,11 +136,11 @@ class _Steps(NamedTuple):
     text: _Text
 
     def advance(
-        self, cache: KVCache, number: Int32[Array, " R"], num_tokens: int, measures: bool
+        self, cache: KVCache, number: Int32[Array, " R"], num_tokens: int, longest: int, measures: bool
     ) -> tuple[KVCache, _Measured | None, Bool[Array, " R"]]:
         """The first R rows compute up to T = `num_tokens` of the tokens that they lack, the first rows first.
 
-        The last token of a text is not computed: nothing follows it.
+        The last token of a text is not computed: nothing follows it. `longest` is the most tokens that a row lacks.
 
         Returns:
             The cache, the log-probabilities of the tokens that follow, and which rows got what they asked for.
@@ -154,7 +154,8 @@ class _Steps(NamedTuple):
         granted = granted[: len(number)]
         counts = jnp.where(granted, counts, 0)
         token, row = (jnp.arange(n, dtype=jnp.int32) for n in (num_tokens, len(number)))
-        metadata = AttentionMetadata.ragged(cache.tables, counts, num_tokens, rows=row)
+        longest = max(2, min(longest, num_tokens))  # 1 would promise that there are as many tokens as rows
+        metadata = AttentionMetadata.ragged(cache.tables, counts, num_tokens, rows=row, max_query_len=longest)
         if measures:
             metadata = dataclasses.replace(metadata, logits_at=token)
         sequence = jnp.searchsorted(metadata.query_starts[1:], token, side="right").astype(jnp.int32)  # R for padding
@@ -192,7 +193,7 @@ def _compute_prompt(
 
     def compute(carry: tuple[KVCache, Array, Array]) -> tuple[KVCache, Array, Array]:
         cache, _, logprobs = carry
-        cache, measured, granted = steps.advance(cache, number, min(chunk, max(longest - 1, 1)), measures)
+        cache, measured, granted = steps.advance(cache, number, min(chunk, max(longest - 1, 1)), longest, measures)
         if measured is not None:
             place = jnp.where(measured.number == number, measured.position, longest)
             logprobs = logprobs.at[place].set(measured.logprobs, mode="drop")
@@ -221,7 +222,7 @@ def _admit(flight: _Flight, handles: Handles, most: Int32[Array, ""]) -> _Flight
 def _continue(steps: _Steps, flight: _Flight, num_tokens: int) -> _Flight:
     """One step of all rows; those that reach their end are free."""
     text, (num_continuations, width) = steps.text, flight.logprobs.shape
-    cache, measured, _ = steps.advance(flight.cache, flight.number, num_tokens, measures=True)
+    cache, measured, _ = steps.advance(flight.cache, flight.number, num_tokens, longest=width, measures=True)
     assert measured is not None
     after = measured.position - text.prompt_len
     place = measured.number, jnp.where(after >= 0, after, width)
