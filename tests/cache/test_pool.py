@@ -117,24 +117,26 @@ def test_layers_run_in_a_loop_with_a_traced_place():
     metadata = AttentionMetadata.ragged(tables, jnp.array([2, 0, 1, 0], jnp.int32), 3)
 
     def attend(pool, layer, index):
-        scale = 1.0 + index
+        scale = 1.0 + index.astype(jnp.float32)
         return paged_attention(scale * q, q, scale * q, pool, metadata, layer, window=9)
 
-    expected, outs = pool, []
-    for index, layer in enumerate((0, 2)):
-        out, expected = attend(expected, layer, jnp.float32(index))
-        outs.append(out)
+    @jax.jit
+    def by_number(pool):
+        first, pool = attend(pool, 0, jnp.int32(0))
+        second, pool = attend(pool, 2, jnp.int32(1))
+        return pool, jnp.stack([first, second])
 
     @jax.jit
-    def loop(pool):
+    def in_a_loop(pool):
         def body(pool, index):
-            out, pool = attend(pool, LayerPlace(1, index), index.astype(jnp.float32))
+            out, pool = attend(pool, LayerPlace(1, index), index)
             return pool, out
 
         return jax.lax.scan(body, pool, jnp.arange(2, dtype=jnp.int32))
 
-    looped, out = loop(pool)
-    np.testing.assert_allclose(out, jnp.stack(outs), rtol=1e-6, atol=1e-6)  # jitted, the sums are ordered otherwise
+    expected, outs = by_number(pool)
+    looped, out = in_a_loop(pool)
+    np.testing.assert_allclose(out, outs, rtol=1e-6, atol=1e-6)  # the sums may be ordered otherwise
     for ours, theirs in zip(looped.arrays, expected.arrays, strict=True):
         np.testing.assert_array_equal(ours.data, theirs.data)
     assert numbers(looped, 1) == [0] * 20 and np.any(np.asarray(looped.arrays[1].data[:12]))
