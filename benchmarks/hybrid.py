@@ -24,11 +24,11 @@ CONFIG = models.DecoderConfig(
 def serve(generator: Generator, prompt: list[int]) -> tuple[list[int], CacheReport]:
     """What one prompt draws, and the memory before its last token."""
     generator.submit(prompt, SamplingParams(max_new_tokens=NEW_TOKENS))
-    tokens, report = [], CacheReport.measure(generator.state.tables, generator.config)
+    tokens, report = [], CacheReport.measure(generator.state.cache.tables, generator.config)
     for chunk in generator.stream():
         tokens += chunk.tokens
         if chunk.finish is None:
-            report = CacheReport.measure(generator.state.tables, generator.config)
+            report = CacheReport.measure(generator.state.cache.tables, generator.config)
     return tokens, report
 
 

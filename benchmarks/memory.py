@@ -25,7 +25,7 @@ from jax import lax
 from rich.progress import track
 
 from benchmarks.report import Report, add_json_option
-from paged_jax import AttentionMetadata, CacheConfig, PagePool, PageTable, models
+from paged_jax import AttentionMetadata, CacheConfig, KVCache, PageTables, models
 
 PAGE_SIZES = (8, 16, 32, 64, 128)
 MAX_LENGTH = 2048
@@ -73,15 +73,16 @@ def _config(page_size: int, num_rows: int) -> CacheConfig:
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _serve(table: PageTable, prompts: jax.Array, outputs: jax.Array, num_steps: int):
+def _serve(tables: PageTables, prompts: jax.Array, outputs: jax.Array, num_steps: int):
     """Serve requests in all rows, one token a step; sums over the steps of what each kind of cache holds."""
 
     def step(_, carry):
-        table, request, next_request, totals = carry
-        idle = table.lengths == 0
+        tables, request, next_request, totals = carry
+        idle = tables.lengths == 0
         request = jnp.where(idle, next_request + jnp.cumsum(idle) - 1, request) % len(prompts)
         next_request += jnp.sum(idle)
-        table, _ = table.reserve(jnp.where(idle, prompts[request], 1))
+        tables, _ = tables.reserve(jnp.where(idle, prompts[request], 1))
+        (table,) = tables.groups
         length = prompts[request] + outputs[request]
         power_of_two = jnp.exp2(jnp.ceil(jnp.log2(length.astype(jnp.float32))))
         held = (
@@ -92,16 +93,16 @@ def _serve(table: PageTable, prompts: jax.Array, outputs: jax.Array, num_steps: 
             jnp.float32(MAX_LENGTH * len(request)),
         )
         totals = totals + jnp.stack([h.astype(jnp.float32) for h in held]) / num_steps
-        return table.release(table.lengths >= length), request, next_request, totals
+        return tables.release(tables.lengths >= length), request, next_request, totals
 
-    rows = jnp.zeros(table.num_rows, jnp.int32)
-    return lax.fori_loop(0, num_steps, step, (table, rows, jnp.int32(0), jnp.zeros(5)))[3]
+    rows = jnp.zeros(tables.num_rows, jnp.int32)
+    return lax.fori_loop(0, num_steps, step, (tables, rows, jnp.int32(0), jnp.zeros(5)))[3]
 
 
 def waste(load: Load, page_size: int, num_rows: int = 64, num_steps: int = 4000) -> dict[str, float]:
     """Share of the held slots that hold no token, for each kind of cache."""
     prompts, outputs = map(jnp.asarray, load.draw(10_000))
-    tokens, *held = np.asarray(_serve(PageTable.create(_config(page_size, num_rows)), prompts, outputs, num_steps))
+    tokens, *held = np.asarray(_serve(PageTables.create(_config(page_size, num_rows)), prompts, outputs, num_steps))
     names = ("paged", "contiguous, exact", "contiguous, power of two", "contiguous, 2048")
     return {name: float(1 - tokens / slots) for name, slots in zip(names, held, strict=True)}
 
@@ -110,68 +111,70 @@ def waste(load: Load, page_size: int, num_rows: int = 64, num_steps: int = 4000)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _prefill(forward, params, carry, tokens, query_lens):
-    table, pool = carry
-    table, reservation = table.reserve(query_lens)
-    metadata = AttentionMetadata.ragged(table, query_lens, len(tokens), active=reservation.granted)
-    _, pool = forward(params, tokens, pool.copy(reservation), metadata)
-    return table, pool
+def _prefill(forward, params, cache, tokens, query_lens):
+    cache, granted = cache.reserve(query_lens)
+    metadata = AttentionMetadata.ragged(cache.tables, query_lens, len(tokens), active=granted)
+    _, pool = forward(params, tokens, cache.pool, metadata)
+    return KVCache(cache.tables, pool)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def _search(forward, params, carry, feed, outputs, width: int):
+def _search(forward, params, cache, feed, outputs, width: int):
     """Beam search of every request to its own length; pages mapped and pages in use, summed over the steps."""
     num_requests = len(outputs)
     first_row = jnp.arange(num_requests)[:, None] * width
 
     def step(carry):
-        table, pool, feed, scores, count, mapped, used = carry
+        cache, feed, scores, count, mapped, used = carry
         active = jnp.repeat(count < outputs, width)
-        table, reservation = table.reserve(active.astype(jnp.int32))
-        logits, pool = forward(params, feed, pool.copy(reservation), AttentionMetadata.decode(table, active))
+        cache, _ = cache.reserve(active.astype(jnp.int32))
+        logits, pool = forward(params, feed, cache.pool, AttentionMetadata.decode(cache.tables, active))
         total = scores[..., None] + jax.nn.log_softmax(logits).reshape(num_requests, width, -1)
         scores, best = lax.top_k(total.reshape(num_requests, -1), width)
         parent, token = jnp.divmod(best, logits.shape[1])
         count = count + 1
-        columns = (table.lengths + table.page_size - 1) // table.page_size
-        mapped += jnp.sum(columns)
-        used += table.num_pages - 1 - table.num_free
+        now = _mapped_and_used(cache.tables)
         own = jnp.arange(len(feed), dtype=jnp.int32)
-        table = table.permute(jnp.where(active, (first_row + parent).reshape(-1), own).astype(jnp.int32))
-        table = table.release(active & jnp.repeat(count >= outputs, width))
-        return table, pool, token.reshape(-1).astype(jnp.int32), scores, count, mapped, used
+        tables = cache.tables.permute(jnp.where(active, (first_row + parent).reshape(-1), own).astype(jnp.int32))
+        tables = tables.release(active & jnp.repeat(count >= outputs, width))
+        feed = token.reshape(-1).astype(jnp.int32)
+        return KVCache(tables, pool), feed, scores, count, mapped + now[0], used + now[1]
 
-    table, pool = carry
     scores = jnp.where(jnp.arange(width) == 0, 0.0, -jnp.inf) * jnp.ones((num_requests, 1))  # all start alike
-    carry = (table, pool, feed, scores, jnp.zeros(num_requests, jnp.int32), jnp.int32(0), jnp.int32(0))
-    carry = lax.while_loop(lambda carry: jnp.any(carry[4] < outputs), step, carry)
-    return carry[5], carry[6]
+    carry = (cache, feed, scores, jnp.zeros(num_requests, jnp.int32), jnp.int32(0), jnp.int32(0))
+    carry = lax.while_loop(lambda carry: jnp.any(carry[3] < outputs), step, carry)
+    return carry[4], carry[5]
 
 
 @jax.jit
-def _sample(table: PageTable, outputs: jax.Array):
+def _sample(tables: PageTables, outputs: jax.Array):
     """Every row draws to its own length; pages mapped and pages in use, summed over the steps."""
 
     def step(carry):
-        table, count, mapped, used = carry
+        tables, count, mapped, used = carry
         active = count < outputs
-        table, _ = table.reserve(active.astype(jnp.int32))
-        mapped += jnp.sum((table.lengths + table.page_size - 1) // table.page_size)
-        used += table.num_pages - 1 - table.num_free
-        return table.release(active & (count + 1 >= outputs)), count + 1, mapped, used
+        tables, _ = tables.reserve(active.astype(jnp.int32))
+        now = _mapped_and_used(tables)
+        return tables.release(active & (count + 1 >= outputs)), count + 1, mapped + now[0], used + now[1]
 
-    carry = (table, jnp.int32(0), jnp.int32(0), jnp.int32(0))
+    carry = (tables, jnp.int32(0), jnp.int32(0), jnp.int32(0))
     carry = lax.while_loop(lambda carry: jnp.any(carry[1] < outputs), step, carry)
     return carry[2], carry[3]
+
+
+def _mapped_and_used(tables: PageTables) -> tuple[jax.Array, jax.Array]:
+    """Pages counted once for each row that maps them, and once."""
+    (table,) = tables.groups
+    return jnp.sum(-(-table.lengths // table.page_size)), table.num_pages - 1 - table.num_free
 
 
 def sharing_of_samples(load: Load, width: int, num_requests: int = 200, page_size: int = 16) -> float:
     """Share of the mapped pages that parallel samples of equal length need no memory for."""
     prompts, outputs = load.draw(num_requests)
     num_rows = num_requests * width
-    table = PageTable.create(_config(page_size, num_rows))
-    table = _fork_all(table.reserve(_at_first_rows(prompts - 1, width))[0], width)
-    mapped, used = _sample(table, jnp.asarray(np.repeat(outputs, width)))
+    tables = PageTables.create(_config(page_size, num_rows))
+    tables = _fork_all(tables.reserve(_at_first_rows(prompts - 1, width))[0], width)
+    mapped, used = _sample(tables, jnp.asarray(np.repeat(outputs, width)))
     return 1 - int(used) / int(mapped)
 
 
@@ -188,11 +191,11 @@ def sharing_of_beams(load: Load, width: int, num_requests: int = 24, page_size: 
         num_pages=num_rows * 24, max_sequences=num_rows, max_pages_per_sequence=64, page_size=page_size
     )
     tokens = np.concatenate([piece[:-1] for piece in pieces]).astype(np.int32)
-    carry = PageTable.create(config), PagePool.create(config)
-    table, pool = _prefill(model.forward, model.params, carry, tokens, _at_first_rows(prompts - 1, width))
+    cache = KVCache.create(config)
+    cache = _prefill(model.forward, model.params, cache, tokens, _at_first_rows(prompts - 1, width))
     feed = jnp.asarray(np.repeat([piece[-1] for piece in pieces], width), jnp.int32)
-    carry = _fork_all(table, width), pool
-    mapped, used = _search(model.forward, model.params, carry, feed, jnp.asarray(outputs), width)
+    cache = KVCache(_fork_all(cache.tables, width), cache.pool)
+    mapped, used = _search(model.forward, model.params, cache, feed, jnp.asarray(outputs), width)
     return 1 - int(used) / int(mapped)
 
 
@@ -203,11 +206,11 @@ def _at_first_rows(values: np.ndarray, width: int) -> jax.Array:
     return jnp.asarray(rows.reshape(-1))
 
 
-def _fork_all(table: PageTable, width: int) -> PageTable:
-    rows = np.arange(table.num_rows, dtype=np.int32)
+def _fork_all(tables: PageTables, width: int) -> PageTables:
+    rows = np.arange(tables.num_rows, dtype=np.int32)
     first = rows // width * width
     parents, children = (np.where(rows == first, -1, x).astype(np.int32) for x in (first, rows))
-    return jax.jit(lambda *arguments: PageTable.fork(*arguments)[0])(table, parents, children)
+    return jax.jit(lambda *arguments: PageTables.fork(*arguments)[0])(tables, parents, children)
 
 
 # ---- report --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from paged_jax import models
-from paged_jax.cli import main
+from paged_jax.cli import keep_compiled_programs, main
 from paged_jax.generator import Completion
 from paged_jax.models.families import FAMILIES
 
@@ -19,8 +19,9 @@ load = functools.cache(models.load)
 
 @pytest.fixture(autouse=True)
 def one_model_for_all_calls(monkeypatch):
-    """A model that is loaded again is compiled again."""
+    """A model that is loaded again is compiled again; and nothing is kept on disk."""
     monkeypatch.setattr(models, "load", load)
+    monkeypatch.setattr("paged_jax.cli.keep_compiled_programs", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,8 @@ def continuation():
 
 
 def test_generate_continues_prompts_from_arguments(capsys, continuation):
-    assert main(["generate", "import ", "def main(", "--max-new-tokens", "6"]) == 0
-    expected = [text + continuation(text, 6) for text in ("import ", "def main(")]
+    assert main(["generate", "import ", "def main(", "--max-new-tokens", "6", "--samples", "2"]) == 0
+    expected = [text + continuation(text, 6) for text in ("import ", "import ", "def main(", "def main(")]
     assert capsys.readouterr().out == "".join(text + "\n" for text in expected)
 
 
@@ -60,6 +61,7 @@ def test_generate_reads_prompts_from_a_file_and_from_stdin(capsys, tmp_path, mon
         ("import ", 0), ("import ", 1), ("def main(", 0), ("def main(", 1)
     ]  # fmt: skip
     assert len({s["text"] for s in samples}) > 1 and all(s["finish"] == "length" for s in samples)
+    assert all(s["logprob"] < 0 for s in samples)
 
 
 def test_generate_chats_by_the_template_of_the_checkpoint(capsys, tmp_path, monkeypatch):
@@ -68,7 +70,7 @@ def test_generate_chats_by_the_template_of_the_checkpoint(capsys, tmp_path, monk
             pass
 
         def run(self, prompts, params):
-            return [[Completion(tuple(prompt), "length")] for prompt in prompts]
+            return [[Completion(tuple(prompt), (0.0,) * len(prompt), "length")] for prompt in prompts]
 
     monkeypatch.setattr("paged_jax.generator.Generator", Parrot)
     for path in models.DEMO.iterdir():
@@ -91,6 +93,36 @@ def test_families_lists_what_config_json_may_name(capsys):
     assert main(["families"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(FAMILIES) and "smollm3      SmolLM 3" in lines
+
+
+@pytest.fixture
+def jax_config():
+    """JAX's options of its cache on disk, restored afterwards."""
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    yield jax.config
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_compiled_programs_are_kept_on_disk_unless_jax_has_a_folder_for_them(tmp_path, monkeypatch, jax_config):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    jax_config.update("jax_compilation_cache_dir", None)
+    keep_compiled_programs()
+    assert jax_config.jax_compilation_cache_dir == str(tmp_path / "paged_jax")
+    jax_config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
+    keep_compiled_programs()
+    assert jax_config.jax_compilation_cache_dir == str(tmp_path / "own")
+
+
+def test_every_command_keeps_compiled_programs(monkeypatch):
+    calls = []
+    monkeypatch.setattr("paged_jax.cli.keep_compiled_programs", lambda: calls.append(1))
+    assert main(["families"]) == 0 and calls == [1]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def make_generator(model, page_size=16, max_sequences=16, **options):
         max_pages_per_sequence=1536 // page_size,
         page_size=page_size,
     )
-    return Generator(model.forward, model.params, config, prefill_tokens=512, **options)
+    return Generator(model.forward, model.params, config, token_counts=(16, 512), **options)
 
 
 def drawn(completions):

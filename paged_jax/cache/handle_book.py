@@ -3,87 +3,79 @@
 import jax
 import numpy as np
 
-from paged_jax.cache.handles import PageHandle
-from paged_jax.cache.page_table import PageTable
+from paged_jax.cache.page_tables import Handles, PageTables
 
-_publish = jax.jit(PageTable.publish)
-_attach = jax.jit(PageTable.attach)
-_drop = jax.jit(PageTable.drop)
+_publish = jax.jit(PageTables.publish)
+_attach = jax.jit(PageTables.attach)
+_drop = jax.jit(PageTables.drop)
+_can_cut = jax.jit(PageTables.can_cut)
 
 
 class HandleBook:
-    """Publishes, attaches and drops handles, and raises where the transitions of a table only note a fault.
+    """Publishes, attaches and drops handles, and raises where the transitions of the tables only note a fault.
 
     Inside jit a handle is a value and nobody can tell that it was dropped twice while others still own its pages. The
-    book can: use one for each table, for all its handles. Its methods wait for the device; tables passed in stay valid.
-
-    Args:
-        weights: names the weights that compute the pages; see `renew`.
+    book can: use one for each `PageTables`, for all their handles. Its methods wait for the device; tables passed in
+    stay valid.
     """
 
-    def __init__(self, weights: str = ""):
-        self._weights = weights
-        self._out: dict[tuple[int, int], str] = {}  # (epoch, serial) -> the weights that computed its pages
+    def __init__(self):
+        self._out: set[tuple[int, int]] = set()  # epoch and serial of the first group's handle
 
     @property
     def num_handles(self) -> int:
-        """Handles that were published and not dropped."""
+        """Publications that were not dropped."""
         return len(self._out)
 
-    def publish(self, table: PageTable, row: int, num_tokens: int) -> tuple[PageTable, PageHandle]:
-        """A handle to the first tokens of a row.
+    def publish(self, tables: PageTables, row: int, num_tokens: int) -> tuple[PageTables, Handles]:
+        """Handles to the first tokens of a row, one for each group of layers.
 
         Raises:
-            ValueError: no such row, or it does not hold these tokens.
+            ValueError: no such row, it does not hold these tokens, or it has given up pages that the next one sees.
         """
-        if not 0 <= row < table.num_rows:
-            raise ValueError(f"row must lie in 0..{table.num_rows - 1}, got {row}")
-        length, first = int(table.lengths[row]), int(table.first_column[row]) * table.page_size
-        if not first <= num_tokens <= length:
+        if not 0 <= row < tables.num_rows:
+            raise ValueError(f"row must lie in 0..{tables.num_rows - 1}, got {row}")
+        length = int(tables.lengths[row])
+        if not 0 <= num_tokens <= length:
+            raise ValueError(f"num_tokens={num_tokens} of row {row}: it holds {length} tokens")
+        if not _can_cut(tables, np.full(tables.num_rows, num_tokens, np.int32))[row]:
             raise ValueError(
-                f"num_tokens={num_tokens} of row {row}: it holds tokens up to {length} and can be cut from {first} on"
+                f"num_tokens={num_tokens} of row {row}: it has given up pages that the token after them sees through a "
+                "window; publish them before they are given up (see PageTables.slide)"
             )
-        table, handle = _publish(table, np.int32(row), np.int32(num_tokens))
-        self._out[self._key(handle)] = self._weights
-        return table, handle
+        tables, handles = _publish(tables, np.int32(row), np.int32(num_tokens))
+        self._out.add(self._key(handles))
+        return tables, handles
 
-    def attach(self, table: PageTable, row: int, handle: PageHandle) -> PageTable:
-        """Make an empty row share the tokens of a handle.
+    def attach(self, tables: PageTables, row: int, handles: Handles) -> PageTables:
+        """Make an empty row share the tokens of the handles of one `publish`.
 
         Raises:
-            ValueError: the handle is stale or dropped, its weights are not the present ones, or the row is not empty.
+            ValueError: the handles are stale or dropped, or the row is not empty.
         """
-        weights = self._out[self._check(table, handle)]
-        if weights != self._weights:
-            raise ValueError(
-                f"this handle's pages were computed by weights {weights!r}, the present ones are {self._weights!r}: "
-                "drop it and publish again"
-            )
-        attached, ok = _attach(table, np.int32(row), handle)
+        self._check(tables, handles)
+        attached, ok = _attach(tables, np.int32(row), handles)
         if not ok:
             raise ValueError(f"cannot attach a handle to row {row}: there is no such row, or it is not empty")
         return attached
 
-    def drop(self, table: PageTable, handle: PageHandle) -> PageTable:
-        """Give up a handle.
+    def drop(self, tables: PageTables, handles: Handles) -> PageTables:
+        """Give up the handles of one `publish`.
 
         Raises:
-            ValueError: the handle is stale, or was dropped before.
+            ValueError: they are stale, or were dropped before.
         """
-        del self._out[self._check(table, handle)]
-        return _drop(table, handle)
+        self._out.remove(self._check(tables, handles))
+        return _drop(tables, handles)
 
-    def renew(self, weights: str) -> None:
-        """The weights changed: handles from before can be dropped, but not attached."""
-        self._weights = weights
+    @staticmethod
+    def _key(handles: Handles) -> tuple[int, int]:
+        return int(handles[0].epoch), int(handles[0].serial)
 
-    def _key(self, handle: PageHandle) -> tuple[int, int]:
-        return int(handle.epoch), int(handle.serial)
-
-    def _check(self, table: PageTable, handle: PageHandle) -> tuple[int, int]:
-        key, epoch = self._key(handle), int(table.epoch)
+    def _check(self, tables: PageTables, handles: Handles) -> tuple[int, int]:
+        key, epoch = self._key(handles), int(tables.groups[0].epoch)
         if key[0] != epoch:
-            raise ValueError(f"this handle is of epoch {key[0]}, the table of epoch {epoch}: a reset freed its pages")
+            raise ValueError(f"this handle is of epoch {key[0]}, the tables of epoch {epoch}: a reset freed its pages")
         if key not in self._out:
             raise ValueError(
                 f"handle {key[1]} of epoch {epoch} is not out: it was dropped before (each is dropped exactly once), "

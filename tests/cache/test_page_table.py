@@ -12,6 +12,7 @@ import pytest
 
 from paged_jax.cache.invariants import check
 from paged_jax.cache.page_table import Fault, PageTable
+from paged_jax.cache.page_tables import Reservations
 from paged_jax.cache.pool import PagePool
 from pallas_kernels import read_pages
 from table_model import CONFIG, TRANSITIONS, B, Driver, M, P, S
@@ -261,8 +262,8 @@ class TestReserve:
     def test_a_page_freed_and_handed_out_again_in_one_step_while_a_copy_is_pending(self, driver):
         """Row 0 frees its page, which becomes the copy of row 1's page, in one jitted step with the real pool."""
         pool = PagePool.create(dataclasses.replace(CONFIG, dtype="float32"))
-        ids = jnp.broadcast_to(jnp.arange(P, dtype=jnp.float32)[:, None, None, None], pool.layers[0].data.shape)
-        pool = pool.replace_layer(0, dataclasses.replace(pool.layers[0], data=ids))  # page p holds p
+        ids = jnp.broadcast_to(jnp.arange(P, dtype=jnp.float32)[:, None, None, None], pool.arrays[0].data.shape)
+        pool = pool.replace(0, dataclasses.replace(pool.arrays[0], data=ids))  # page p holds p
         driver.reserve(only(row0=3, row1=3))
         driver.fork([(1, 2)])
         freed, shared = driver.pages[0][0], driver.pages[1][0]
@@ -273,13 +274,13 @@ class TestReserve:
         def step(table, pool):
             table = table.release(jnp.array(mask(0)))
             table, reservation = table.reserve(new_tokens)
-            return table, pool.copy(reservation), reservation
+            return table, pool.copy(Reservations(reservation.granted, (reservation,))), reservation
 
         table, pool, reservation = step(driver.table, pool)
         check(table, [held.handle for held in driver.held], appended=new_tokens)
         assert reservation.copy_source.tolist() == [0, shared, 0, 0, 0, 0]
         assert reservation.copy_target.tolist() == [0, freed, 0, 0, 0, 0]
-        keys, values = read_pages(pool.layers[0], jnp.arange(P, dtype=jnp.int32))
+        keys, values = read_pages(pool.arrays[0], jnp.arange(P, dtype=jnp.int32))
         expected = np.arange(P)
         expected[freed] = shared
         assert keys[:, 0, 0, 0].tolist() == values[:, 0, 0, 0].tolist() == expected.tolist()

@@ -1,30 +1,24 @@
-"""Groups of layers: tables in step with each other, and hybrid decoders that draw the tokens of one table."""
+"""Groups of layers: tables in step with each other, and hybrid decoders that draw what they draw over one table."""
 
-import dataclasses
 import functools
-from typing import Any
 
+import hash_decoder as decoder
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import toy
-from paged_jax import AttentionMetadata, DecodeState, Generator, PagePool, PageTable, PageTables, SamplingParams
-from paged_jax import decode_loop as loop
-from paged_jax import prefill as compute
+from paged_jax import AttentionMetadata, Generator, KVCache, PagePool, PageTables, SamplingParams
 from paged_jax.cache.invariants import check
-from paged_jax.cache.page_table import Fault
-from paged_jax.decoding import start, stop
-from paged_jax.sampling import SamplingState
+from paged_jax.cache.page_table import Fault, PageTable
 
-WINDOW, S, B = 6, 4, 4
+WINDOW, S, B = 6, decoder.PAGE_SIZE, 4
 WINDOWS = (WINDOW, None)
-PARAMS = toy.init_params()
 HELD = -(-WINDOW // S) + 1  # the most pages that a row may hold behind the window after a decode step
-forward = functools.partial(toy.forward, windows=WINDOWS)
-full_config = functools.partial(toy.config, max_sequences=B, page_size=S)
-hybrid_config = functools.partial(full_config, num_pages=41, windows=WINDOWS, window_pages=21)
+PARAMS = np.int32(0)
+forward = decoder.forward_with(WINDOWS)
+hybrid_config = functools.partial(decoder.config, num_pages=41, windows=WINDOWS, window_pages=21)
 
 
 def rows(*values) -> jax.Array:
@@ -155,7 +149,7 @@ def test_a_row_is_cut_and_published_only_where_its_next_token_sees_everything():
 
 
 def test_one_group_is_one_page_table():
-    tables, table = PageTables.create(full_config()), PageTable.create(full_config())
+    tables, table = PageTables.create(decoder.config(64)), PageTable.create(decoder.config(64))
     new_tokens = rows(5, 0, 9, 1)
     tables, reservations = tables.slide().reserve(new_tokens)
     table, reservation = table.reserve(new_tokens)
@@ -168,122 +162,80 @@ def test_one_group_is_one_page_table():
 
 # ---- decoding ------------------------------------------------------------------------------------------------
 
-NUM_TOKENS, T = 24, 32
-prefill = jax.jit(functools.partial(compute, forward), donate_argnums=1)
-decode_loop = jax.jit(functools.partial(loop, forward), donate_argnums=1)
-begin = jax.jit(start, donate_argnums=0)
-end = jax.jit(stop, donate_argnums=0)
+T = 64
 
 
 def prompts(*lengths) -> list[list[int]]:
     rng = np.random.default_rng(0)
-    return [rng.integers(0, toy.VOCAB, n).tolist() for n in lengths]
+    return [rng.integers(0, decoder.VOCAB, n).tolist() for n in lengths]
 
 
-TEXTS = prompts(3, 9, 30, 17)
+def greedy(text, num_tokens) -> list[int]:
+    return decoder.dense_greedy(text, num_tokens, WINDOWS)
 
 
-def greedy(text, num_tokens=NUM_TOKENS) -> list[int]:
-    return toy.dense_greedy(PARAMS, text, num_tokens, WINDOWS)
+@functools.partial(jax.jit, donate_argnums=0)
+def step(cache, tokens, query_lens):
+    """The greedy tokens after the new tokens of each row; [T] is as long as `tokens`."""
+    cache, granted = cache.reserve(query_lens)
+    metadata = AttentionMetadata.ragged(cache.tables, query_lens, len(tokens), active=granted)
+    logits, pool = forward(PARAMS, tokens, cache.pool, metadata)
+    return KVCache(cache.tables, pool), granted, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def compute_row(state: DecodeState, row: int, tokens: list[int]) -> DecodeState:
-    packed, query_lens = np.zeros(T, np.int32), np.zeros(B, np.int32)
-    packed[: len(tokens)], query_lens[row] = tokens, len(tokens)
-    state, granted = prefill(PARAMS, state, packed, query_lens)
-    assert granted[row]
-    return state
+def compute(cache: KVCache, pieces: list[list[int]], num_tokens: int = T) -> tuple[KVCache, list[int]]:
+    flat = [token for piece in pieces for token in piece]
+    packed = np.array(flat + [0] * (num_tokens - len(flat)), np.int32)
+    cache, granted, tokens = step(cache, packed, np.array([len(piece) for piece in pieces], np.int32))
+    assert np.all(granted)
+    return cache, tokens.tolist()
 
 
-def begin_all(state: DecodeState, feed) -> DecodeState:
-    every = np.ones(B, bool)
-    return begin(state, every, np.array(feed, np.int32), np.full(B, NUM_TOKENS, np.int32), SamplingState.create(B))
-
-
-def begun() -> DecodeState:
-    """A state in which row b is about to decode TEXTS[b]."""
-    state = DecodeState.create(hybrid_config(), NUM_TOKENS)
-    for row, text in enumerate(TEXTS):
-        state = compute_row(state, row, text[:-1])
-    return begin_all(state, [text[-1] for text in TEXTS])
-
-
-def decode(state: DecodeState, max_steps: int = NUM_TOKENS) -> tuple[DecodeState, np.ndarray]:
-    state, refused = decode_loop(PARAMS, state, jnp.int32(max_steps))
-    return state, np.asarray(refused)
-
-
-def drawn(state: DecodeState) -> list[list[int]]:
-    return [np.asarray(state.tokens)[row, :n].tolist() for row, n in enumerate(state.num_tokens.tolist())]
-
-
-@pytest.mark.long  # a hybrid decoder in tests/models shows it in every run
 def test_after_every_step_local_layers_hold_the_pages_of_their_window_and_tokens_are_those_of_a_dense_forward():
-    state = begun()
-    while np.any(state.active):
-        state, refused = decode(state, 1)
-        assert not np.any(refused)
-        check_all(state.tables)
-        everything, local = num_mapped(state.tables)
-        assert np.all(local <= HELD) and np.array_equal(everything, -(-np.asarray(state.tables.lengths) // S))
-    assert drawn(state) == [greedy(text) for text in TEXTS]
-    assert state.tables.num_free.tolist() == [40, 20]
+    texts = prompts(3, 9, 30, 17)
+    cache, tokens = compute(KVCache.create(hybrid_config()), texts)
+    drawn = [[token] for token in tokens]
+    for _ in range(23):
+        cache, tokens = compute(cache, [[token] for token in tokens], B)
+        for row, token in zip(drawn, tokens, strict=True):
+            row.append(token)
+        check_all(cache.tables)
+        everything, local = num_mapped(cache.tables)
+        assert np.all(local <= HELD) and np.array_equal(everything, -(-np.asarray(cache.tables.lengths) // S))
+    assert drawn == [greedy(text, 24) for text in texts]
 
 
 def test_a_prompt_in_chunks_holds_a_window_and_a_chunk():
     config = hybrid_config()
     (text,) = prompts(60)
-    state = DecodeState.create(config, NUM_TOKENS)
+    cache = KVCache.create(config)
     for at in range(0, 60, 8):
-        state = compute_row(state, 0, text[at : at + 8])
-        assert num_mapped(state.tables)[1, 0] <= config.pages_mapped(WINDOW, 60, 8) == 4
-    assert num_mapped(state.tables)[0, 0] == 15
+        cache, tokens = compute(cache, [text[at : at + 8], [], [], []])
+        assert num_mapped(cache.tables)[1, 0] <= config.pages_mapped(WINDOW, 60, 8) == 4
+    assert num_mapped(cache.tables)[0, 0] == 15
+    assert tokens[:1] == greedy(text, 1)
 
 
-@pytest.mark.parametrize("prompt_length", [9, 23])
+@pytest.mark.parametrize("prompt_length", [8, 22])
 def test_forks_copy_on_write_in_every_group(prompt_length):
     (text,) = prompts(prompt_length)
-    state = compute_row(DecodeState.create(hybrid_config(), NUM_TOKENS), 0, text[:-1])
-    tables, ok = fork(state.tables, rows(0, 0, 0), rows(1, 2, 3))
+    cache, _ = compute(KVCache.create(hybrid_config()), [text, [], [], []])
+    tables, ok = fork(cache.tables, rows(0, 0, 0), rows(1, 2, 3))
     assert np.all(ok)
     copies = [np.count_nonzero(group.copy_target) for group in reserve(tables, rows(1, 1, 1, 1))[1].groups]
-    assert copies == ([3, 3] if (prompt_length - 1) % S else [0, 0])
+    assert copies == ([3, 3] if prompt_length % S else [0, 0])
     feed = [7, 19, 32, 50]  # what each row continues the prompt with
-    state, refused = decode(begin_all(dataclasses.replace(state, tables=tables), feed))
-    assert not np.any(refused)
-    assert drawn(state) == [greedy([*text[:-1], token]) for token in feed]
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def occupy(tables: PageTables, group: int, num_pages: int) -> PageTables:
-    """Take pages away from one group: those of handles that nobody drops."""
-    table, row = tables.groups[group], jnp.arange(B) == 3
-    table, _ = table.reserve(jnp.where(row, num_pages * S, 0))
-    table = table.publish(3, num_pages * S)[0].release(row)
-    return dataclasses.replace(tables, groups=tuple(table if i == group else t for i, t in enumerate(tables.groups)))
-
-
-@pytest.mark.parametrize(("group", "num_pages"), [(0, 12), (1, 11)])
-def test_out_of_pages_in_one_group_returns_to_the_host_and_goes_on(group, num_pages):
-    state = begun()
-    tables = slide(release(state.tables, np.arange(B) == 3))
-    state = dataclasses.replace(state, tables=occupy(tables, group, num_pages), active=jnp.arange(B) < 3)
-    state = compute_row(state, 3, TEXTS[3][:-1])
-    state, refused = decode(begin_all(state, [text[-1] for text in TEXTS]))
-    faults = [int(table.fault) for table in state.tables.groups]
-    assert np.any(refused) and faults == [Fault.OUT_OF_PAGES * (i == group) for i in range(2)]
-    expected = [greedy(text) for text in TEXTS]
-    while np.any(refused):
-        assert all(tokens == whole[: len(tokens)] for tokens, whole in zip(drawn(state), expected, strict=True))
-        state, refused = decode(end(state, np.arange(B) == np.flatnonzero(state.active)[-1]))
-    assert drawn(state)[:2] == expected[:2]
+    cache, tokens = compute(KVCache(tables, cache.pool), [[token] for token in feed], B)
+    _, after = compute(cache, [[token] for token in tokens], B)
+    assert [list(pair) for pair in zip(tokens, after, strict=True)] == [greedy([*text, token], 2) for token in feed]
 
 
 def test_the_pools_of_all_groups_are_updated_in_place():
-    config = hybrid_config(num_pages=40_000, window_pages=10_000, page_size=16)
-    state = jax.eval_shape(lambda: DecodeState.create(config, capacity=16))
-    memory = decode_loop.lower(PARAMS, state, jnp.int32(1)).compile().memory_analysis()
-    assert memory is not None and state.pool.num_bytes == config.pool_bytes
+    config = hybrid_config(num_pages=40_000, window_pages=10_000)
+    cache = jax.eval_shape(lambda: KVCache.create(config))
+    shapes = jax.ShapeDtypeStruct((B,), jnp.int32), jax.ShapeDtypeStruct((B,), jnp.int32)
+    memory = step.lower(cache, *shapes).compile().memory_analysis()
+    assert memory is not None and cache.pool.num_bytes == config.pool_bytes
     assert memory.alias_size_in_bytes >= config.pool_bytes, "the pool is not updated in place"
     assert memory.temp_size_in_bytes < 0.02 * config.pool_bytes, "the pool is copied"
 
@@ -296,35 +248,36 @@ def test_a_generator_gives_the_tokens_of_a_dense_forward_and_compiles_once():
     params = [SamplingParams(max_new_tokens=20, num_samples=1 + i % 2) for i in range(6)]
     traces = []
 
-    def counted(*step):
+    def counted(*arguments):
         traces.append(1)
-        return forward(*step)
+        return forward(*arguments)
 
-    generator = Generator(counted, PARAMS, hybrid_config(window_pages=1 + 9), prefill_tokens=16, steps_per_visit=4)
+    config = hybrid_config(window_pages=1 + 9)
+    generator = Generator(counted, PARAMS, config, token_counts=(4, 16), steps_per_visit=4)
     completions = generator.run(texts, params)
     for text, samples in zip(texts, completions, strict=True):
         assert all(list(sample.tokens) == greedy(text, 20) for sample in samples)
-    assert generator.state.tables.num_free.tolist() == [40, 9]
+    assert generator.state.cache.tables.num_free.tolist() == [40, 9]
     compiled = len(traces)
     assert generator.run(texts[:3], params[:3]) == completions[:3]
     assert len(traces) == compiled
 
 
 def test_what_cannot_be_served_is_refused_with_its_name():
-    generator = Generator(forward, PARAMS, hybrid_config(window_pages=4), prefill_tokens=16)
+    generator = Generator(forward, PARAMS, hybrid_config(window_pages=4), token_counts=(4, 16))
     with pytest.raises(ValueError, match="needs 6 pages of layers with a window, but the pool has 3 .*_pages to 7"):
         generator.submit([1] * 40, SamplingParams(max_new_tokens=4))
     with pytest.raises(ValueError, match="prefix_cache=True, but some layers .* leave it out, or create .* windows="):
         Generator(forward, PARAMS, hybrid_config(), prefix_cache=True)
 
 
-def test_a_layer_needs_the_metadata_of_its_group():
-    config = hybrid_config()
+def test_a_layer_may_not_see_what_its_cache_gives_up():
+    config = toy.config(windows=WINDOWS)
     metadata = AttentionMetadata.decode(PageTables.create(config), jnp.ones(B, bool))
-    pool, tokens = jax.eval_shape(lambda: PagePool.create(config)), jnp.zeros(B, jnp.int32)
+    pool, params = jax.eval_shape(lambda: PagePool.create(config)), toy.init_params()
 
-    def trace(metadata: Any = metadata, **options):
-        jax.eval_shape(lambda pool: toy.forward(PARAMS, tokens, pool, metadata, **options), pool)
+    def trace(**options):
+        jax.eval_shape(lambda pool: toy.forward(params, jnp.zeros(B, jnp.int32), pool, metadata, **options), pool)
 
     trace(windows=WINDOWS)
     trace(windows=(5, None))
@@ -332,20 +285,8 @@ def test_a_layer_needs_the_metadata_of_its_group():
         trace()
     with pytest.raises(ValueError, match="this layer sees 7 tokens, but its cache gives up pages"):
         trace(windows=(7, None))
-    with pytest.raises(ValueError, match="the metadata is that of 2 groups of layers: give layer i its metadata.layer"):
-        trace(_NoLayers(metadata), windows=WINDOWS)
-    with pytest.raises(ValueError, match="there is no layer 2 in this cache of 2 layers"):
-        metadata.layer(2)
+
+
+def test_one_table_does_not_serve_layers_with_windows():
     with pytest.raises(ValueError, match="some layers of the config have windows, .* use PageTables"):
-        PageTable.create(config)
-
-
-class _NoLayers:
-    """Metadata that a decoder passes on as it is."""
-
-    def __init__(self, metadata):
-        self.metadata = metadata
-        self.positions, self.last_tokens = metadata.positions, metadata.last_tokens
-
-    def layer(self, index):
-        return self.metadata
+        PageTable.create(hybrid_config())
