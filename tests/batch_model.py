@@ -339,7 +339,7 @@ def check_room(before, middle, counts, asked, handles) -> None:
     oldest = int(np.argmin(np.where(takes_part, rows.age, 2**31 - 1)))
     assert asked[oldest] > 0, "the oldest is given tokens"
     assert counts[oldest] > 0 or any(_is_blocked(before, g, oldest, asked, handles) for g in range(len(owners)))
-    for row in np.flatnonzero(gave_up):
+    for row in np.flatnonzero(gave_up).tolist():
         assert row != oldest, "the oldest never gives up pages"
         assert not np.any(new[~active]), "rows that have ended give up theirs first"
         younger = active & (rows.age > rows.age[row])

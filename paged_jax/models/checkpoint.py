@@ -38,6 +38,20 @@ PROGRESS_BYTES = 200_000_000  # a progress bar from this size on
 DERIVED = ("rotary_emb.inv_freq",)
 
 
+@dataclass(frozen=True)
+class GraphForward:
+    """A decoder as a `paged_jax.Forward`: its structure only, so that what jit keeps of it holds no weights.
+
+    Equal for equal structures: a checkpoint that is loaded again is not compiled again.
+    """
+
+    graph: Any
+
+    def __call__(self, params: Any, tokens: Int[Array, " T"], pool: PagePool, metadata: AttentionMetadata):
+        """Float32 logits [Z, V] at the tokens `metadata.logits_at`, and the pool; see `Decoder.__call__`."""
+        return nnx.merge(self.graph, params)(tokens, pool, metadata)
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
     """A loaded checkpoint: weights, and pure functions over them.
@@ -56,25 +70,10 @@ class Model:
     folder: Path
     stop_tokens: tuple[int, ...]
 
-    def forward(
-        self,
-        params: Any,
-        tokens: Int[Array, " T"],
-        pool: PagePool,
-        metadata: AttentionMetadata,
-    ):
-        """Runs the packed new tokens of many sequences against a paged cache; see `Decoder.__call__`.
-
-        Args:
-            params: the weights, as in `self.params`.
-            tokens: the new tokens of all sequences, packed; padding after them.
-            pool: the pages of every layer.
-            metadata: where each token stands.
-
-        Returns:
-            float32 logits [Z, V] at the tokens `metadata.logits_at`, and the pool.
-        """
-        return nnx.merge(self.graph, params)(tokens, pool, metadata)
+    @property
+    def forward(self) -> "GraphForward":
+        """The decoder as a `paged_jax.Forward`, without its weights."""
+        return GraphForward(self.graph)
 
     def dense_forward(self, params: Any, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T V"]:
         """Logits at every token of whole sequences, computed without any cache."""
@@ -144,7 +143,8 @@ def load(
         stacked = _platform(sharding) != "cpu"
     # Where nothing repeats there is nothing to stack.
     period = config.period if stacked and config.period < config.num_layers else None
-    options = dict(dtype=_choose_dtype(fields, dtype), implementation=implementation, period=period)
+    options: dict[str, Any] = {"implementation": implementation, "period": period}
+    options["dtype"] = _choose_dtype(fields, dtype)
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options)))
     plan = _plan(family, abstract, stored, folder, config, period)
     placement = tensor_parallel(config, sharding, period) if isinstance(sharding, Mesh) else sharding

@@ -166,8 +166,8 @@ class Decoder(nnx.Module):
                 sinks=sinks, implementation=self.implementation, **self._attention_options(entry),
             )  # fmt: skip
 
-        x, pool = self._hidden(tokens, metadata.positions, attend, pool)
-        return self._logits(x[metadata.logits_at]), pool
+        x, written = self._hidden(tokens, metadata.positions, attend, pool)
+        return self._logits(x[metadata.logits_at]), written
 
     def dense(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T V"]:
         """Logits at every token of whole sequences, without a cache: for training, and to check the paged path.

@@ -2,12 +2,12 @@
 
 import functools
 
-import hash_decoder as decoder
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hash_decoder as decoder
 import toy
 from paged_jax import AttentionMetadata, Generator, KVCache, PagePool, PageTables, SamplingParams
 from paged_jax.cache.invariants import check

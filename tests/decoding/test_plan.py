@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,17 @@ plan_jit = jax.jit(first_come_first_served, static_argnums=1)
 reserve_jit = jax.jit(lambda tables, lengths: tables.reserve(lengths)[0].slide())
 
 
-def plan(known, cached, budget, *, age=range(B), active=True, source=NO_ROW, free=60, window_free=60) -> list[int]:
+def plan(
+    known,
+    cached,
+    budget: int,
+    *,
+    age: Any = range(B),
+    active: Any = True,
+    source: Any = NO_ROW,
+    free=60,
+    window_free=60,
+):
     """The tokens of rows that know and cache so many, where so many pages of both groups are free."""
 
     def each(values) -> np.ndarray:
@@ -44,7 +55,7 @@ def plan(known, cached, budget, *, age=range(B), active=True, source=NO_ROW, fre
 
 
 def test_decoding_rows_compute_their_token_and_the_oldest_others_get_the_rest():
-    rows = {"known": [30, 9, 20, 5], "cached": [0, 8, 0, 4], "age": [7, 9, 3, 1]}
+    rows: dict[str, Any] = {"known": [30, 9, 20, 5], "cached": [0, 8, 0, 4], "age": [7, 9, 3, 1]}
     assert plan(**rows, budget=8) == [0, 1, 6, 1]
     assert plan(**rows, budget=60) == [30, 1, 20, 1]
 
@@ -69,14 +80,14 @@ def test_rows_that_do_not_fit_wait_and_no_younger_row_overtakes():
 
 
 def test_the_oldest_of_all_goes_on_though_it_does_not_fit():
-    rows = {"known": [30, 20, 20, 20], "cached": [0, 19, 16, 19]}
+    rows: dict[str, Any] = {"known": [30, 20, 20, 20], "cached": [0, 19, 16, 19]}
     assert plan(**rows, budget=8, free=0) == [6, 1, 0, 1]
     assert plan(**rows, budget=8, free=0, age=[2, 0, 1, 3]) == [0, 1, 0, 1], "the oldest decodes"
 
 
 def test_a_window_bounds_the_pages_that_a_row_needs():
     # A step of 8 reads 5 tokens behind and writes 8, which touch at most 4 pages, though the row knows 60 tokens.
-    rows = {"known": [4, 60, 60, 1], "cached": [0, 0, 0, 1], "budget": 8}
+    rows: dict[str, Any] = {"known": [4, 60, 60, 1], "cached": [0, 0, 0, 1], "budget": 8}
     assert plan(**rows, window_free=5) == [4, 4, 0, 0]
     assert plan(**rows, window_free=4) == [4, 0, 0, 0]
 

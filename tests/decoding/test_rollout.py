@@ -218,8 +218,9 @@ def test_four_devices_of_a_data_axis_draw_the_tokens_of_one():
 
     def sample(prompts, lens, sampling):
         cache = KVCache.create(decoder.config(1 + 64))
-        options = {"max_new_tokens": NEW, "num_samples": N}
-        result, _ = rollout(stepper, jnp.int32(0), prompts, lens, cache, sampling=sampling, **options)
+        result, _ = rollout(
+            stepper, jnp.int32(0), prompts, lens, cache, max_new_tokens=NEW, num_samples=N, sampling=sampling
+        )
         return result._replace(counters=jax.tree.map(lambda x: x[None], result.counters))
 
     each = jax.jit(jax.shard_map(sample, mesh=mesh, in_specs=split, out_specs=split, check_vma=False))
@@ -235,7 +236,7 @@ def test_four_devices_of_a_data_axis_draw_the_tokens_of_one():
 def test_a_real_decoder_draws_what_a_dense_forward_does_and_learns_from_it_in_the_same_program():
     """A policy gradient that rewards even tokens makes them likelier; its loss sees the parameters that drew."""
     params = toy.init_params()
-    prompts, lens = queue(5, 20, 20, seed=6)
+    prompts, lens = map(jnp.asarray, queue(5, 20, 20, seed=6))
     prompts %= toy.VOCAB
     stepper = Stepper(toy.forward, (4, 16))
     num_new, place = 12, np.arange(12, dtype=np.int32)
@@ -280,8 +281,11 @@ def test_sizes_that_do_not_fit_together_are_named():
     cache = KVCache.create(decoder.config(1 + 16, windows=HYBRID, window_pages=4))
     stepper = Stepper(decoder.forward_with(HYBRID), (4, 16))
 
-    def start(stepper=stepper, cache=cache, sampling=GREEDY, **sizes):
-        rollout(stepper, jnp.int32(0), prompts, lens, cache, **({"max_new_tokens": 4} | sizes), sampling=sampling)
+    def start(stepper=stepper, cache=cache, sampling: SamplingParams | SamplingState = GREEDY, num_samples=1):
+        rollout(
+            stepper, jnp.int32(0), prompts, lens, cache,
+            max_new_tokens=4, num_samples=num_samples, sampling=sampling,
+        )  # fmt: skip
 
     with pytest.raises(ValueError, match="window of 6 have 3 pages, but a row that computes 16 .* raise window_pages"):
         start()

@@ -84,7 +84,7 @@ def test_scores_are_those_of_the_whole_text_after_any_prefix_however_few_rows_an
         jax.effects_barrier()
         assert sum(computed) == prompt_len - first + sum(lengths), "the prompt is computed once, but for its last token"
         assert max(computed) <= CHUNK and min(computed) > 0
-    assert run._cache_size() == 1
+    assert run._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]  JAX's way to count compilations
 
 
 def test_a_real_decoder_scores_as_a_dense_forward_does():

@@ -87,7 +87,7 @@ class StepMachine(RuleBasedStateMachine):
             active = self.active()
             self.batch.stop(active[index % len(active)])
 
-    @precondition(lambda self: len(self.batch.held) < 2 and np.any(self.batch.lengths))
+    @precondition(lambda self: len(self.batch.held) < 2 and bool(np.any(self.batch.lengths)))
     @rule(index=st.integers(0, B), share=st.floats(0, 1))
     def publish(self, index, share):
         rows = np.flatnonzero(self.batch.lengths)
