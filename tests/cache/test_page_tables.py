@@ -1,5 +1,6 @@
 """Groups of layers: tables in step with each other, and hybrid decoders that draw what they draw over one table."""
 
+import dataclasses
 import functools
 
 import jax
@@ -33,8 +34,19 @@ reserve, fork, permute, truncate = map(jitted, ("reserve", "fork", "permute", "t
 slide, release, publish, attach, drop = map(jitted, ("slide", "release", "publish", "attach", "drop"))
 
 
-def create(num_pages=24, window_pages=12) -> PageTables:
-    return PageTables.create(hybrid_config(num_pages=num_pages, window_pages=window_pages, max_pages_per_sequence=8))
+def create() -> PageTables:
+    """Tables of one size, for which each transition compiles once; 13 and 8 pages can be used."""
+    return PageTables.create(hybrid_config(num_pages=14, window_pages=9, max_pages_per_sequence=8))
+
+
+def leave(tables: PageTables, group: int, num_pages: int) -> tuple[PageTables, list[tuple]]:
+    """Take pages away from one group until so many are free; also which pages of each group are held then."""
+    groups, held = list(tables.groups), [np.zeros(0, np.int32) for _ in tables.groups]
+    table = groups[group]
+    held[group] = np.asarray(table.free_stack)[num_pages : int(table.num_free)]
+    refcounts = table.refcounts.at[held[group]].set(1)
+    groups[group] = dataclasses.replace(table, refcounts=refcounts, num_free=jnp.int32(num_pages))
+    return dataclasses.replace(tables, groups=tuple(groups)), [tuple(held)]
 
 
 def contents(tables: PageTables) -> list[list]:
@@ -65,7 +77,7 @@ def num_mapped(tables: PageTables) -> np.ndarray:
 @pytest.mark.parametrize("num_steps", [150, pytest.param(2000, marks=pytest.mark.long)])
 def test_a_random_history_keeps_every_group_sound_and_in_step(num_steps):
     random = np.random.default_rng(0)
-    tables, handles = create(14, 9), []
+    tables, handles = create(), []
     refused = np.zeros(2, int)
     for _ in range(num_steps):
         kind = random.choice("reserve reserve fork permute truncate release publish attach drop".split())
@@ -108,7 +120,7 @@ def test_a_random_history_keeps_every_group_sound_and_in_step(num_steps):
 
 @pytest.mark.parametrize("short", [0, 1])
 def test_a_row_that_one_group_refuses_is_refused_by_all(short):
-    tables = create(*((6, 12), (24, 6))[short])
+    tables, held = leave(create(), short, 5)
     tables, _ = reserve(tables, rows(7, 8, 0, 0))
     before = contents(tables)
     refused, reservation = reserve(tables, rows(0, 8, 1, 0))
@@ -117,17 +129,18 @@ def test_a_row_that_one_group_refuses_is_refused_by_all(short):
     assert [int(t.fault) for t in refused.groups] == [Fault.OUT_OF_PAGES * (group == short) for group in range(2)]
     granted, reservation = reserve(refused, rows(1, 4, 1, 0))
     assert reservation.granted.tolist() == [True, True, False, True], "one page is left: the first that needs one"
-    check_all(granted, (), rows(1, 4, 0, 0))
+    check_all(granted, held, rows(1, 4, 0, 0))
 
 
 def test_a_row_refused_by_one_group_leaves_its_shared_page_to_the_other_owner():
     """Alone, the last of all owners keeps a page. Where it is refused elsewhere, the first must still get its copy."""
-    tables, _ = reserve(create(24, 4), rows(6, 0, 0, 0))
+    tables, held = leave(create(), 1, 3)
+    tables, _ = reserve(tables, rows(6, 0, 0, 0))
     tables, _ = fork(tables, rows(0), rows(1))
     made, reservation = reserve(tables, rows(1, 7, 0, 0))
     assert reservation.granted.tolist() == [True, False, True, True]
     assert all(int(group.copy_target[0]) > 0 for group in reservation.groups)
-    check_all(made, (), rows(1, 0, 0, 0))
+    check_all(made, held, rows(1, 0, 0, 0))
 
 
 def test_a_row_is_cut_and_published_only_where_its_next_token_sees_everything():
@@ -151,8 +164,8 @@ def test_a_row_is_cut_and_published_only_where_its_next_token_sees_everything():
 def test_one_group_is_one_page_table():
     tables, table = PageTables.create(decoder.config(64)), PageTable.create(decoder.config(64))
     new_tokens = rows(5, 0, 9, 1)
-    tables, reservations = tables.slide().reserve(new_tokens)
-    table, reservation = table.reserve(new_tokens)
+    tables, reservations = jax.jit(lambda t, n: t.slide().reserve(n))(tables, new_tokens)
+    table, reservation = jax.jit(PageTable.reserve)(table, new_tokens)
     for ours, alone in ((tables.groups, (table,)), (reservations.groups, (reservation,))):
         assert jax.tree.all(jax.tree.map(np.array_equal, ours, alone))
     text = str(jax.make_jaxpr(lambda t, n: t.slide().reserve(n))(tables, new_tokens))
@@ -176,27 +189,28 @@ def greedy(text, num_tokens) -> list[int]:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def step(cache, tokens, query_lens):
-    """The greedy tokens after the new tokens of each row; [T] is as long as `tokens`."""
-    cache, granted = cache.reserve(query_lens)
-    metadata = AttentionMetadata.ragged(cache.tables, query_lens, len(tokens), active=granted)
-    logits, pool = forward(PARAMS, tokens, cache.pool, metadata)
-    return KVCache(cache.tables, pool), granted, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    """The greedy tokens after the new tokens of each row, and how many pages each group copied."""
+    tables, made = cache.tables.slide().reserve(query_lens)
+    metadata = AttentionMetadata.ragged(tables, query_lens, T, active=made.granted)
+    logits, pool = forward(PARAMS, tokens, cache.pool.copy(made), metadata)
+    copies = jnp.stack([jnp.count_nonzero(group.copy_target) for group in made.groups])
+    return KVCache(tables, pool), made.granted, jnp.argmax(logits, axis=-1).astype(jnp.int32), copies
 
 
-def compute(cache: KVCache, pieces: list[list[int]], num_tokens: int = T) -> tuple[KVCache, list[int]]:
+def compute(cache: KVCache, pieces: list[list[int]]) -> tuple[KVCache, list[int], list[int]]:
     flat = [token for piece in pieces for token in piece]
-    packed = np.array(flat + [0] * (num_tokens - len(flat)), np.int32)
-    cache, granted, tokens = step(cache, packed, np.array([len(piece) for piece in pieces], np.int32))
+    packed = np.array(flat + [0] * (T - len(flat)), np.int32)
+    cache, granted, tokens, copies = step(cache, packed, np.array([len(piece) for piece in pieces], np.int32))
     assert np.all(granted)
-    return cache, tokens.tolist()
+    return cache, tokens.tolist(), copies.tolist()
 
 
 def test_after_every_step_local_layers_hold_the_pages_of_their_window_and_tokens_are_those_of_a_dense_forward():
     texts = prompts(3, 9, 30, 17)
-    cache, tokens = compute(KVCache.create(hybrid_config()), texts)
+    cache, tokens, _ = compute(KVCache.create(hybrid_config()), texts)
     drawn = [[token] for token in tokens]
     for _ in range(23):
-        cache, tokens = compute(cache, [[token] for token in tokens], B)
+        cache, tokens, _ = compute(cache, [[token] for token in tokens])
         for row, token in zip(drawn, tokens, strict=True):
             row.append(token)
         check_all(cache.tables)
@@ -210,7 +224,7 @@ def test_a_prompt_in_chunks_holds_a_window_and_a_chunk():
     (text,) = prompts(60)
     cache = KVCache.create(config)
     for at in range(0, 60, 8):
-        cache, tokens = compute(cache, [text[at : at + 8], [], [], []])
+        cache, tokens, _ = compute(cache, [text[at : at + 8], [], [], []])
         assert num_mapped(cache.tables)[1, 0] <= config.pages_mapped(WINDOW, 60, 8) == 4
     assert num_mapped(cache.tables)[0, 0] == 15
     assert tokens[:1] == greedy(text, 1)
@@ -219,21 +233,20 @@ def test_a_prompt_in_chunks_holds_a_window_and_a_chunk():
 @pytest.mark.parametrize("prompt_length", [8, 22])
 def test_forks_copy_on_write_in_every_group(prompt_length):
     (text,) = prompts(prompt_length)
-    cache, _ = compute(KVCache.create(hybrid_config()), [text, [], [], []])
+    cache, _, _ = compute(KVCache.create(hybrid_config()), [text, [], [], []])
     tables, ok = fork(cache.tables, rows(0, 0, 0), rows(1, 2, 3))
     assert np.all(ok)
-    copies = [np.count_nonzero(group.copy_target) for group in reserve(tables, rows(1, 1, 1, 1))[1].groups]
-    assert copies == ([3, 3] if prompt_length % S else [0, 0])
     feed = [7, 19, 32, 50]  # what each row continues the prompt with
-    cache, tokens = compute(KVCache(tables, cache.pool), [[token] for token in feed], B)
-    _, after = compute(cache, [[token] for token in tokens], B)
+    cache, tokens, copies = compute(KVCache(tables, cache.pool), [[token] for token in feed])
+    assert copies == ([3, 3] if prompt_length % S else [0, 0])
+    _, after, _ = compute(cache, [[token] for token in tokens])
     assert [list(pair) for pair in zip(tokens, after, strict=True)] == [greedy([*text, token], 2) for token in feed]
 
 
 def test_the_pools_of_all_groups_are_updated_in_place():
     config = hybrid_config(num_pages=40_000, window_pages=10_000)
     cache = jax.eval_shape(lambda: KVCache.create(config))
-    shapes = jax.ShapeDtypeStruct((B,), jnp.int32), jax.ShapeDtypeStruct((B,), jnp.int32)
+    shapes = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (T, B))
     memory = step.lower(cache, *shapes).compile().memory_analysis()
     assert memory is not None and cache.pool.num_bytes == config.pool_bytes
     assert memory.alias_size_in_bytes >= config.pool_bytes, "the pool is not updated in place"
