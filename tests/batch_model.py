@@ -188,12 +188,16 @@ class Batch:
 
     # ---- what happens -----------------------------------------------------------------------------------------
 
-    def start(self, row: int, request: Request, *, oldest: bool, keeps: bool, source: int = NO_ROW, held: int = -1):
+    def start(
+        self, row: int, request: Request, *, oldest: bool, keeps: bool, source: int = NO_ROW, held: int = -1, age=None
+    ):
         if self.lengths[row]:
             self.stop(row)  # it had ended, and kept its pages until now
         ages = [int(self.rows.age[b]) for b in range(B)] or [0]
-        age = max(ages) + 1 if source != NO_ROW or not oldest else min(ages) - 1
-        self.state = _put(self.state, row, request, age + (10_000 if not self.requests else 0), source, keeps)
+        if age is None:
+            age = max(ages) + 1 if source != NO_ROW or not oldest else min(ages) - 1
+            age += 0 if self.requests else 10_000
+        self.state = _put(self.state, row, request, age, source, keeps)
         self.requests[row] = request
         if held >= 0 and len(request.prompt) <= M * S:
             self._transition(1, row, 0, self.held[held].handles)

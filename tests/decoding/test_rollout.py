@@ -159,7 +159,9 @@ def test_samples_do_not_depend_on_the_order_of_the_queue_or_the_number_of_rows()
     stepper = Stepper(decoder.forward_with(PLAIN), (16,))
     sample = jax.jit(functools.partial(rollout, stepper, max_new_tokens=NEW, num_samples=N))
     other, _ = sample(jnp.int32(0), prompts[order], lens[order], cache, sampling=shuffled)
-    assert np.array_equal(other.tokens, one.tokens[order]) and np.array_equal(other.logprobs, one.logprobs[order])
+    assert np.array_equal(other.tokens, one.tokens[order])
+    # Another program may add up a softmax in another order.
+    assert np.allclose(other.logprobs, one.logprobs[order], atol=1e-6, rtol=0)
 
 
 def test_a_prompt_that_can_never_fit_ends_without_a_token_and_the_others_are_served():

@@ -21,10 +21,9 @@ def test_a_prompt_that_fills_the_row_draws_one_token_and_a_longer_one_none():
 
 def test_a_row_that_has_ended_gives_up_its_pages_though_its_age_is_negative():
     batch = Batch(PLAIN)
-    for _ in range(3):  # each older than all before it
-        batch.start(0, Request((1, 2, 3), 2, 0, 0), oldest=True, keeps=True)
-        batch.run(5)
-    assert batch.rows.age[0] < -1 and batch.lengths[0] == 4
+    batch.start(0, Request((1, 2, 3), 2, 0, 0), oldest=True, keeps=True, age=-5)
+    batch.run(5)
+    assert batch.rows.age[0] == -5 and batch.lengths[0] == 4 and not batch.rows.active[0]
     batch.start(1, Request(tuple(range(20)), 12, 1, 0), oldest=False, keeps=False)
     batch.run(40)
     assert not batch.rows.active[1] and batch.rows.num_known[1] == M * S and batch.lengths[0] == 0
