@@ -101,7 +101,7 @@ def test_a_rollout_over_a_mesh_draws_the_same_tokens_with_few_pages():
     """Each of four devices holds the pages of one KV head, which are so few that samples give theirs up."""
     params, stepper = toy.init_params(kv_heads=4), Stepper(toy.forward, (8,))
     rng = np.random.default_rng(0)
-    prompts, lens = rng.integers(0, toy.VOCAB, (5, 12)).astype(np.int32), np.array([3, 12, 7, 1, 9], np.int32)
+    prompts, lens = jnp.asarray(rng.integers(0, toy.VOCAB, (5, 12)), jnp.int32), jnp.array([3, 12, 7, 1, 9], jnp.int32)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def sample(cache):
