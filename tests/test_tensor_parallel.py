@@ -101,7 +101,7 @@ def test_a_rollout_over_a_mesh_draws_the_same_tokens_with_few_pages():
     """Each of four devices holds the pages of one KV head, which are so few that samples give theirs up."""
     params, stepper = toy.init_params(kv_heads=4), Stepper(toy.forward, (8,))
     rng = np.random.default_rng(0)
-    prompts, lens = rng.integers(0, toy.VOCAB, (5, 12)).astype(np.int32), np.array([3, 12, 7, 1, 9], np.int32)
+    prompts, lens = jnp.asarray(rng.integers(0, toy.VOCAB, (5, 12)), jnp.int32), jnp.array([3, 12, 7, 1, 9], jnp.int32)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def sample(cache):
@@ -118,8 +118,9 @@ def test_a_rollout_over_a_mesh_draws_the_same_tokens_with_few_pages():
     assert parts(cache.tables.lengths) == {(4,)} and int(cache.tables.num_free[0]) == 8
 
 
-# 512 MB on each of four devices, 1 GB where two and two hold the same; kernels for large pages are traced fastest
-CONFIG = CacheConfig(2, 8, 128, num_pages=4 * 512, max_sequences=32, max_pages_per_sequence=16, page_size=128)
+# 512 MB on each of four devices, 1 GB where two and two hold the same. Copies of one page for each row and layer are
+# read before any is written, so larger pages would take more memory beside the pool.
+CONFIG = CacheConfig(2, 8, 128, num_pages=4 * 2048, max_sequences=32, max_pages_per_sequence=64, page_size=32)
 PASSES = [32, pytest.param(512, marks=pytest.mark.long)]  # T of steps that decode, and of steps that prefill
 SPECS = dict(q=HEADS, k=HEADS, v=HEADS, o=PartitionSpec("model"), up=HEADS, down=PartitionSpec("model"))
 
