@@ -167,6 +167,7 @@ class Decoder(nnx.Module):
             )  # fmt: skip
 
         x, written = self._hidden(tokens, metadata.positions, attend, pool)
+        assert written is not None, "attention returns the pool that it was given"
         return self._logits(x[metadata.logits_at]), written
 
     def dense(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T V"]:
