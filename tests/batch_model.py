@@ -216,6 +216,10 @@ class Batch:
         handles = self._transition(0, row, num_tokens, self._no_handles())
         got = int(handles[0].num_tokens)
         assert got == num_tokens or (got == 0 and self.windows == HYBRID)
+        if self.windows == HYBRID:  # a row that gave up pages is refused, which its table notes
+            cache = self.state.cache
+            cache = dataclasses.replace(cache, tables=cache.tables.clear_fault())
+            self.state = dataclasses.replace(self.state, cache=cache)
         self.held.append(Held(handles, tokens[:got]))
         self.see()
 

@@ -150,7 +150,9 @@ def machine_of(windows, stages: Stages | None = None, check_at_the_end: bool = T
     return Machine
 
 
-@pytest.mark.parametrize("windows", [PLAIN, HYBRID], ids=["plain", "hybrid"])
+@pytest.mark.parametrize(
+    "windows", [pytest.param(PLAIN, id="plain"), pytest.param(HYBRID, id="hybrid", marks=pytest.mark.long)]
+)
 def test_random_batches(windows):
     COUNTS.clear()
     run_machine(machine_of(windows), num_examples=25, num_steps=25)

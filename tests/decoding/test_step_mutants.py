@@ -100,6 +100,7 @@ def stages_with(windows, name: str) -> Stages:
     return broken
 
 
+@pytest.mark.long  # each compiles programs of its own, for ten seconds and more
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_machine_finds(name):
     windows = HYBRID if name in ONLY_WITH_WINDOWS else PLAIN
