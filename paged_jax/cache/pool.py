@@ -140,14 +140,14 @@ def _copy(arrays: tuple[Pages, ...], reservation: Reservation, num_layers: int) 
     """The copies of one group, in arrays that hold the pages of `num_layers` layers each."""
 
     def copy_all(arrays, source, target):
-        return tuple(copy_pages(pages, source, target) for pages in arrays)
+        # Layer by layer, so that what is read before it is written is never more than one layer's pages.
+        def copy_layer(layer, arrays):
+            first = layer * (arrays[0].num_pages // num_layers)
+            return tuple(copy_pages(p, layer_pages(source, first), layer_pages(target, first)) for p in arrays)
+
+        return copy_layer(0, arrays) if num_layers == 1 else lax.fori_loop(0, num_layers, copy_layer, arrays)
 
     source, target = reservation.copy_source, reservation.copy_target
-    if num_layers > 1:
-        first = jnp.arange(num_layers, dtype=jnp.int32)[:, None] * (arrays[0].num_pages // num_layers)
-        source, target = (
-            layer_pages(jnp.broadcast_to(ids, (num_layers, len(ids))), first).reshape(-1) for ids in (source, target)
-        )
     copy_split = split_heads(copy_all, find_mesh(arrays), arrays[0].num_kv_heads, (HEADS, WHOLE, WHOLE), HEADS)
     return lax.cond(
         jnp.any(target != NULL_PAGE), lambda arrays: copy_split(arrays, source, target), lambda arrays: arrays, arrays
