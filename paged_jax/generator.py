@@ -132,7 +132,7 @@ class Generator:
 
     # ---- requests --------------------------------------------------------------------------------------------
 
-    def submit(self, prompt: Iterable[int], sampling: SamplingParams = SamplingParams()) -> int:  # noqa: B008  frozen
+    def submit(self, prompt: Iterable, sampling: SamplingParams = SamplingParams()) -> int:  # noqa: B008  frozen
         """Queue a prompt; returns its request number.
 
         Raises:

@@ -16,7 +16,7 @@ DROPS = ("release", "truncate", "slide", "permute", "drop")
 MUTANTS = {
     "never copies on write": ("(self.refcounts[last_page] > 1)", "(self.refcounts[last_page] > 9)", ["reserve"]),
     "all sharers keep the page": ("appends & is_last & (", "appends & (", ["reserve"]),
-    "keeps a page that others own": ("jnp.sum(same, axis=1) == refcount", "refcount > 0", ["reserve"]),
+    "keeps a page that others own": ("jnp.sum(same, axis=1, dtype=jnp.int32) == refcount", "refcount > 0", ["reserve"]),
     "a copier keeps its reference": (".add(-1, mode", ".add(0, mode", ["reserve"]),
     "new pages get no owner": ("jnp.ones_like(page)", "jnp.zeros_like(page)", ["reserve"]),
     "further pages get no owner": ("jnp.ones_like(pages)", "jnp.zeros_like(pages)", ["reserve"]),
@@ -31,8 +31,8 @@ MUTANTS = {
     "truncate frees the page it ends in": ("self._columns(lengths), self", "lengths // 4, self", ["truncate"]),
     "slide frees a page still seen": ("- window + 1, 0)", "- window + 2, 0)", ["slide"]),
     "slide treats a shared page as its own": ("(self.refcounts[page] == 1)", "(self.refcounts[page] > 0)", ["slide"]),
-    "fork gives a child two parents": ("axis=1) == 1)", "axis=1) >= 1)", ["fork"]),
-    "attach overwrites a row": ('(self.lengths.at[slot].get(mode="clip") == 0)', "(slot >= 0)", ["attach"]),
+    "fork gives a child two parents": ("axis=1, dtype=jnp.int32) == 1)", "axis=1, dtype=jnp.int32) >= 1)", ["fork"]),
+    "attach overwrites a row": ('(self.lengths.at[row].get(mode="clip") == 0)', "(row >= 0)", ["attach"]),
     "reset leaves handles alive": ("epoch=self.epoch + 1", "epoch=self.epoch", ["reset"]),
 }
 
