@@ -49,13 +49,13 @@ def step_functions():
     }
 
 
-def check(compiled, arguments):
-    """The pool is updated in place; what a step computes, with the queue and the logits, is small beside it."""
+def check(compiled, arguments, share: float = 0.03):
+    """The pool is updated in place; what a step computes, with the queue and the logits, is a small share of it."""
     pool = getattr(arguments[0], "cache", arguments[0]).pool
     assert pool.num_bytes == 512 * 2**20
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= pool.num_bytes, "the pool is not updated in place"
-    assert memory.temp_size_in_bytes < 0.03 * pool.num_bytes, f"{memory.temp_size_in_bytes} bytes of temporaries"
+    assert memory.temp_size_in_bytes < share * pool.num_bytes, f"{memory.temp_size_in_bytes} bytes of temporaries"
 
 
 @pytest.mark.parametrize("name", step_functions())
@@ -77,4 +77,5 @@ def test_on_a_tpu_v6e_no_step_copies_the_pool(name):
     arguments = abstract(arguments, SingleDeviceSharding(device))
     with use_abstract_mesh(mesh):
         lowered = jax.jit(function, donate_argnums=0).lower(*arguments)
-    check(lowered.compile(), arguments)
+    # A pass of 512 tokens takes 21.6 MB, 4.0 %: DESIGN.md, "Known limits". This holds it there.
+    check(lowered.compile(), arguments, share=0.045 if name == "run" else 0.03)
