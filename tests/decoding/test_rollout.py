@@ -212,6 +212,7 @@ def test_one_compilation_served_all_queues_without_a_host_callback():
     assert "callback" not in lowered.as_text() and "infeed" not in lowered.as_text()
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="the compiler of jaxlib 0.11 crashes on this program")
 def test_four_devices_of_a_data_axis_draw_the_tokens_of_one():
     prompts, lens = queue(4 * Q, 20, WIDTH, seed=6)
     sampling = SamplingState.of([(SamplingParams(temperature=float(q % 2), seed=q), 0) for q in range(4 * Q)])
