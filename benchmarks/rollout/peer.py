@@ -46,7 +46,7 @@ def serve_transformers(folder: str, prompts: list, limits: list, num_samples: in
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    todo = [(prompt, limit) for prompt, limit in zip(prompts, limits) for _ in range(num_samples)]  # noqa: B905
+    todo = [(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True) for _ in range(num_samples)]
 
     def run():
         outputs = []
