@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.platform import target_platform
@@ -283,7 +284,7 @@ def put_piece(
         row = (page[:, None] * num_heads + head) * slots + first + slot[:, None]
         row = jnp.where(is_dropped, flat.shape[0] + token * num_heads + head, row)
         flat = flat.at[row].set(x.astype(array.dtype), mode="drop", unique_indices=True)
-        return flat.reshape(array.shape)
+        return row_major(flat.reshape(array.shape))
 
     def put_scale(scales: Array, x: Array, first: int) -> Array:
         rows = scale_rows(scales)
@@ -303,3 +304,14 @@ def put_piece(
     else:
         data = put(pages.data, jnp.concatenate([k, v], axis=-1), page_size, 0)
     return dataclasses.replace(pages, data=data, scales=scales)
+
+
+def row_major(data: Array) -> Array:
+    """Keeps the layout in which pages come in.
+
+    The axis of a single KV head may stand anywhere in the same memory. jaxlib 0.11 moves it in a loop over layers on a
+    CPU, and then copies the whole pool twice a step.
+    """
+    if data.shape[1] > 1 or jax.__version_info__ >= (0, 12) or target_platform() != "cpu":
+        return data
+    return with_layout_constraint(data, Layout(tuple(range(data.ndim))))
