@@ -1,4 +1,4 @@
-"""A rollout as large as people run them: 200 requests through 32 rows, with all the pages they need and with a quarter."""
+"""A rollout as large as people run them: 200 requests through 32 rows, with enough pages and with a quarter of them."""
 
 import functools
 
