@@ -65,7 +65,9 @@ def test_on_a_cpu_no_step_copies_the_pool(name):
 
 
 @pytest.mark.tpu_compile
-@pytest.mark.parametrize("name", step_functions())
+@pytest.mark.parametrize(
+    "name", ["start", "rollout", *(pytest.param(name, marks=pytest.mark.long) for name in ("run", "score"))]
+)
 def test_on_a_tpu_v6e_no_step_copies_the_pool(name):
     pytest.importorskip("libtpu", reason="the compiler of TPUs is not installed")
     function, arguments = step_functions()[name]

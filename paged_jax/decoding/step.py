@@ -73,7 +73,9 @@ class Drawn(NamedTuple):
 
 
 def token_counts_for(num_rows: int, budget: int = TOKEN_COUNTS[-1]) -> tuple[int, ...]:
-    """The token counts for a batch of so many rows: a few for decoding rows, and the budget of a step that prefills.
+    """The token counts for a batch of so many rows: some for few rows that decode, one for all, the budget of a prefill.
+
+    Few: each pass takes as long to compile as a small decoder.
 
     Args:
         num_rows: B.
@@ -81,10 +83,8 @@ def token_counts_for(num_rows: int, budget: int = TOKEN_COUNTS[-1]) -> tuple[int
     """
     if budget < num_rows:
         raise ValueError(f"a budget of {budget} tokens a step does not hold one of each of {num_rows} rows: raise it")
-    decode = [count for count in TOKEN_COUNTS[:-1] if (count <= 8 or count // 2 < num_rows) and count < budget]
-    if decode and decode[-1] < num_rows < budget:
-        decode.append(num_rows)
-    return (*decode, budget)
+    few = [count for count in (8, 32, 128, 512) if 2 * count <= num_rows]
+    return tuple(sorted({*few, min(max(num_rows, 8), budget), budget}))
 
 
 def step(stepper: Stepper, params: Any, state: DecodeState) -> tuple[DecodeState, Bool[Array, " B"]]:

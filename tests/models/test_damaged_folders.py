@@ -2,6 +2,10 @@
 
 import json
 import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -110,12 +114,19 @@ def damage(data, folder: Path) -> None:
         damage_header(data, data.draw(st.sampled_from([file for file in files if file.suffix == ".safetensors"])))
 
 
-def check(folder: Path, intact: dict[str, np.ndarray]) -> None:
+def load_or_refuse(folder: Path) -> models.Model | None:
+    """The model; None where it is refused, as it should be."""
     try:
-        model = models.load(folder, "float32")
+        return models.load(folder, "float32")
     except ValueError as error:
         assert str(folder) in str(error), error
         assert len(str(error)) < 4000
+    return None
+
+
+def check(folder: Path, intact: dict[str, np.ndarray]) -> None:
+    model = load_or_refuse(folder)
+    if model is None:
         return
     # What still loads means what it says: the same weights, or those that another config.json describes
     loaded = weights(model.params)
@@ -124,25 +135,70 @@ def check(folder: Path, intact: dict[str, np.ndarray]) -> None:
     assert loaded.keys() == intact.keys() or loaded.keys() == intact.keys() - {"head.weight"}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_folder_is_refused_by_name_or_loads_the_same_weights(kind, folders, tmp_path):
-    whole, intact = folders[kind]
-    folder = tmp_path / "damaged"
+def load_damaged(whole: Path, folder: Path, num_examples: int, load: Callable[[Path], None]) -> None:
+    """Calls `load` on copies of a whole folder, each damaged at random in its own way."""
 
-    @settings(max_examples=70, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=num_examples, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
     @given(st.data())
     def run(data):
         folder.mkdir(exist_ok=True)
         for path in folder.iterdir():
             path.unlink()
         for path in whole.iterdir():
-            (folder / path.name).write_bytes(path.read_bytes())
+            shutil.copyfile(path, folder / path.name)
         damage(data, folder)
-        check(folder, intact)
+        load(folder)
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     run()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_folder_is_refused_by_name_or_loads_the_same_weights(kind, folders, tmp_path):
+    whole, intact = folders[kind]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    load_damaged(whole, tmp_path / "damaged", 70, lambda folder: check(folder, intact))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB: no lie about a size is believed
+
+
+# In a process of its own, which prints the most memory that loading one of the folders added, and how many
+# could be loaded.
+LOAD_DAMAGED = """
+import gc, re, sys
+from pathlib import Path
+import test_damaged_folders as own
+whole, folder, num_examples = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+own.models.load(own.models.DEMO)
+status = lambda name: int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+most = num_loaded = 0
+
+def load(folder):
+    global most, num_loaded
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    before = status("VmRSS")
+    num_loaded += own.load_or_refuse(folder) is not None
+    most = max(most, status("VmHWM") - before)
+
+own.load_damaged(whole, folder, num_examples, load)
+print(most, num_loaded)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_a_large_damaged_folder_takes_no_more_memory_than_loading_it(tmp_path):
+    config = KINDS["llama"] | dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, vocab_size=16384)
+    config |= dict(num_attention_heads=8, num_key_value_heads=4)
+    params = nnx.state(models.Decoder(decoder_config(config), rngs=nnx.Rngs(0)))
+    whole = tmp_path / "whole"
+    models.save(whole, config, params, num_shards=3)
+    size = sum(path.stat().st_size for path in whole.glob("*.safetensors"))
+    command = [sys.executable, "-c", LOAD_DAMAGED, str(whole), str(tmp_path / "damaged"), "40"]
+    child = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
+    most, num_loaded = map(int, child.stdout.split())
+    print(f"{size / 1e6:.0f} MB, {num_loaded} of 40 loaded: peak {most / size:.3f} of it")
+    assert 0 < num_loaded < 40 and most <= 1.3 * size
 
 
 TEXT_FILES = {

@@ -11,12 +11,12 @@ from pallas_kernels.gpu.quantised import STEP, split_queries
 # Head size, page size, (query, KV) heads, window, soft cap, sinks: every pair of neighbouring choices occurs.
 CASES = [
     (128, 16, (12, 2), None, None, False),
-    (128, 8, (16, 2), 70, 5.0, True),
+    pytest.param(128, 8, (16, 2), 70, 5.0, True, marks=pytest.mark.long),
     (128, 64, (3, 3), 5, None, True),
     pytest.param(128, 128, (12, 1), None, 5.0, False, marks=pytest.mark.long),
     pytest.param(128, 32, (5, 5), 64, None, False, marks=pytest.mark.long),
     (64, 16, (5, 1), 130, None, True),
-    (64, 64, (32, 2), None, 2.0, True),
+    pytest.param(64, 64, (32, 2), None, 2.0, True, marks=pytest.mark.long),
     pytest.param(64, 128, (3, 1), 16, None, False, marks=pytest.mark.long),
     pytest.param(64, 192, (2, 2), None, None, True, marks=pytest.mark.long),
     (256, 16, (8, 2), None, None, True),
@@ -35,7 +35,7 @@ def test_equals_the_reference(interpreter, head_dim, page_size, heads, window, s
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "page_size", "heads", "write"),
     [
-        ("int8", 128, 16, (8, 2), True),
+        pytest.param("int8", 128, 16, (8, 2), True, marks=pytest.mark.long),
         ("float8_e4m3fn", 64, 8, (4, 2), True),
         pytest.param("float8_e4m3fn", 128, 128, (3, 1), True, marks=pytest.mark.long),
         pytest.param("float8_e4m3fn", 256, 64, (12, 1), False, marks=pytest.mark.long),

@@ -29,7 +29,7 @@ def test_mixed_batch(interpreter, head_dim, page_size, heads, window, soft_cap, 
 @pytest.mark.parametrize(
     ("heads", "query_lens", "window"),
     [
-        ((8, 1), [4, 1, 3, 0], None),
+        pytest.param((8, 1), [4, 1, 3, 0], None, marks=pytest.mark.long),
         pytest.param((40, 2), [1, 1, 1, 1], None, marks=pytest.mark.long),
         pytest.param((3, 1), [5, 1, 30, 2], 20, marks=pytest.mark.long),
     ],
@@ -57,6 +57,7 @@ def test_quantised_pages(interpreter, dtype, head_dim, page_size, heads, window)
     check(problem, window=window)
 
 
+@pytest.mark.long  # short in test_decode.py
 def test_positions_beyond_int16(interpreter):
     # A sequence of which only what the window shows is mapped: the pages before it were freed.
     problem = make_problem([170], query_lens=[4], heads=(2, 1), page_size=128)
@@ -65,6 +66,7 @@ def test_positions_beyond_int16(interpreter):
     check(problem, max_query_len=4, window=150)
 
 
+@pytest.mark.long  # short in test_decode.py
 def test_neighbours_change_nothing(interpreter):
     problem = make_problem([20, 70], query_lens=[20, 40], heads=(1, 1), page_size=64)
     expect_no_neighbours(problem)

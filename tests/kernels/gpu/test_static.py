@@ -45,11 +45,11 @@ def test_the_way_of_a_whole_tile_through_a_loop():
     ("kernel", "dtype", "page_size", "least_share"),
     [
         ("decode", "bfloat16", 16, 1.0),
-        ("decode", "int8", 64, 1.0),
-        ("decode", "float8_e4m3fn", 16, 1.0),
+        pytest.param("decode", "int8", 64, 1.0, marks=pytest.mark.long),
+        pytest.param("decode", "float8_e4m3fn", 16, 1.0, marks=pytest.mark.long),
         ("rows", "bfloat16", 16, 0.86),
-        ("rows", "int8", 64, 0.64),
-        ("rows", "float8_e4m3fn", 16, 0.75),
+        pytest.param("rows", "int8", 64, 0.64, marks=pytest.mark.long),
+        pytest.param("rows", "float8_e4m3fn", 16, 0.75, marks=pytest.mark.long),
     ],
 )
 def test_the_schedule_keeps_the_hardware_busy(kernel, dtype, page_size, least_share):

@@ -86,7 +86,7 @@ def test_two_heads_of_size_64_side_by_side(interpreter, small_blocks, dtype):
     [
         pytest.param("int8", 128, 16, dict(window=100), marks=pytest.mark.long),
         pytest.param("int8", 128, 64, dict(window=100), marks=pytest.mark.long),
-        ("float8_e4m3fn", 64, 32, dict(window=100, soft_cap=5.0, sinks=True)),
+        pytest.param("float8_e4m3fn", 64, 32, dict(window=100, soft_cap=5.0, sinks=True), marks=pytest.mark.long),
     ],
 )
 def test_mixed_batch_of_8_bit_pages(interpreter, small_blocks, dtype, head_dim, page_size, options):

@@ -30,7 +30,7 @@ for case in (
     StaticCase("decode", (131072,) * 1024, pool_bytes=2 << 30),  # the page table streams
     StaticCase("mixed", (2048,) * 7 + (4096,), (1,) * 7 + (512,)),
     StaticCase("mixed", (2048,) * 7 + (4096,), (1,) * 7 + (512,), dtype="int8", page_size=16),
-)[:: 1 if sys.argv[1].startswith("v6e") else 3]:
+)[int(sys.argv[2]) :: int(sys.argv[3])]:
     compiled = compile_for(sys.argv[1], jitted, *arguments(case), max_query_len=case.max_query_len)
     memory, pool = compiled.memory_analysis(), abstract_pages(case).num_bytes
     assert memory.alias_size_in_bytes >= pool, (case, memory)
@@ -45,8 +45,14 @@ assert memory.temp_size_in_bytes < 0.02 * pages.num_bytes
 """
 
 
-@pytest.mark.parametrize("chip", TOPOLOGIES)
-def test_compiles_and_copies_no_pages(chip):
+# Each of three chips takes another third of the cases; in the long form each takes all.
+THIRDS = [("v6e", 0, 3), ("v5e", 1, 3), ("tpu7x", 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("chip", "first", "every"), THIRDS + [pytest.param(chip, 0, 1, marks=pytest.mark.long) for chip in TOPOLOGIES]
+)
+def test_compiles_and_copies_no_pages(chip, first, every):
     pytest.importorskip("libtpu", reason="the compiler of TPUs is not installed")
     environment = dict(
         os.environ,
@@ -58,7 +64,6 @@ def test_compiles_and_copies_no_pages(chip):
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
         PYTHONPATH=str(ROOT),
     )
-    child = subprocess.run(
-        [sys.executable, "-c", PROGRAM, TOPOLOGIES[chip]], env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", PROGRAM, TOPOLOGIES[chip], str(first), str(every)]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr[-3000:]
