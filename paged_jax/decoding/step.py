@@ -73,9 +73,9 @@ class Drawn(NamedTuple):
 
 
 def token_counts_for(num_rows: int, budget: int = TOKEN_COUNTS[-1]) -> tuple[int, ...]:
-    """The token counts for a batch of so many rows: some for few rows that decode, one for all, the budget of a prefill.
+    """The token counts for a batch of so many rows: for a few that decode, for all of them, for a step that prefills.
 
-    Few: each pass takes as long to compile as a small decoder.
+    Not many: each pass takes as long to compile as a small decoder.
 
     Args:
         num_rows: B.
