@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from paged_jax.cache.config import LayerGroup
+from paged_jax.cache.config import LayerGroup, pages_mapped
 from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.page_table import PageTable
 from paged_jax.cache.page_tables import Handles, PageTables
@@ -208,8 +208,7 @@ def _reachable_tokens(
 
 def _pages_of_window(table: PageTable, group: LayerGroup, budget: int) -> int:
     """The most pages that a row maps at once in a group whose layers see a window."""
-    assert group.window is not None
-    return min(-(-(group.window + budget - 2) // table.page_size) + 1, table.pages.shape[1])
+    return pages_mapped(group.window, table.pages.shape[1] * table.page_size, budget, table.page_size)
 
 
 def _admit(

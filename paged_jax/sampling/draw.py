@@ -49,8 +49,8 @@ def draw(
 
     A draw depends on the row's logits, parameters, seed, sample number and position (`num_known`), never on its
     neighbours: a sequence that was preempted, moved to another row or run alone draws the same tokens. The noise of
-    token v is the hash threefry2x32 (Salmon et al. 2011) of key (seed, sample) and counter (position, v), whatever
-    generator JAX is configured to use.
+    token v < h = ceil(V / 2) is the first word of the hash threefry2x32 (Salmon et al. 2011) of key (seed, sample) and
+    counter (position, v), that of token v + h the second, whatever generator JAX is configured to use.
 
     A feature that no active row uses costs nothing but the test for it: a batch of plain greedy rows is an argmax.
 
@@ -158,9 +158,10 @@ def _gumbel(seed: Array, sample: Int32[Array, " R"], position: Int32[Array, " R"
 
     The greatest of logits plus Gumbel noise is a draw from their softmax.
     """
-    shape = (len(seed), vocab)
-    words = [seed[:, None], sample[:, None], position[:, None], jnp.arange(vocab, dtype=jnp.int32)[None]]
-    bits, _ = threefry2x32_p.bind(*(jnp.broadcast_to(word.astype(jnp.uint32), shape) for word in words))
+    half = -(-vocab // 2)  # a hash has two words: one for a token of the lower half, one for its like in the upper
+    words = [seed[:, None], sample[:, None], position[:, None], jnp.arange(half, dtype=jnp.int32)[None]]
+    wide = (jnp.broadcast_to(word.astype(jnp.uint32), (len(seed), half)) for word in words)
+    bits = jnp.concatenate(threefry2x32_p.bind(*wide), axis=1)[:, :vocab]
     uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23  # exact, and neither 0 nor 1
     return -jnp.log(-jnp.log(uniform))
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from benchmarks.tpu_static.target import compile_for
-from paged_jax import AttentionMetadata, CacheConfig, PagePool, PageTables, models
+from paged_jax import AttentionMetadata, CacheConfig, KVCache, PagePool, PageTables, Stepper, models, rollout
 
 CONFIG = models.DecoderConfig(
     vocab_size=512,
@@ -64,37 +64,62 @@ GEMMA_3 = models.DecoderConfig(
 )  # fmt: skip
 
 
-def compile_forward(config: models.DecoderConfig):
-    """A decode step of 32 rows without the page table's part, and the bytes of its pool."""
+def compile_for_v6e(config: models.DecoderConfig, token_counts: tuple[int, ...]):
+    """A decode step of 32 rows without the page table's part, or a whole rollout whose steps have some token counts.
+
+    Returns:
+        The program, the bytes of its pool and of a layer's weights, and the CPU seconds that it took to compile.
+    """
     decoder = nnx.eval_shape(lambda: models.Decoder(config, period=config.period, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     graph, params = nnx.split(decoder)
     sizes: dict[str, Any] = dict(num_pages=1024, max_sequences=32, max_pages_per_sequence=128)
-    cache = CacheConfig(config.num_layers, config.num_kv_heads, config.head_dim, windows=config.windows, **sizes)
+    cache_config = CacheConfig(config.num_layers, config.num_kv_heads, config.head_dim, windows=config.windows, **sizes)
+    cache = jax.eval_shape(lambda: KVCache.create(cache_config))
 
-    def step(pool, params, tokens, metadata):
+    def forward(params, tokens, pool, metadata):
         return nnx.merge(graph, params)(tokens, pool, metadata)
 
-    pool = jax.eval_shape(lambda: PagePool.create(cache))
-    metadata = jax.eval_shape(lambda: AttentionMetadata.decode(PageTables.create(cache), jnp.ones(32, bool)))
-    tokens = jax.ShapeDtypeStruct((32,), jnp.int32)
+    def step(pool, params, tokens, metadata):
+        return forward(params, tokens, pool, metadata)
+
+    def sample(cache, params, prompts, prompt_lens):
+        return rollout(Stepper(forward, token_counts), params, prompts, prompt_lens, cache, max_new_tokens=256)
+
+    def int32(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    metadata = jax.eval_shape(lambda: AttentionMetadata.decode(PageTables.create(cache_config), jnp.ones(32, bool)))
+    program, arguments = step, (cache.pool, params, int32(32), metadata)
+    if token_counts:
+        program, arguments = sample, (cache, params, int32(64, 512), int32(64))
     start = time.process_time()
-    compiled = compile_for("v6e:2x2", jax.jit(step, donate_argnums=0), pool, params, tokens, metadata)
+    compiled = compile_for("v6e:2x2", jax.jit(program, donate_argnums=0), *arguments)
     seconds = time.process_time() - start
     layer_bytes = sum(leaf.size * 2 for leaf in jax.tree.leaves(params["layers"])) / config.num_layers
-    return compiled, pool.num_bytes, layer_bytes, seconds
+    return compiled, cache.pool.num_bytes, layer_bytes, seconds
+
+
+STEP, ROLLOUT = (), (8, 16, 32, 64, 256)
 
 
 @pytest.mark.tpu_compile
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize(
-    "config", [pytest.param(LLAMA_8B, id="8B"), pytest.param(GEMMA_3, id="hybrid", marks=pytest.mark.long)]
+    ("config", "token_counts"),
+    [
+        pytest.param(LLAMA_8B, STEP, id="8B"),
+        pytest.param(GEMMA_3, STEP, id="hybrid", marks=pytest.mark.long),
+        pytest.param(LLAMA_8B, ROLLOUT, id="8B, rollout", marks=pytest.mark.long),
+        pytest.param(GEMMA_3, ROLLOUT, id="hybrid, rollout", marks=pytest.mark.long),
+    ],
 )
-def test_a_deep_decoder_compiles_to_the_program_of_one_period(config):
+def test_a_deep_decoder_compiles_to_the_program_of_one_period(config, token_counts):
     """The pool is written in place; no weights are copied but the smaller ones of the layer that comes next."""
     pytest.importorskip("libtpu", reason="the compiler of TPUs is not installed")
     # The layers that are left of the last period are no part of the loop, so both have them.
     num_layers = config.period + config.num_layers % config.period
     one = dataclasses.replace(config, num_layers=num_layers, windows=config.windows[:num_layers])
-    programs = compile_forward(one), compile_forward(config)
+    programs = compile_for_v6e(one, token_counts), compile_for_v6e(config, token_counts)
     (short, _, _, short_seconds), (deep, pool_bytes, layer_bytes, deep_seconds) = programs
     sizes = [compiled.as_text().count("\n") for compiled in (short, deep)]
     memory, memory_of_one = deep.memory_analysis(), short.memory_analysis()
