@@ -237,9 +237,10 @@ def token_slots(
     pages: Pages, page_table: Int32[Array, "B M"], places: TokenPlaces
 ) -> tuple[Int32[Array, " T"], Int32[Array, " T"]]:
     """The page and the slot in it of each token; the page is the null page where there is none."""
-    column, slot = jnp.divmod(places.position, pages.page_size)
+    position = jnp.maximum(places.position, 0)
+    column, slot = jax.lax.div(position, pages.page_size), jax.lax.rem(position, pages.page_size)
     max_pages = page_table.shape[1]
-    page = page_table[places.sequence, jnp.clip(column, 0, max_pages - 1)]
+    page = page_table[places.sequence, jnp.minimum(column, max_pages - 1)]
     exists = (places.position >= 0) & (column < max_pages) & is_mapped(page, pages)
     return jnp.where(exists, page, NULL_PAGE), slot
 

@@ -9,10 +9,10 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.pages import Pages, TokenPlaces, token_places
 from pallas_kernels.reference import AttentionResult, copy_pages, refusal, write_pages
 from pallas_kernels.sharing import Sharing
-from pallas_kernels.xla_decode import decode_attention
+from pallas_kernels.xla_decode import decode_attention, pages_per_item
 from pallas_kernels.xla_prefill import prefill_attention
 from pallas_kernels.xla_shared import attend_shared
-from pallas_kernels.xla_tiles import Options, finish, mapped_table, merge, start, tiled_table
+from pallas_kernels.xla_tiles import Options, finish, padded_table, pages_per_block_tile, rows_at
 
 __all__ = ["copy_pages", "paged_attention", "refusal", "write_pages"]
 
@@ -61,65 +61,56 @@ def attend_pages(
     options: Options,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """Output and log-sum-exp of all tokens: those of short sequences one by one, the others in blocks."""
-    table = mapped_table(page_table, pages)
-    num_tokens = q.shape[0]
+    num_columns = page_table.shape[1]
+    num_tokens, num_heads = q.shape[:2]
+    table = padded_table(page_table, pages, max(pages_per_item(num_heads, pages), pages_per_block_tile(pages)))
     places = token_places(lengths, query_starts, num_tokens)
     inert = (places.position < 0)[:, None]
+    sink = None if sinks is None else sinks.astype(jnp.float32).reshape(1, pages.num_kv_heads, -1)
+
+    def attend_each(q: Float[Array, "n N H"], places: TokenPlaces) -> tuple[Array, Array]:
+        """Output in float32 and log-sum-exp of queries: together over what they share, one by one over the rest."""
+        begin = None
+        if options.window is not None:
+            begin = jnp.maximum(places.position - options.window + 1, 0)
+        state = None
+        if sharing is not None:
+            begin = jnp.zeros_like(places.position) if begin is None else begin
+            state, begin = attend_shared(q, pages, table, places, begin, sharing, options)
+        state = decode_attention(q, pages, table, num_columns, places, begin, options, state)
+        out, lse = finish(state, sink)
+        return out.reshape(q.shape), lse.reshape(q.shape[:2])
 
     if max_query_len < FEWEST_BLOCK_QUERIES and num_tokens <= TOKENS_AT_ONCE:
-        out, lse = attend_each(q, pages, table, places, sinks, sharing, options)
+        out, lse = attend_each(q, places)
         return jnp.where(inert[..., None], 0, out).astype(q.dtype), jnp.where(inert, -jnp.inf, lse)
 
     # Outputs take the place of their queries, token by token: a step then holds one array of that size, not two.
     out, lse = q, jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
-    is_short = jnp.diff(query_starts)[places.sequence] < FEWEST_BLOCK_QUERIES
-    most = min(num_tokens, lengths.size * (FEWEST_BLOCK_QUERIES - 1))
-    at_once = min(most, FEW_AT_ONCE)
-    most += -most % at_once
-    short = jnp.flatnonzero(is_short & ~inert[:, 0], size=most, fill_value=num_tokens).astype(jnp.int32)
+    query_lens = jnp.diff(query_starts)
+    num_short = jnp.cumsum(jnp.where(query_lens < FEWEST_BLOCK_QUERIES, query_lens, 0), dtype=jnp.int32)
+    at_once = min(num_tokens, lengths.size * (FEWEST_BLOCK_QUERIES - 1), FEW_AT_ONCE)
 
     def decode_some(i, carry):
         out, lse = carry
-        token = jax.lax.dynamic_slice_in_dim(short, i * at_once, at_once)
+        short = i * at_once + jnp.arange(at_once, dtype=jnp.int32)
+        sequence = jnp.sum(num_short[None, :] <= short[:, None], axis=1, dtype=jnp.int32)
+        exists = sequence < lengths.size
+        sequence = jax.lax.optimization_barrier(jnp.minimum(sequence, lengths.size - 1))
+        end, length = rows_at(query_starts, sequence + 1), rows_at(lengths, sequence)
+        token = end - rows_at(num_short, sequence) + short
+        position = jnp.where(exists, length - end + token, -1)
+        token = jnp.where(exists, token, num_tokens)
         index = jnp.minimum(token, num_tokens - 1)
-        position = jnp.where(token < num_tokens, places.position[index], -1)
-        some = TokenPlaces(places.sequence[index], position)
-        some_out, some_lse = attend_each(out[index], pages, table, some, sinks, sharing, options)
-        return (
-            out.at[token].set(some_out.astype(q.dtype), mode="drop"),
-            lse.at[token].set(some_lse, mode="drop"),
+        results = attend_each(rows_at(out, index), TokenPlaces(sequence, position))
+        return tuple(
+            whole.at[token].set(x.astype(whole.dtype), mode="drop", wrap_negative_indices=False)
+            for whole, x in zip(carry, results, strict=True)
         )
 
-    num_short = jnp.sum(short < num_tokens, dtype=jnp.int32)
-    out, lse = jax.lax.fori_loop(0, -(-num_short // at_once), decode_some, (out, lse))
+    out, lse = jax.lax.fori_loop(0, jax.lax.div(num_short[-1] + at_once - 1, at_once), decode_some, (out, lse))
     if max_query_len >= FEWEST_BLOCK_QUERIES:
         out, lse = prefill_attention(
-            out, lse, pages, tiled_table(page_table, pages), lengths, query_starts, FEWEST_BLOCK_QUERIES, sinks, options
+            out, lse, pages, table, num_columns, lengths, query_starts, FEWEST_BLOCK_QUERIES, sinks, options
         )
     return jnp.where(inert[..., None], 0, out), lse
-
-
-def attend_each(
-    q: Float[Array, "T N H"],
-    pages: Pages,
-    page_table: Int32[Array, "B M"],
-    places: TokenPlaces,
-    sinks: Float[Array, " N"] | None,
-    sharing: Sharing | None,
-    options: Options,
-) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
-    """Output in float32 and log-sum-exp of queries: together over what their rows share, one by one over the rest."""
-    begin = jnp.zeros_like(places.position)
-    if options.window is not None:
-        begin = jnp.maximum(places.position - options.window + 1, 0)
-    shared = None
-    if sharing is not None:
-        shared, begin = attend_shared(q, pages, page_table, places, begin, sharing, options)
-    state = decode_attention(q, pages, page_table, places, begin, options)
-    if shared is not None:
-        state = merge(state, shared)
-    if sinks is not None:
-        alone = start(sinks, pages.num_kv_heads, *q.shape[1:])
-        state = merge(state, jax.tree.map(lambda x, like: jnp.broadcast_to(x, like.shape), alone, state))
-    out, lse = finish(state)
-    return out.reshape(q.shape), lse.reshape(q.shape[:2])

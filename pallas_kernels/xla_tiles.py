@@ -34,54 +34,52 @@ class Softmax(NamedTuple):
     out: Float[Array, "*n H"]  # sum of exp(score - top) * value
 
 
-def pages_per_tile(pages: Pages) -> int:
-    """Whole pages in a tile of about 128 tokens, or 256 where they are narrow."""
-    token_bytes = pages.num_kv_heads * 2 * pages.head_dim * pages.data.dtype.itemsize
+def rows_at(x: Array, index: Int32[Array, "*n"]) -> Array:
+    """`x[index]` for indices within bounds: without what JAX adds for those that count from the end."""
+    return x.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+def repeated(x: Array, times: int, axis: int) -> Array:
+    """`jnp.repeat` as a broadcast."""
+    x = jnp.expand_dims(x, axis + 1)
+    x = jnp.broadcast_to(x, (*x.shape[: axis + 1], times, *x.shape[axis + 2 :]))
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def tile_width(pages: Pages) -> int:
+    """Numbers that a token's key and value take for each KV head."""
+    return pages.data.shape[-1] * (2 if is_stacked(pages) else 1)
+
+
+def pages_per_block_tile(pages: Pages) -> int:
+    """Whole pages in a tile that a block of queries meets: about 128 tokens, or 256 where they are narrow."""
+    token_bytes = pages.num_kv_heads * tile_width(pages) * pages.data.dtype.itemsize
     tokens = TILE_TOKENS if token_bytes > NARROW_BYTES else 2 * TILE_TOKENS
     return max(1, tokens // pages.page_size)
 
 
-def tiled_table(page_table: Int32[Array, "B M"], pages: Pages) -> Int32[Array, "B tiles pages_per_tile"]:
-    """The page table by tiles, padded with the null page, every unmapped id replaced by it."""
-    per_tile = pages_per_tile(pages)
-    rows, columns = page_table.shape
+def padded_table(page_table: Int32[Array, "B M"], pages: Pages, num_columns: int) -> Int32[Array, "B columns"]:
+    """The page table with the null page for every unmapped entry, and in `num_columns` more columns."""
     table = jnp.where(is_mapped(page_table, pages), page_table, NULL_PAGE)
-    table = jnp.pad(table, ((0, 0), (0, -columns % per_tile)), constant_values=NULL_PAGE)
-    return table.reshape(rows, -1, per_tile)
+    return jnp.pad(table, ((0, 0), (0, num_columns)), constant_values=NULL_PAGE)
 
 
-def mapped_table(page_table: Int32[Array, "B M"], pages: Pages) -> Int32[Array, "B M"]:
-    """The page table with the null page for every unmapped entry."""
-    return jnp.where(is_mapped(page_table, pages), page_table, NULL_PAGE)
+def empty_state(*shape: int) -> Softmax:
+    """Before any key; the last size is that of a head."""
+    return Softmax(jnp.full(shape[:-1], LOWEST), jnp.zeros(shape[:-1]), jnp.zeros(shape))
 
 
-def merge(a: Softmax, b: Softmax) -> Softmax:
-    """Attention over the keys of both."""
-    top = jnp.maximum(a.top, b.top)
-    shrink_a, shrink_b = jnp.exp(a.top - top), jnp.exp(b.top - top)
-    return Softmax(
-        top,
-        a.total * shrink_a + b.total * shrink_b,
-        a.out * shrink_a[..., None] + b.out * shrink_b[..., None],
-    )
-
-
-def start(sinks: Float[Array, " N"] | None, num_kv_heads: int, num_heads: int, head_dim: int) -> Softmax:
-    """The state before any key: nothing but the sinks. `[K, G]` and `[K, G, H]`."""
-    group = num_heads // num_kv_heads
-    out = jnp.zeros((num_kv_heads, group, head_dim), jnp.float32)
-    if sinks is None:
-        return Softmax(jnp.full(out.shape[:2], LOWEST, jnp.float32), jnp.zeros(out.shape[:2], jnp.float32), out)
-    sink = sinks.astype(jnp.float32).reshape(num_kv_heads, group)
-    top = jnp.maximum(sink, LOWEST)
-    return Softmax(top, jnp.exp(sink - top), out)
-
-
-def finish(state: Softmax) -> tuple[Float[Array, "*n H"], Float[Array, "*n"]]:
-    """Output and log-sum-exp; 0 and -inf where there was no key."""
-    some = state.total > 0
-    total = jnp.where(some, state.total, 1)
-    return state.out / total[..., None], jnp.where(some, state.top + jnp.log(total), -jnp.inf)
+def finish(state: Softmax, sinks: Float[Array, ...] | None) -> tuple[Float[Array, "*n H"], Float[Array, "*n"]]:
+    """Output and log-sum-exp, sinks included; 0 and -inf where there was neither a key nor a sink."""
+    top, total, out = state
+    if sinks is not None:
+        top = jnp.maximum(top, sinks)
+        shrink = jnp.exp(state.top - top)
+        total = total * shrink + jnp.exp(sinks - top)
+        out = out * shrink[..., None]
+    some = total > 0
+    total = jnp.where(some, total, 1)
+    return out / total[..., None], jnp.where(some, top + jnp.log(total), -jnp.inf)
 
 
 def compute_dtype(q: Array, pages: Pages):
@@ -90,6 +88,7 @@ def compute_dtype(q: Array, pages: Pages):
 
 
 def attend(
+    state: Softmax,
     q: Float[Array, "C K R H"],
     pages: Pages,
     page_ids: Int32[Array, "C pages_per_tile"],
@@ -97,9 +96,10 @@ def attend(
     visible: Bool[Array, "C _ tile"],
     options: Options,
 ) -> Softmax:
-    """Attention of C groups of queries, each over one tile.
+    """Attention of C groups of queries, each over one more tile: a step of the online softmax.
 
     Args:
+        state: of the queries over the keys before, `[C, K, R]` and `[C, K, R, H]`.
         q: R queries for each tile and KV head.
         pages: one layer's pages.
         page_ids: the pages of each tile, all within `0 .. P-1`.
@@ -108,7 +108,7 @@ def attend(
         options: the static options.
 
     Returns:
-        The state of each query over its tile alone, `[C, K, R]` and `[C, K, R, H]`.
+        The state of the queries over the keys before and those of the tile.
     """
     dtype = compute_dtype(q, pages)
     head_dim = q.shape[-1]
@@ -130,15 +130,17 @@ def attend(
     if options.soft_cap is not None:
         scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
     scores = jnp.where(visible[:, None], scores, -jnp.inf)
-    top = jnp.maximum(jnp.max(scores, axis=-1), LOWEST)
+    top = jnp.maximum(jnp.max(scores, axis=-1), state.top)
     weights = jnp.exp(scores - top[..., None])
-    total = jnp.sum(weights, axis=-1)
+    shrink = jnp.exp(state.top - top)
+    total = state.total * shrink + jnp.sum(weights, axis=-1)
     if v_scale is not None:
         weights = weights * v_scale[:, :, None, :]
     out = jnp.einsum(
         "ckrt,ckth->ckrh", weights.astype(dtype), v, precision=precision, preferred_element_type=jnp.float32
     )
-    return Softmax(top, total, out[..., head_dim:] if keep_rows else out)
+    out = out[..., head_dim:] if keep_rows else out
+    return Softmax(top, total, state.out * shrink[..., None] + out)
 
 
 def strips(pages: Pages, page_ids: Int32[Array, "C pages_per_tile"]) -> Int32[Array, "C K pages_per_tile"]:
