@@ -17,9 +17,10 @@ To write a policy, derive from `Policy` and keep an order of the nodes that you 
             del self.order[node]
             return node
 
-and pass the class: `PrefixCache(config, policy=FirstInFirstOut)`. Add `hit` and `touch` where recency or frequency matter. Each
-group of layers has a policy object of its own. The events of one request come from the last page of its prefix to the first:
-whoever orders by them puts continuations before what they continue, which cannot go before them.
+and pass the class: `PrefixCache(config, policy=FirstInFirstOut)`. Add `hit` and `touch` where recency or frequency
+matter. Each group of layers has a policy object of its own. The events of a request come from the last page of its
+prefix to the first, so a policy that orders by them puts continuations before what they continue, which cannot go
+before them.
 """
 
 import heapq
@@ -156,8 +157,8 @@ class S3Fifo(Policy):
 class GreedyDualSizeFrequency(Policy):
     """What was used least often goes first; what was popular long ago ages.
 
-    A page is worth its uses plus the clock at its last use; the clock is the worth of the last page that went. All pages
-    have one size and cost. Equal worth goes by age.
+    A page is worth its uses plus the clock at its last use; the clock is the worth of the last page that went. All
+    pages have one size and cost. Pages of equal worth go by age.
 
     Source: Cherkasova, "Improving WWW proxies performance with Greedy-Dual-Size-Frequency caching policy", 1998.
     """

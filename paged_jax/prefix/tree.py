@@ -1,6 +1,7 @@
 """The tokens of all cached prefixes as a tree: each node is one page of tokens that continues its parent's.
 
-Plain Python on the host. Tokens are compared themselves, so nothing here can collide; a lookup costs one dictionary access a page.
+Plain Python on the host. The tokens themselves are compared, so nothing can collide; a lookup costs one dictionary
+access a page.
 """
 
 import bisect
