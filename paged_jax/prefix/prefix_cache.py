@@ -19,7 +19,7 @@ one (`Match.parts_at`), and drops the windows that a longer prefix of the same b
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -32,12 +32,18 @@ from paged_jax.prefix.tree import TOKEN_BYTES, Namespace, Node, Root, encode, wa
 Tokens = Sequence[int] | np.ndarray
 
 
+@runtime_checkable
 class Published(Protocol):
     """What the cache reads of a `PageHandle` that was brought to the host."""
 
-    pages: np.ndarray  # [M]
-    num_tokens: np.ndarray
-    first_column: np.ndarray
+    @property
+    def pages(self) -> Any: ...  # int32 [M]
+
+    @property
+    def num_tokens(self) -> Any: ...
+
+    @property
+    def first_column(self) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
