@@ -1,4 +1,4 @@
-"""Page tables of all groups in plain Python, with what each page holds: what a prefix cache is used with, but for the device.
+"""Page tables of all groups in plain Python, with what each page holds: a prefix cache's surroundings without a device.
 
 A slot of a page holds the namespace and all tokens up to its own, as keys and values do. Pages are handed out again at
 once, so a page that is used after its last reference is dropped shows.
@@ -96,7 +96,9 @@ class PagedRows:
 
     def publish(self, row: Row, num_tokens: int) -> tuple[Handle, ...]:
         """What `PageTables.publish` hands out, or refuses."""
-        spans = [range(self.first_seen(g, num_tokens), -(-num_tokens // self.page_size)) for g in range(len(self.windows))]
+        spans = [
+            range(self.first_seen(g, num_tokens), -(-num_tokens // self.page_size)) for g in range(len(self.windows))
+        ]
         is_whole = all(column in pages for span, pages in zip(spans, row.pages, strict=True) for column in span)
         handles = []
         for group, span in enumerate(spans):

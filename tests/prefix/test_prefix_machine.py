@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from state_machine import run_machine
 
 from paged_jax.cache.invariants import check
 from paged_jax.cache.page_table import PageTable
 from paged_jax.prefix.cache import PrefixCache
 from paged_jax.prefix.index import blake2b
-from state_machine import run_machine
 from table_model import CONFIG, TRANSITIONS, B, M, P, S
 
 COUNTS = Counter()
