@@ -27,7 +27,8 @@ class Row:
     """A sequence: its namespace, its tokens, and for each group its pages by column."""
 
     def __init__(self, namespace: Any, num_groups: int):
-        self.namespace, self.tokens = namespace, ()
+        self.namespace = namespace
+        self.tokens: tuple[int, ...] = ()
         self.pages: list[dict[int, int]] = [{} for _ in range(num_groups)]
 
 
