@@ -107,6 +107,12 @@ class PageTableMachine(RuleBasedStateMachine):
     def drop(self, index):
         self.driver.drop(self.driver.held[index % len(self.driver.held)].handle)
 
+    @precondition(lambda self: self.driver.held)
+    @rule(index=st.integers(0, 100), also=st.booleans())
+    def drop_pages(self, index, also):
+        at = index % len(self.driver.held)
+        self.driver.drop_pages(self.driver.held[at : at + 1 + also])
+
     @precondition(lambda self: self.driver.dropped)
     @rule(slot=slots)
     def use_a_stale_handle(self, slot):
@@ -152,6 +158,7 @@ def test_one_trace_a_transition():
     driver.release([True] * B)
     driver.attach(0, driver.held[0].handle)
     driver.drop(driver.held[0].handle)
+    driver.drop_pages([])
     for window in WINDOWS:
         driver.slide(window)
     driver.clear_fault()
