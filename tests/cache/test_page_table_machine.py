@@ -107,11 +107,13 @@ class PageTableMachine(RuleBasedStateMachine):
     def drop(self, index):
         self.driver.drop(self.driver.held[index % len(self.driver.held)].handle)
 
-    @precondition(lambda self: self.driver.held)
-    @rule(index=st.integers(0, 100), also=st.booleans())
-    def drop_pages(self, index, also):
-        at = index % len(self.driver.held)
-        self.driver.drop_pages(self.driver.held[at : at + 1 + also])
+    @rule(slot=st.integers(0, B - 1), share=st.floats(0, 1), both=st.booleans(), ends=st.booleans())
+    def drop_pages(self, slot, share, both, ends):
+        for _ in range(2):
+            self.driver.publish(slot, round(share * len(self.driver.rows[slot].tokens)))
+        if ends:
+            self.driver.release([b == slot for b in range(B)])
+        self.driver.drop_pages(self.driver.held[-1 - both :])
 
     @precondition(lambda self: self.driver.dropped)
     @rule(slot=slots)
