@@ -45,7 +45,7 @@ class Policy:
         """A request uses this page; told once a request."""
 
     def touch(self, node: Node) -> None:
-        """A request that computed tokens of this page again, or continues it, has cached its own pages."""
+        """Pages were published that continue this one, or that hold its tokens once more."""
 
     def remove(self, node: Node) -> None:
         """The page is gone, without having been chosen."""
