@@ -10,9 +10,9 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+from state_machine import run_machine
 
 from paged_jax.cache import invariants
 from table_model import NAMES, TRANSITIONS, WINDOWS, B, Driver, M, S, Transitions
@@ -107,6 +107,14 @@ class PageTableMachine(RuleBasedStateMachine):
     def drop(self, index):
         self.driver.drop(self.driver.held[index % len(self.driver.held)].handle)
 
+    @rule(slot=st.integers(0, B - 1), share=st.floats(0, 1), both=st.booleans(), ends=st.booleans())
+    def drop_pages(self, slot, share, both, ends):
+        for _ in range(2):
+            self.driver.publish(slot, round(share * len(self.driver.rows[slot].tokens)))
+        if ends:
+            self.driver.release([b == slot for b in range(B)])
+        self.driver.drop_pages(self.driver.held[-1 - both :])
+
     @precondition(lambda self: self.driver.dropped)
     @rule(slot=slots)
     def use_a_stale_handle(self, slot):
@@ -133,24 +141,6 @@ class PageTableMachine(RuleBasedStateMachine):
         COUNTS["transitions"] += driver.num_transitions
 
 
-def run_machine(machine, num_examples: int, num_steps: int, derandomize: bool = True, shrink: bool = True) -> None:
-    phases = (Phase.generate, Phase.shrink) if shrink else (Phase.generate,)
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=num_examples,
-            stateful_step_count=num_steps,
-            derandomize=derandomize,
-            database=None,
-            deadline=None,
-            phases=phases,
-            suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
-            report_multiple_bugs=False,
-            print_blob=False,
-        ),
-    )
-
-
 def test_random_histories():
     COUNTS.clear()
     run_machine(PageTableMachine, num_examples=60, num_steps=40)
@@ -170,6 +160,7 @@ def test_one_trace_a_transition():
     driver.release([True] * B)
     driver.attach(0, driver.held[0].handle)
     driver.drop(driver.held[0].handle)
+    driver.drop_pages([])
     for window in WINDOWS:
         driver.slide(window)
     driver.clear_fault()
