@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
@@ -184,8 +183,8 @@ def _greatest(holds: Callable[[Array], Array], num_rows: int) -> UInt32[Array, "
     32 passes over the logits: a sort of a 128k vocabulary compiles for seconds on a TPU, this does not.
     """
 
-    def try_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
-        higher = threshold | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+    def try_bit(i: int | Array, threshold: Array) -> Array:
+        higher = threshold | (jnp.uint32(1 << 31) >> jnp.asarray(i, jnp.uint32))
         return jnp.where(holds(higher), higher, threshold)
 
     return lax.fori_loop(0, 32, try_bit, jnp.zeros(num_rows, jnp.uint32))

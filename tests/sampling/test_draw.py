@@ -206,7 +206,8 @@ def test_the_noise_is_threefry_of_seed_sample_position_and_token():
     state = state_of(*[SamplingParams(temperature=1.0, seed=s) for s in seeds], numbers=numbers)
     tokens = draw(x, state, *known(R, at)).tokens
     for row in range(R):
-        bits = [threefry2x32((seeds[row], numbers[row]), (at[row], token))[0] for token in range(V)]
+        hashes = [threefry2x32((seeds[row], numbers[row]), (at[row], token)) for token in range(-(-V // 2))]
+        bits = [word[i] for i in (0, 1) for word in hashes][:V]
         noise = -np.log(-np.log(((np.array(bits) >> 9) + 0.5) / 2**23))
         assert int(tokens[row]) == np.argmax(np.asarray(x[row], np.float64) + noise)
 
