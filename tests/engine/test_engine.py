@@ -1,0 +1,209 @@
+"""The engine: admission, sharing, shortage, and the same tokens whatever runs beside a request."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import hash_decoder as decoder
+from paged_jax.engine import Engine
+from paged_jax.sampling import SamplingParams
+
+PARAMS = np.int32(0)
+GREEDY = SamplingParams(max_new_tokens=12)
+ROOMY, TIGHT = decoder.config(64), decoder.config(1 + 16)  # two programs for all tests
+
+
+def engine(config=None, **options):
+    defaults: dict[str, Any] = {"token_counts": (8, 32), "visit_steps": 4, "max_bias_tokens": 2}
+    return Engine(decoder.forward, PARAMS, config or ROOMY, **(defaults | options))
+
+
+def prompts(*lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, decoder.VOCAB, n).tolist() for n in lengths]
+
+
+def tokens(completions):
+    return [[list(sample.tokens) for sample in samples] for samples in completions]
+
+
+def pool_is_empty(engine):
+    return engine.tables.num_free.tolist() == [group.num_pages - 1 for group in engine.config.groups]
+
+
+def test_more_prompts_than_rows_each_get_their_own_tokens():
+    texts = prompts(1, 2, 30, 7, 8, 9, 40, 3, 17)
+    g = engine()
+    assert tokens(g.generate(texts, GREEDY)) == [[decoder.dense_greedy(p, 12)] for p in texts]
+    assert pool_is_empty(g)
+
+
+def test_a_prompt_longer_than_a_step_is_cut():
+    texts = prompts(50, 33, 32, 31, 5)
+    expected = [[decoder.dense_greedy(p, 6)] for p in texts]
+    assert tokens(engine().generate(texts, SamplingParams(max_new_tokens=6))) == expected
+
+
+def test_log_probabilities_are_the_models_own():
+    (text,) = prompts(20)
+    for params in (GREEDY, SamplingParams(max_new_tokens=12, temperature=0.3, top_k=5, seed=1)):
+        ((completion,),) = engine().generate([text], params)
+        expected = decoder.dense_logprobs(text, list(completion.tokens))
+        assert np.allclose(completion.logprobs, expected, atol=1e-5, rtol=0)
+
+
+def test_samples_of_a_prompt_share_its_pages_and_equal_those_drawn_alone():
+    (prompt,) = prompts(23)
+    params = SamplingParams(max_new_tokens=10, temperature=1.0, seed=3, num_samples=4)
+    g = engine()
+    together = tokens(g.generate([prompt], params))[0]
+    assert len({tuple(sample) for sample in together}) == 4
+    statistics = g.stats()
+    assert statistics.prompt_tokens == 4 * 23 and statistics.cached_tokens == 3 * 22
+    assert g.stats().computed_tokens == 23 + 3 + 4 * 9
+    assert tokens(engine(TIGHT).generate([prompt], params))[0] == together
+
+
+def test_greedy_samples_agree_with_one():
+    (prompt,) = prompts(10)
+    many = tokens(engine().generate([prompt], SamplingParams(max_new_tokens=9, num_samples=3)))[0]
+    assert many == [decoder.dense_greedy(prompt, 9)] * 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_when_pages_run_short_samples_are_preempted_and_draw_the_same_tokens(temperature):
+    texts = prompts(17, 18, 19, 20, 21)
+    params = SamplingParams(max_new_tokens=30, temperature=temperature, seed=5)
+    plenty = tokens(engine().generate(texts, params))
+    g = engine(TIGHT)
+    assert tokens(g.generate(texts, params)) == plenty
+    assert g.stats().preemptions > 0 and g.stats().recomputed_tokens > 0
+    assert g.stats().prompt_tokens == sum(map(len, texts)), "each prompt counts once"
+    assert pool_is_empty(g)
+
+
+def test_the_pool_may_be_exactly_as_large_as_one_request():
+    texts = prompts(52, 52)
+    g = engine(TIGHT)
+    params = SamplingParams(max_new_tokens=13)  # 64 tokens are cached at the end: 16 pages
+    assert tokens(g.generate(texts, params)) == [[decoder.dense_greedy(p, 13)] for p in texts]
+
+
+def test_stop_tokens_and_max_tokens_end_at_the_same_token_alone_and_in_a_batch():
+    texts = prompts(6, 12)
+    runs = [decoder.dense_greedy(p, 12) for p in texts]
+    params = [SamplingParams(max_new_tokens=12, stop_tokens=(runs[0][5],)), SamplingParams(max_new_tokens=7)]
+    batch = engine().generate(texts, params)
+    expected = [runs[0][: runs[0].index(runs[0][5]) + 1], runs[1][:7]]
+    assert [list(samples[0].tokens) for samples in batch] == expected
+    assert [samples[0].finish_reason for samples in batch] == ["stop", "length"]
+    for text, each, together in zip(texts, params, batch, strict=True):
+        assert engine().generate([text], each) == [together]
+
+
+def test_pieces_stream_in_order_and_requests_may_come_meanwhile():
+    texts = prompts(5, 6)
+    g = engine()
+    g.add_request(texts[0], GREEDY)
+    received = {0: [], 1: []}
+    for piece in g.stream():
+        if not received[0]:
+            assert g.add_request(texts[1], GREEDY) == 1
+        assert 0 < len(piece.tokens) <= 4
+        received[piece.request] += piece.tokens
+    assert [received[0], received[1]] == [decoder.dense_greedy(p, 12) for p in texts]
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_an_aborted_request_frees_its_pages_at_once_and_the_others_go_on(after):
+    texts = prompts(9, 10, 11)
+    g = engine()
+    for text in texts:
+        g.add_request(text, GREEDY)
+    if after == 0:
+        g.abort(1)
+    received = {0: [], 1: [], 2: []}
+    for count, piece in enumerate(g.stream()):
+        received[piece.request] += piece.tokens
+        if count == 2 * after and after:
+            g.abort(1)
+    for request in (0, 2):
+        assert received[request] == decoder.dense_greedy(texts[request], 12)
+    assert len(received[1]) < 12
+    assert pool_is_empty(g)
+
+
+def test_nothing_is_compiled_again_after_the_first_run():
+    g = engine()
+    g.generate(prompts(3, 30, 9), [GREEDY, SamplingParams(max_new_tokens=5, temperature=1.0, num_samples=2), GREEDY])
+    compiled = g.stats().compilations
+    for seed in range(3):
+        many = SamplingParams(max_new_tokens=4 + seed, temperature=0.5, top_k=3, num_samples=2, seed=seed)
+        g.generate(prompts(1, 14, 22, 8, 31, seed=seed), many)
+        g.add_request([1, 2, 3], GREEDY)
+        g.step()
+        g.abort(next(iter(g._requests)))
+    assert g.stats().compilations == compiled
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], SamplingParams(max_new_tokens=2), "the prompt has 0 tokens; it needs at least 1"),
+        ([1] * 60, SamplingParams(max_new_tokens=6), "prompt of 60 tokens .* needs a row of 65 tokens, .* hold 64"),
+        ([1] * 50, SamplingParams(max_new_tokens=10), "needs 15 pages, but the pool has 8 .* num_pages to 16"),
+        (
+            [1],
+            SamplingParams(max_new_tokens=2, stop_tokens=tuple(range(9))),
+            "9 tokens in stop_tokens, but max_stop_tokens=8: raise it to 9",
+        ),
+        ([1], SamplingParams(max_new_tokens=2, stop_strings=("x",)), "pass a tokenizer to the Engine"),
+        ("text", SamplingParams(max_new_tokens=2), "the prompt is the text 'text': pass token ids, or a tokenizer"),
+        ([3, -1], SamplingParams(max_new_tokens=2), r"the prompt holds -1: token ids are in \[0, 97\)"),
+        ([3, 97], SamplingParams(max_new_tokens=2), r"the prompt holds 97: token ids are in \[0, 97\)"),
+        ([3, 1.5], SamplingParams(max_new_tokens=2), "the prompt holds 1.5: token ids are whole numbers"),
+        ([3, True], SamplingParams(max_new_tokens=2), "the prompt holds True: token ids are whole numbers"),
+        (7, SamplingParams(max_new_tokens=2), "the prompt is 7: pass a text, a sequence of token ids"),
+        (b"text", SamplingParams(max_new_tokens=2), "the prompt is b'text': pass a text"),
+        ([{"role": "user", "content": "hello"}], SamplingParams(max_new_tokens=2), "the prompt is a chat: pass token ids"),
+        ([1], SamplingParams(max_new_tokens=2, stop_tokens=(97,)), "stop_tokens must be tokens of the vocabulary, below 97"),
+    ],
+)
+def test_a_request_that_can_never_be_served_is_refused_at_once(prompt, params, message):
+    g = engine(decoder.config(num_pages=9))
+    with pytest.raises(ValueError, match=message):
+        g.add_request(prompt, params)
+    assert not g.has_work
+    with pytest.raises(ValueError, match=message):
+        g.generate([[1, 2], prompt], params)
+    assert not g.has_work, "a batch with one bad request queues none of it"
+
+
+@pytest.mark.parametrize("wish", [{"min_new_tokens": 3}, {"presence_penalty": 2.0}, {"forbidden_tokens": (3, 4)}])
+def test_whatever_a_request_asks_of_the_draw_is_done_beside_others_that_ask_for_nothing(wish):
+    (prompt,) = prompts(9)
+    first = decoder.dense_greedy(prompt, 12)
+    wishes = SamplingParams(max_new_tokens=12, stop_tokens=(first[0],), **wish)
+    g = engine()
+    (one,), (other,) = g.generate([prompt, prompt], [wishes, GREEDY])
+    assert list(other.tokens) == first
+    if "min_new_tokens" in wish:
+        assert len(one.tokens) >= 3 and first[0] not in one.tokens[:2]
+    elif "forbidden_tokens" in wish:
+        assert not {3, 4} & set(one.tokens)
+    else:
+        assert one.tokens == (first[0],)
+
+
+def test_wrong_options_are_named():
+    with pytest.raises(ValueError, match=r"params is 7: pass SamplingParams\(...\)"):
+        engine().add_request([1], 7)
+    with pytest.raises(ValueError, match=r"token_counts=\(3,\)\): the largest must hold a token of each of 4 rows"):
+        engine(token_counts=(3,))
+    with pytest.raises(ValueError, match="visit_steps must be at least 1"):
+        engine(visit_steps=0)
+    with pytest.raises(ValueError, match="2 prompts, but 1 SamplingParams: give one for all, or one for each"):
+        engine().generate(prompts(3, 4), [GREEDY])
+    with pytest.raises(ValueError, match="best_of=2 samples, of which num_samples=3 are wanted"):
+        engine().add_request([1], SamplingParams(num_samples=3), best_of=2)
