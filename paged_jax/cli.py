@@ -80,11 +80,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="checkpoint folder, or a repository that was downloaded; default: the demo model")
+    parser.add_argument("--model", help="checkpoint folder, or a downloaded repository; default: the demo model")
     parser.add_argument("--dtype", default=None, help="of weights and pages; default: the checkpoint's")
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--num-pages", type=int, help="default: enough for all rows")
-    sampling = parser.add_argument_group("sampling", "fields of paged_jax.SamplingParams; of the plural ones, one a time")
+    sampling = parser.add_argument_group("sampling", "fields of paged_jax.SamplingParams")
     for field in dataclasses.fields(SamplingParams):
         option = "--" + field.name.replace("_", "-")
         if isinstance(field.default, tuple):
@@ -138,8 +138,10 @@ def _generate(options: argparse.Namespace) -> None:
     asked = [_Asked.read(line, options) for line in _read_prompts(options)]
     tokenizer = models.Tokenizer.load(folder)
     sizes = [len(one.encode(tokenizer)) + one.params.max_new_tokens for one in asked]
-    num_samples = [options.best_of or one.params.num_samples for one in asked]
-    engine = _engine(folder, options, max_length=max(sizes), max_sequences=min(16, sum(num_samples)), of=asked)
+    num_samples = sum(options.best_of or one.params.num_samples for one in asked)
+    # In coarse sizes, so that another call of about this size finds its program compiled.
+    sizes = {"max_length": -(-max(sizes) // 128) * 128, "max_sequences": 4 if num_samples <= 4 else 16}
+    engine = _engine(folder, options, of=asked, **sizes)
     for one in asked:
         engine.add_request(one.prompt, one.params, best_of=options.best_of)
     printer = _Printer(asked, options.json)

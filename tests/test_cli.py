@@ -79,7 +79,7 @@ def chat_folder(tmp_path):
 
 def test_generate_chats_by_the_template_of_the_checkpoint(capsys, chat_folder, continuation):
     assert main(["generate", "main", "--chat", "--model", chat_folder, "--max-new-tokens", "6"]) == 0
-    assert capsys.readouterr().out == "main\n" + continuation("<|endoftext|>def main(", 6) + "\n"
+    assert capsys.readouterr().out == "main\n" + continuation("def main(", 6) + "\n"
 
 
 def test_generate_takes_objects_with_wishes_of_their_own(capsys, monkeypatch, continuation):
@@ -129,8 +129,8 @@ def test_chat_remembers_what_was_said_and_what_was_cut(capsys, monkeypatch, chat
     said = iter(["main", "run"])
     monkeypatch.setattr("builtins.input", lambda _: next(said, None) or exec("raise EOFError"))
     assert main(["chat", "--model", chat_folder, "--max-new-tokens", "6", "--max-length", "128"]) == 0
-    first = continuation("<|endoftext|>def main(", 6)
-    second = continuation(f"<|endoftext|>def main(def {first}(def run(", 6)
+    first = continuation("def main(", 6)
+    second = continuation(f"def main(def {first}(def run(", 6)
     assert capsys.readouterr().out == f"{first}\n{second}\n\n"
 
 

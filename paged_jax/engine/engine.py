@@ -39,6 +39,7 @@ _REASONS = {
     Finish.TOO_LONG: "length",
 }
 
+
 class Engine:
     """A batch of fixed size through which any number of requests pass.
 
@@ -311,7 +312,7 @@ class Engine:
         prompts = as_batch(prompts)
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts, but {len(each)} SamplingParams: give one for all, or one for each")
+            raise ValueError(f"{len(prompts)} prompts, but {len(each)} SamplingParams: give one, or one for each")
         requests = [self._make(prompt, one, **options) for prompt, one in zip(prompts, each, strict=True)]
         show = progress if progress is not None else len(requests) >= LONG_BATCH and sys.stderr.isatty()
         completions: list[list[Completion]] = []

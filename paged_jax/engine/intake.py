@@ -36,7 +36,7 @@ class Intake:
             ValueError: it is empty, or no prompt, or its token ids are not in the vocabulary.
         """
         if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
-            raise ValueError(f"the prompt is {prompt!r}: pass a text, a sequence of token ids, or the messages of a chat")
+            raise ValueError(f"the prompt is {prompt!r}: pass a text, token ids, or the messages of a chat")
         given: Any = prompt if isinstance(prompt, str) else list(prompt)
         if isinstance(given, str) or (given and all(isinstance(message, Mapping) for message in given)):
             given = self._encode(given)
@@ -104,7 +104,7 @@ def find_folder(name: str | Path) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ValueError(f"{name} is no folder here; to find downloaded repositories, install huggingface_hub") from None
+        raise ValueError(f"{name} is no folder; to find downloaded repositories, install huggingface_hub") from None
     try:
         return Path(snapshot_download(str(name), local_files_only=True))
     except Exception as error:  # several kinds of them

@@ -32,7 +32,7 @@ class Tokenizer(Protocol):
         """Token ids of a conversation."""
         ...
 
-    def decode(self, tokens: Sequence[int], **options: Any) -> str:
+    def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids."""
         ...
 
@@ -40,10 +40,7 @@ class Tokenizer(Protocol):
         """Text from the tokens of an answer."""
         ...
 
-    @property
-    def hidden_tokens(self) -> frozenset[int]:
-        """Special tokens, which a text does not show."""
-        ...
+    hidden_tokens: Any  # the ids of special tokens, which a text does not show
 
 
 class Output:

@@ -26,7 +26,6 @@ from paged_jax.decoding.rows import NO_ROW, Counters, DecodeState
 from paged_jax.decoding.step import Stepper, release, run, start
 from paged_jax.sampling import SamplingParams, SamplingState
 
-
 _traces = 0  # of the programs below: each is compiled once
 
 

@@ -170,8 +170,8 @@ class Scheduler:
 
     def ages(self) -> list[int]:
         """The age of each row, by rank: the device serves the lowest first."""
-        order = {sample: age for age, sample in enumerate(sorted(self.running.values(), key=_rank))}
-        return [order.get(self.running.get(row), len(order)) for row in range(self._config.max_sequences)]
+        order = {sample.row: age for age, sample in enumerate(sorted(self.running.values(), key=_rank))}
+        return [order.get(row, len(order)) for row in range(self._config.max_sequences)]
 
     # ---- counting --------------------------------------------------------------------------------------------
 

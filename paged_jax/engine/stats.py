@@ -73,7 +73,7 @@ class Recorder:
         self.events: collections.deque[Event] = collections.deque(maxlen=max_events)
         self.counts: collections.Counter[str] = collections.Counter()
         self._first: dict[Sample, float] = {}  # when the first token of a running sample came
-        self._seconds: collections.Counter[str] = collections.Counter()
+        self._seconds = {"first": 0.0, "rest": 0.0}
 
     def admitted(self, sample: Sample, num_cached: int) -> None:
         """A sample got a row; only its first time counts."""

@@ -19,9 +19,7 @@ class Stream(Iterator[Piece], AsyncIterator[Piece]):
         advance: makes a step; called in a thread by coroutines.
     """
 
-    def __init__(
-        self, pieces: collections.deque[Piece], is_done: Callable[[], bool], advance: Callable[[], None]
-    ):
+    def __init__(self, pieces: collections.deque[Piece], is_done: Callable[[], bool], advance: Callable[[], None]):
         self._pieces, self._is_done, self._advance = pieces, is_done, advance
 
     def __iter__(self) -> "Stream":

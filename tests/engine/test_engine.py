@@ -164,10 +164,18 @@ def test_nothing_is_compiled_again_after_the_first_run():
         ([3, 97], SamplingParams(max_new_tokens=2), r"the prompt holds 97: token ids are in \[0, 97\)"),
         ([3, 1.5], SamplingParams(max_new_tokens=2), "the prompt holds 1.5: token ids are whole numbers"),
         ([3, True], SamplingParams(max_new_tokens=2), "the prompt holds True: token ids are whole numbers"),
-        (7, SamplingParams(max_new_tokens=2), "the prompt is 7: pass a text, a sequence of token ids"),
+        (7, SamplingParams(max_new_tokens=2), "the prompt is 7: pass a text, token ids"),
         (b"text", SamplingParams(max_new_tokens=2), "the prompt is b'text': pass a text"),
-        ([{"role": "user", "content": "hello"}], SamplingParams(max_new_tokens=2), "the prompt is a chat: pass token ids"),
-        ([1], SamplingParams(max_new_tokens=2, stop_tokens=(97,)), "stop_tokens must be tokens of the vocabulary, below 97"),
+        (
+            [{"role": "user", "content": "hello"}],
+            SamplingParams(max_new_tokens=2),
+            "the prompt is a chat: pass token ids",
+        ),
+        (
+            [1],
+            SamplingParams(max_new_tokens=2, stop_tokens=(97,)),
+            "stop_tokens must be tokens of the vocabulary, below 97",
+        ),
     ],
 )
 def test_a_request_that_can_never_be_served_is_refused_at_once(prompt, params, message):
@@ -203,7 +211,7 @@ def test_wrong_options_are_named():
         engine(token_counts=(3,))
     with pytest.raises(ValueError, match="visit_steps must be at least 1"):
         engine(visit_steps=0)
-    with pytest.raises(ValueError, match="2 prompts, but 1 SamplingParams: give one for all, or one for each"):
+    with pytest.raises(ValueError, match="2 prompts, but 1 SamplingParams: give one, or one for each"):
         engine().generate(prompts(3, 4), [GREEDY])
     with pytest.raises(ValueError, match="best_of=2 samples, of which num_samples=3 are wanted"):
         engine().add_request([1], SamplingParams(num_samples=3), best_of=2)
