@@ -1,9 +1,14 @@
 """How often a prefix cache hits on a recorded trace of requests, and what a request costs the host.
 
-    python -m benchmarks.prefix_trace conversation_trace.jsonl.gz [--json]
+    python -m benchmarks.prefix_trace FILE [--blocks 1000 10000 50000] [--policies lru s3-fifo gdsf] [--json]
 
-A trace is a file of JSON lines, each with `hash_ids`: one number for each 512-token block of a prompt, equal where the
-prompts are equal up to and including that block (the format of the Mooncake traces). Each block is a page here.
+A trace is a file of JSON lines (perhaps gzipped), each with `hash_ids`: one number for each block of a prompt, equal
+where the prompts are equal up to and including that block. The public Mooncake traces look like this, with blocks of
+512 tokens.
+
+Requests come one after the other through the `PrefixCache` that an engine uses: looked up, taken, given back, inserted.
+A block stands for a page of one token, and its number for that token, so that only whole blocks hit. The hit rate is
+the share of all blocks that were cached when their request came.
 """
 
 import argparse
@@ -11,55 +16,83 @@ import gzip
 import json
 import pathlib
 import time
+from typing import NamedTuple
+
+import numpy as np
 
 from benchmarks.report import Report, add_json_option
-from paged_jax.prefix.index import Namespace, Policy, PrefixIndex, least_recently_used
+from paged_jax import CacheConfig
+from paged_jax.prefix.policies import POLICIES
+from paged_jax.prefix.prefix_cache import Namespace, PrefixCache
 
-NAMESPACE = Namespace("", "", "")
-POLICIES: dict[str, Policy] = {
-    "least recently used": least_recently_used,
-    "least often used": lambda page: (page.num_uses, page.last_used),
-}
+LAST_TOKEN = -1  # after the blocks of a prompt: a lookup leaves one token to compute
+
+
+class Published(NamedTuple):
+    """The pages of a request."""
+
+    pages: np.ndarray
+    num_tokens: int
+    first_column: int = 0
 
 
 def read_trace(path: pathlib.Path) -> list[list[int]]:
-    """The blocks of each request."""
+    """The blocks of each request.
+
+    Raises:
+        ValueError: a line without `hash_ids`.
+    """
     opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
     with opened as lines:
-        return [json.loads(line)["hash_ids"] for line in lines]
+        requests = [json.loads(line) for line in lines]
+    for number, request in enumerate(requests, 1):
+        if "hash_ids" not in request:
+            raise ValueError(f'line {number} of {path} has no "hash_ids": each request needs the numbers of its blocks')
+    return [request["hash_ids"] for request in requests]
 
 
-def replay(requests: list[list[int]], capacity: int, policy: Policy) -> float:
-    """The share of all blocks that were cached when their request came."""
-    index = PrefixIndex(page_size=1, policy=policy)
-    free = list(range(capacity))
-    num_hits = 0
+def replay(requests: list[list[int]], num_blocks: int, policy: str) -> PrefixCache:
+    """A cache of so many blocks after all requests."""
+    most = max(map(len, requests))
+    config = CacheConfig(
+        num_layers=1, num_kv_heads=1, head_dim=64, num_pages=num_blocks + 1, max_sequences=1,
+        max_pages_per_sequence=most, page_size=1,
+    )  # fmt: skip
+    cache = PrefixCache(config, POLICIES[policy], max_pages=[num_blocks])
+    next_page = 1
     for blocks in requests:
-        num_hits += len(index.match(blocks, NAMESPACE))
-        blocks = blocks[:capacity]
-        missing = len(blocks) - len(index.match(blocks, NAMESPACE, num_uses=0))
-        free += index.evict(missing - len(free))
-        missing = len(blocks) - len(index.match(blocks, NAMESPACE, num_uses=0))  # eviction may reach its own prefix
-        if missing > len(free):
-            blocks, missing = blocks[: len(blocks) - missing + len(free)], len(free)
-        index.insert(blocks, NAMESPACE, [free.pop() for _ in range(missing)])
-    return num_hits / sum(map(len, requests))
+        taken = cache.take(cache.lookup([*blocks, LAST_TOKEN]))
+        pages, num_new = taken.pages[0].copy(), len(blocks) - taken.num_tokens
+        pages[taken.num_tokens : len(blocks)] = range(next_page, next_page + num_new)
+        next_page += num_new
+        cache.give_back(taken)
+        cache.insert(blocks, Namespace(), [Published(pages, len(blocks))])
+    return cache
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trace", type=pathlib.Path)
-    parser.add_argument("--capacities", type=int, nargs="+", default=[1000, 10_000, 50_000], help="blocks")
+    parser.add_argument("trace", type=pathlib.Path, metavar="FILE")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[1000, 10_000, 50_000], help="sizes of the cache")
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     add_json_option(parser)
     options = parser.parse_args()
-    requests = read_trace(options.trace)
-    report = Report("prefix_trace", f"{options.trace.name}: {len(requests)} requests")
-    for name, policy in POLICIES.items():
-        for capacity in options.capacities:
+    requests = [blocks for blocks in read_trace(options.trace) if blocks]
+    asked = sum(map(len, requests))
+    report = Report("prefix_trace", f"{options.trace.name}: {len(requests)} requests, {asked} blocks")
+    for policy in options.policies:
+        for num_blocks in options.blocks:
             start = time.process_time()
-            hit_rate = replay(requests, capacity, policy)
-            microseconds = (time.process_time() - start) / len(requests) * 1e6
-            report.add(policy=name, blocks=capacity, hit_rate=hit_rate, microseconds_a_request=microseconds)
+            statistics = replay(requests, num_blocks, policy).statistics
+            seconds = time.process_time() - start
+            report.add(
+                policy=policy,
+                blocks=num_blocks,
+                hit_rate=round(statistics.hit_tokens / asked, 4),
+                evicted=statistics.evicted_pages[0],
+                cpu_seconds=seconds,
+                microseconds_a_request=seconds / len(requests) * 1e6,
+            )
     report.finish(options)
 
 

@@ -339,6 +339,21 @@ class PageTable:
         table = self._drop_references(jnp.where(is_alive, handle.pages, NULL_PAGE))
         return table._next((Fault.STALE_HANDLE, ~is_alive))
 
+    def drop_pages(self, pages: Int32[Array, " n"]) -> "PageTable":
+        """Give up one reference to each of some pages, as whoever owns references without a handle does.
+
+        Args:
+            pages: their ids; null pages count for nothing, and a page may be named several times. A page that has fewer
+                references than that keeps them.
+        """
+        same = pages[:, None] == pages[None, :]
+        num_times = jnp.sum(same, axis=1, dtype=jnp.int32)
+        is_named = pages != NULL_PAGE
+        is_bad = is_named & ((pages < 0) | (pages >= self.num_pages) | (self.refcounts[pages] < num_times))
+        is_first = jnp.argmax(same, axis=1).astype(jnp.int32) == jnp.arange(len(pages), dtype=jnp.int32)
+        distinct = jnp.where(is_named & is_first & ~is_bad, pages, NULL_PAGE)
+        return self._drop_references(distinct, num_times)._next((Fault.BAD_ARGUMENT, jnp.any(is_bad)))
+
     def clear_fault(self) -> "PageTable":
         """Forget what was refused so far."""
         return dataclasses.replace(self, fault=jnp.zeros_like(self.fault), version=self.version + 1)
@@ -421,9 +436,9 @@ class PageTable:
         refcounts = self._set_refcounts(pages, self.refcounts[pages] + 1)
         return dataclasses.replace(self, refcounts=refcounts)
 
-    def _drop_references(self, pages: Int32[Array, " M"]) -> "PageTable":
-        """One owner fewer for each of some distinct pages (null pages aside); without owners they are free."""
-        counts = self.refcounts[pages] - 1
+    def _drop_references(self, pages: Int32[Array, " M"], num_times: Array | int = 1) -> "PageTable":
+        """`num_times` owners fewer for each of some distinct pages (null pages aside); without owners they are free."""
+        counts = self.refcounts[pages] - num_times
         is_freed = (pages != NULL_PAGE) & (counts == 0)
         place = self.num_free + jnp.cumsum(is_freed, dtype=jnp.int32) - 1
         place = jnp.where(is_freed, place, self.num_pages + jnp.arange(len(pages), dtype=jnp.int32))

@@ -172,6 +172,26 @@ class PageTables:
         """Give up the handles of one `publish`, exactly once."""
         return self._with(table.drop(handle) for table, handle in zip(self.groups, handles, strict=True))
 
+    def handles_to(
+        self, pages: Int32[Array, "G M"], first_columns: Int32[Array, " G"], num_tokens: Int32[Array, ""] | int
+    ) -> Handles:
+        """Handles to pages that somebody owns references to, such as a prefix cache, in order to attach them.
+
+        Args:
+            pages: a table row of each group; null outside the columns from the first to that of the last token.
+            first_columns: of each group.
+            num_tokens: that the pages hold.
+        """
+        num_tokens, serial = jnp.asarray(num_tokens, jnp.int32), jnp.array(-1, jnp.int32)
+        return tuple(
+            PageHandle(pages[group], num_tokens, first_columns[group], table.epoch, serial)
+            for group, table in enumerate(self.groups)
+        )
+
+    def drop_pages(self, pages: Int32[Array, "G n"]) -> "PageTables":
+        """Give up one reference to each of some pages of each group; see `PageTable.drop_pages`."""
+        return self._with(table.drop_pages(ids) for table, ids in zip(self.groups, pages, strict=True))
+
     def clear_fault(self) -> "PageTables":
         """Forget what was refused so far."""
         return self._with(table.clear_fault() for table in self.groups)

@@ -5,7 +5,8 @@ import inspect
 import types
 
 import pytest
-from test_page_table_machine import PageTableMachine, run_machine
+from state_machine import run_machine
+from test_page_table_machine import PageTableMachine
 
 from paged_jax.cache import page_table
 from table_model import NAMES, TRANSITIONS, Transitions

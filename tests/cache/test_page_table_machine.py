@@ -10,9 +10,9 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+from state_machine import run_machine
 
 from paged_jax.cache import invariants
 from table_model import NAMES, TRANSITIONS, WINDOWS, B, Driver, M, S, Transitions
@@ -131,24 +131,6 @@ class PageTableMachine(RuleBasedStateMachine):
         driver.release_everything()
         invariants.check(driver.table)
         COUNTS["transitions"] += driver.num_transitions
-
-
-def run_machine(machine, num_examples: int, num_steps: int, derandomize: bool = True, shrink: bool = True) -> None:
-    phases = (Phase.generate, Phase.shrink) if shrink else (Phase.generate,)
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=num_examples,
-            stateful_step_count=num_steps,
-            derandomize=derandomize,
-            database=None,
-            deadline=None,
-            phases=phases,
-            suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
-            report_multiple_bugs=False,
-            print_blob=False,
-        ),
-    )
 
 
 def test_random_histories():

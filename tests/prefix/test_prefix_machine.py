@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from test_page_table_machine import run_machine
+from state_machine import run_machine
 
 from paged_jax.cache.invariants import check
 from paged_jax.cache.page_table import PageTable

@@ -1,0 +1,215 @@
+"""Which cached page goes first when pages run short.
+
+To write a policy, derive from `Policy` and keep an order of the nodes that you are told of:
+
+    class FirstInFirstOut(Policy):
+        def __init__(self):
+            self.order = {}                                    # a dict keeps the order of insertion
+
+        def insert(self, node):                                # a page was cached
+            self.order[node] = None
+
+        def remove(self, node):                                # it went without being chosen
+            del self.order[node]
+
+        def victim(self, can_go):                              # choose one that may go, and forget it
+            node = next(node for node in self.order if can_go(node))
+            del self.order[node]
+            return node
+
+and pass the class: `PrefixCache(config, policy=FirstInFirstOut)`. Add `hit` and `touch` where recency or frequency
+matter. Each group of layers has a policy object of its own. The events of a request come from the last page of its
+prefix to the first, so a policy that orders by them puts continuations before what they continue, which cannot go
+before them.
+"""
+
+import heapq
+import itertools
+from collections.abc import Callable
+
+from paged_jax.prefix.tree import Node
+
+
+class Policy:
+    """Hears what happens to the cached pages of a group, and says which goes next.
+
+    Nodes are compared by identity. `Node.fingerprint` is equal again when the same tokens are cached again later.
+    """
+
+    def insert(self, node: Node) -> None:
+        """A page is cached now."""
+        raise NotImplementedError
+
+    def hit(self, node: Node) -> None:
+        """A request uses this page; told once a request."""
+
+    def touch(self, node: Node) -> None:
+        """A request that computed tokens of this page again, or continues it, has cached its own pages."""
+
+    def remove(self, node: Node) -> None:
+        """The page is gone, without having been chosen."""
+        raise NotImplementedError
+
+    def victim(self, can_go: Callable[[Node], bool]) -> Node:
+        """The page that goes next, which the policy forgets.
+
+        Args:
+            can_go: whether a node may go: no row uses it, and nothing cached continues it. At least one may.
+        """
+        raise NotImplementedError
+
+
+class LeastRecentlyUsed(Policy):
+    """What was not used for the longest time goes first, continuations before what they continue.
+
+    Each use moves a prefix to the end of the order, its last page first. So every page stands before what it continues.
+    """
+
+    def __init__(self):
+        self._order: dict[Node, None] = {}
+
+    def insert(self, node: Node) -> None:
+        self._order[node] = None
+
+    def hit(self, node: Node) -> None:
+        del self._order[node]
+        self._order[node] = None
+
+    touch = hit
+
+    def remove(self, node: Node) -> None:
+        del self._order[node]
+
+    def victim(self, can_go: Callable[[Node], bool]) -> Node:
+        while True:
+            node = next(iter(self._order))
+            del self._order[node]
+            if can_go(node):
+                return node
+            self._order[node] = None  # a row uses it now
+
+
+class S3Fifo(Policy):
+    """Three first-in-first-out queues, so that pages which are used once leave early.
+
+    Pages enter a small queue. Those used while they stand there go on to the main queue, the others leave; a page that
+    comes back soon after that, while its ghost is remembered, enters the main queue at once. At the end of the main
+    queue a page that was used goes round again.
+
+    Source: Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023.
+    """
+
+    SMALL = 0.1  # of all pages, the small queue's share
+    MAX_USES = 3  # that are counted
+    PATIENCE = 32  # pages of the main queue in a row that may not go before the small queue is asked
+
+    def __init__(self):
+        self._small: dict[Node, int] = {}  # uses since it entered
+        self._main: dict[Node, int] = {}
+        self._ghosts: dict[int, None] = {}  # fingerprints
+
+    def insert(self, node: Node) -> None:
+        if node.fingerprint in self._ghosts:
+            del self._ghosts[node.fingerprint]
+            self._main[node] = 0
+        else:
+            self._small[node] = 0
+
+    def hit(self, node: Node) -> None:
+        queue = self._small if node in self._small else self._main
+        queue[node] = min(queue[node] + 1, self.MAX_USES)
+
+    def remove(self, node: Node) -> None:
+        del (self._small if node in self._small else self._main)[node]
+
+    def victim(self, can_go: Callable[[Node], bool]) -> Node:
+        num_refused = 0
+        while True:
+            is_large = len(self._small) > self.SMALL * (len(self._small) + len(self._main))
+            if self._small and (is_large or not self._main or num_refused >= self.PATIENCE):
+                node = self._leave_small(can_go)
+            else:
+                node = self._leave_main(can_go)
+                num_refused += node is None
+            if node is not None:
+                return node
+
+    def _leave_small(self, can_go: Callable[[Node], bool]) -> Node | None:
+        node = next(iter(self._small))
+        num_uses = self._small.pop(node)
+        if num_uses or not can_go(node):
+            self._main[node] = 0
+            return None
+        self._ghosts[node.fingerprint] = None
+        while len(self._ghosts) > len(self._main) + len(self._small):
+            del self._ghosts[next(iter(self._ghosts))]
+        return node
+
+    def _leave_main(self, can_go: Callable[[Node], bool]) -> Node | None:
+        node = next(iter(self._main))
+        num_uses = self._main.pop(node)
+        if num_uses == 0 and can_go(node):
+            return node
+        self._main[node] = max(num_uses - 1, 0)
+        return None
+
+
+class GreedyDualSizeFrequency(Policy):
+    """What was used least often goes first; what was popular long ago ages.
+
+    A page is worth its uses plus the clock at its last use; the clock is the worth of the last page that went. All
+    pages have one size and cost. Pages of equal worth go by age.
+
+    Source: Cherkasova, "Improving WWW proxies performance with Greedy-Dual-Size-Frequency caching policy", 1998.
+    """
+
+    def __init__(self):
+        self._clock = 0
+        self._count = itertools.count()
+        self._uses: dict[Node, int] = {}
+        self._serial: dict[Node, int] = {}  # of a node's newest entry; older ones are void
+        self._heap: list[tuple[int, int, Node]] = []  # worth, serial, node
+
+    def insert(self, node: Node) -> None:
+        self._uses[node] = 1
+        self._push(node, self._clock + 1)
+
+    def hit(self, node: Node) -> None:
+        self._uses[node] += 1
+        self.touch(node)
+
+    def touch(self, node: Node) -> None:
+        self._push(node, self._clock + self._uses[node])
+
+    def remove(self, node: Node) -> None:
+        del self._uses[node], self._serial[node]
+        self._shrink()
+
+    def victim(self, can_go: Callable[[Node], bool]) -> Node:
+        while True:
+            worth, serial, node = heapq.heappop(self._heap)
+            if self._serial.get(node) != serial:
+                continue
+            if can_go(node):
+                self._clock = worth
+                self.remove(node)
+                return node
+            self._push(node, worth + self._uses[node])  # a row uses it now
+
+    def _push(self, node: Node, worth: int) -> None:
+        self._serial[node] = next(self._count)
+        heapq.heappush(self._heap, (worth, self._serial[node], node))
+        self._shrink()
+
+    def _shrink(self) -> None:
+        """Drop the void entries once they are more than the others."""
+        if len(self._heap) > 2 * len(self._serial) + 64:
+            self._heap = [entry for entry in self._heap if self._serial.get(entry[2]) == entry[1]]
+            heapq.heapify(self._heap)
+
+
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "lru": LeastRecentlyUsed,
+    "s3-fifo": S3Fifo,
+    "gdsf": GreedyDualSizeFrequency,
+}

@@ -1,0 +1,70 @@
+"""How far back the layers of each group see, and so after which tokens a cached prefix can be continued."""
+
+from collections.abc import Sequence
+
+from paged_jax.cache.config import CacheConfig
+from paged_jax.prefix.tree import Node
+
+
+class Reach:
+    """What the next token of a prefix sees in each group of layers.
+
+    Args:
+        config: of the cache.
+    """
+
+    def __init__(self, config: CacheConfig):
+        self.page_size = config.page_size
+        self.windows = tuple(group.window for group in config.groups)  # [G]; None: everything
+        self.groups = range(len(self.windows))
+
+    def num_columns(self, num_tokens: int) -> int:
+        """Pages that this many tokens fill, the last perhaps in part."""
+        return -(-num_tokens // self.page_size)
+
+    def first_seen(self, num_tokens: int, group: int) -> int:
+        """The first column that the token after `num_tokens` sees."""
+        window = self.windows[group]
+        return 0 if window is None else max(num_tokens - window + 1, 0) // self.page_size
+
+    def seen(self, nodes: Sequence[Node], num_tokens: int) -> list[Sequence[Node]]:
+        """For each group the nodes of a prefix that the token after `num_tokens` sees."""
+        stop = self.num_columns(num_tokens)
+        return [nodes[self.first_seen(num_tokens, group) : stop] for group in self.groups]
+
+    def is_whole(self, nodes: Sequence[Node], num_tokens: int) -> bool:
+        """Whether all that the token after `num_tokens` sees is still cached."""
+        seen = self.seen(nodes, num_tokens)
+        has_pages = all(node.pages[group] for group in self.groups for node in seen[group])
+        return has_pages and all(node.is_cached for node in nodes)
+
+    def longest(self, path: list[Node], num_known: int) -> int:
+        """The most of the known tokens of a path after which a row can continue."""
+        first = [_first_of_run(path, group) for group in self.groups]
+        for column in range(len(path) - 1, -1, -1):
+            num_tokens = min((column + 1) * self.page_size, num_known)
+            seen = [self.first_seen(num_tokens, group) for group in self.groups]
+            if all(seen[group] > column or first[group][column] <= seen[group] for group in self.groups):
+                return num_tokens
+        return 0
+
+    def is_useless(self, path: list[Node], num_tokens: int, group: int) -> list[bool]:
+        """For each page of a prefix whether neither the token after it nor one that parts at a fork before sees it."""
+        first_needed = self.first_seen(num_tokens, group)
+        useless = [False] * len(path)
+        for column in range(len(path) - 1, -1, -1):
+            node = path[column]
+            if column < len(path) - 1 and (node.is_fork or node.num_children > 1):
+                first_needed = min(first_needed, self.first_seen((column + 1) * self.page_size, group))
+            useless[column] = column < first_needed
+        return useless
+
+
+def _first_of_run(path: list[Node], group: int) -> list[int]:
+    """For each column where the unbroken run of pages that ends with it begins; the next column where there is none."""
+    first, start = [], 0
+    for column, node in enumerate(path):
+        if not node.pages[group]:
+            start = column + 1
+        first.append(start)
+    return first
