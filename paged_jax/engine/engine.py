@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 
@@ -23,12 +24,15 @@ from paged_jax.decoding.rows import NO_ROW, Counters, Finish
 from paged_jax.decoding.step import Stepper, token_counts_for
 from paged_jax.engine.intake import Intake, Prompt, as_batch, find_folder
 from paged_jax.engine.output import Output, Tokenizer
+from paged_jax.engine.prefixes import CachedPrefixes, UncachedPrefixes
 from paged_jax.engine.request import Completion, Piece, Request, Sample
 from paged_jax.engine.runner import Runner, Snapshot, Start
-from paged_jax.engine.scheduler import Admission, NoPrefixes, Scheduler
+from paged_jax.engine.scheduler import Admission, Scheduler
 from paged_jax.engine.stats import Event, Recorder, Statistics
 from paged_jax.engine.stream import Stream
 from paged_jax.forward import Forward
+from paged_jax.prefix.policies import LeastRecentlyUsed, Policy
+from paged_jax.prefix.prefix_cache import PrefixCache
 from paged_jax.sampling import Processor, SamplingParams
 
 LONG_BATCH = 32  # prompts, from which on a bar shows how far they are
@@ -66,6 +70,9 @@ class Engine:
         num_logprobs: how many of the most likely tokens come with each token; None: no log-probabilities at all.
         max_stop_tokens: the most stop tokens of a request, beside the engine's.
         max_bias_tokens: the most tokens that a request biases or forbids.
+        prefix_cache: keep the pages of prompts and answers for later prompts that begin alike.
+        eviction: which of them go first; see `paged_jax.prefix.policies`.
+        max_kept_pages: the most pages that sessions keep; None: half of those of the pool.
         max_events: of the log, which forgets the oldest.
 
     Example:
@@ -91,6 +98,9 @@ class Engine:
         num_logprobs: int | None = 0,
         max_stop_tokens: int = 8,
         max_bias_tokens: int = 0,
+        prefix_cache: bool = True,
+        eviction: Callable[[], Policy] = LeastRecentlyUsed,
+        max_kept_pages: int | None = None,
         max_events: int = 10_000,
     ):
         if visit_steps < 1:
@@ -113,6 +123,7 @@ class Engine:
             params,
             config,
             visit_steps,
+            keeps=prefix_cache,
             processor_state=processor_state,
             max_stop_tokens=max_stop_tokens + len(stop_tokens),
             max_bias_tokens=max_bias_tokens,
@@ -126,13 +137,21 @@ class Engine:
         self._is_interrupted = False  # the last step did not come to its end
         self._committing: tuple[Sample, Piece, int] | None = None
         self._recorder = Recorder(max_events)
+        kept = (config.num_pages - 1) // 2 if max_kept_pages is None else max_kept_pages
+        self._make_cache = functools.partial(PrefixCache, config, eviction, None, kept) if prefix_cache else None
+        self._version = 0  # of the parameters
         self._begin()
 
     def _begin(self) -> None:
         """All that can be made anew: everything but the requests."""
         sizes = self.config, self._runner.stepper.token_counts[-1], self._runner.visit_steps
         self._scheduler = Scheduler(*sizes)
-        self._prefixes = NoPrefixes(len(self.config.groups))
+        self._cache = None if self._make_cache is None else self._make_cache()
+        self._prefixes: CachedPrefixes | UncachedPrefixes = UncachedPrefixes(len(self.config.groups))
+        if self._cache is not None:
+            running = self._scheduler.running
+            self._prefixes = CachedPrefixes(self.config, self._runner, running, self._cache, self._version)
+        self._evicted = self._prefixes.evict((0,) * len(self.config.groups))  # pages, before the last visit
         self._free = tuple(group.num_pages - 1 for group in self.config.groups)  # pages, when the host last looked
         self._ended: list[Sample] = []  # whose rows were not stopped yet
         self._counters: Counters | None = None  # of the device, when the host last looked
@@ -272,6 +291,7 @@ class Engine:
             waiting=len(self._scheduler.waiting),
             running=len(self._scheduler.running),
             free_pages=self._free,
+            cached_pages=self._cache.num_pages if self._cache is not None else (0,) * len(self._free),
             num_pages=tuple(group.num_pages - 1 for group in self.config.groups),
         )
 
@@ -284,6 +304,10 @@ class Engine:
     def tables(self) -> PageTables:
         """Who owns which pages, after the last visit; for reports. The next step consumes it, so read it at once."""
         return self._runner.state.cache.tables
+
+    def cached_pages(self) -> list[np.ndarray]:
+        """The ids of the pages that the prefix cache holds, one for each reference, in each group; for reports."""
+        return self._cache.pages() if self._cache is not None else [np.zeros(0, np.int32) for _ in self._free]
 
     @property
     def has_work(self) -> bool:
@@ -417,27 +441,37 @@ class Engine:
             self._news.popleft()
 
     def _admit(self) -> None:
-        plan = self._scheduler.plan(self._free, self._prefixes)
+        evicted = [key[-1] for key in self._runner.unread]
+        free = tuple(map(sum, zip(self._free, *evicted, strict=True)))  # with what visits on their way have freed
+        plan = self._scheduler.plan(free, self._prefixes)
         self._plan = plan
+        for row, sample in plan.paused:
+            self._prefixes.leave(sample, row)
+            self._recorder.preempted(1, sample)
         if plan.paused:
-            self._runner.stop(plan.paused)
-            self._recorder.preempted(len(plan.paused))
+            self._runner.stop([row for row, _ in plan.paused])
         for sample, source in plan.admitted:
-            self._recorder.admitted(sample, sample.num_prompt - 1 if source else 0)
+            num_found = sample.num_prompt - 1 if source else self._prefixes.attach(sample)
+            self._recorder.admitted(sample, num_found)
         if plan.admitted:
             starts = [_start(admission) for admission in plan.admitted]
             self._runner.start(starts, self._scheduler.ages())
+        self._evicted = self._prefixes.evict(plan.shortage)
+        self._recorder.evicted(sum(self._evicted))
 
     def _dispatch(self) -> None:
         if self._plan.num_steps:
-            key = self._plan.num_steps, dict(self._scheduler.running)
+            key = self._plan.num_steps, dict(self._scheduler.running), self._evicted
             self._runner.visit(key, self._plan.num_steps, self._plan.until_one_ends)
 
     def _hand_out(self) -> None:
         """Read the visit before the one that was just dispatched."""
-        if self._runner.num_unread <= (self._plan.num_steps > 0):
-            return
-        (num_steps, rows), snapshot, _ = self._runner.read()
+        if self._runner.num_unread > 1:
+            self._read()
+
+    def _read(self) -> None:
+        (num_steps, rows, _), snapshot, published = self._runner.read()
+        self._prefixes.insert(published)
         self._free = tuple(snapshot.num_free.tolist())
         self._count(snapshot.counters)
         for row, sample in rows.items():
@@ -445,6 +479,8 @@ class Engine:
                 sample.steps_ahead -= num_steps
                 sample.num_cached = int(snapshot.lengths[row])
                 self._commit(sample, self._piece(sample, row, snapshot))
+                if self._scheduler.running.get(row) is sample:
+                    self._prefixes.watch(sample)
 
     def _count(self, counters: Counters) -> None:
         """What the device did since the host last looked."""
@@ -456,9 +492,15 @@ class Engine:
         counts.update({f"steps {t}": int(n) for t, n in zip(self._runner.stepper.token_counts, new.steps, strict=True)})
 
     def _retire(self) -> None:
+        for sample in self._ended:
+            self._prefixes.leave(sample, sample.row)
         if self._ended:
-            self._runner.stop([sample.row for sample in self._ended if sample.row is not None])
+            self._runner.stop([sample.row for sample in self._ended])
             self._ended = []
+        if not self._scheduler.running:  # then nothing is gained by reading late
+            while self._runner.num_unread:
+                self._read()
+            self._prefixes.insert(self._runner.read_published())
 
     # ---- pieces ----------------------------------------------------------------------------------------------
 

@@ -17,13 +17,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from paged_jax.cache.config import CacheConfig
-from paged_jax.cache.handles import PageHandle
 from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.mesh import find_mesh
 from paged_jax.cache.page_table import NULL_PAGE
 from paged_jax.cache.page_tables import Handles
 from paged_jax.decoding.rows import NO_ROW, Counters, DecodeState
 from paged_jax.decoding.step import Stepper, release, run, start
+from paged_jax.prefix.prefix_cache import Taken
 from paged_jax.sampling import SamplingParams, SamplingState
 
 _traces = 0  # of the programs below: each is compiled once
@@ -148,9 +148,9 @@ class Runner:
         """End rows and free their pages."""
         self._state = _stop(self.state, self._mask(rows))
 
-    def attach(self, row: int, num_tokens: int, pages: Sequence[Sequence[int]], first_columns: Sequence[int]) -> None:
-        """Let an empty row share pages that hold its first tokens, in each group those from a column on."""
-        self._state = _attach(self.state, np.int32(row), self._handles(num_tokens, pages, first_columns))
+    def attach(self, row: int, taken: Taken) -> None:
+        """Let an empty row share pages that hold its first tokens."""
+        self._state = _attach(self.state, np.int32(row), taken.pages, taken.first_columns, np.int32(taken.num_tokens))
 
     def publish(self, key: Any, row: int, num_tokens: int) -> None:
         """Take references to the pages of a row's first tokens; `read` will say which, under this key."""
@@ -158,11 +158,13 @@ class Runner:
         self._published.append((key, handles))
 
     def drop(self, pages: Sequence[Sequence[int]]) -> None:
-        """Give up one reference to each of some pages of each group."""
-        columns = self.config.max_pages_per_sequence
-        for first in range(0, max(map(len, pages)), columns):
-            some = [group[first : first + columns] for group in pages]
-            self._state = _drop(self.state, self._handles(0, some, [0] * len(some)))
+        """Give up one reference to each of some pages of each group, a table row of them at a time."""
+        size = self.config.max_pages_per_sequence
+        for first in range(0, max(map(len, pages)), size):
+            some = np.full((len(pages), size), NULL_PAGE, np.int32)
+            for group, ids in enumerate(pages):
+                some[group, : len(ids[first : first + size])] = ids[first : first + size]
+            self._state = _drop(self.state, some)
 
     def visit(self, key: Any, num_steps: int, until_one_ends: bool) -> None:
         """Make up to `num_steps` steps, at most X; until a row ends, if that is asked for."""
@@ -183,6 +185,11 @@ class Runner:
         """Visits whose snapshots were not read."""
         return len(self._unread)
 
+    @property
+    def unread(self) -> list[Any]:
+        """Their keys, the oldest first."""
+        return [key for key, _ in self._unread]
+
     def read(self) -> tuple[Any, Snapshot, list[tuple[Any, Handles]]]:
         """Wait for the oldest visit that was not read: its key, its snapshot, and what was published before it."""
         key, arrays = self._unread[0]
@@ -190,19 +197,15 @@ class Runner:
         self._unread.popleft()
         return key, snapshot, published
 
+    def read_published(self) -> list[tuple[Any, Handles]]:
+        """What was published since the last visit, while none is on its way."""
+        published, self._published = self._published, []
+        return jax.device_get(published)
+
     def _mask(self, rows: Sequence[int]) -> np.ndarray:
         mask = np.zeros(self.config.max_sequences, bool)
         mask[list(rows)] = True
         return mask
-
-    def _handles(self, num_tokens: int, pages: Sequence[Sequence[int]], first_columns: Sequence[int]) -> Handles:
-        """Handles to pages that the host names; the state is never reset, so its epoch is 0."""
-        handles = []
-        for group, first in zip(pages, first_columns, strict=True):
-            row = np.full(self.config.max_pages_per_sequence, NULL_PAGE, np.int32)
-            row[first : first + len(group)] = group
-            handles.append(PageHandle(row, *(np.asarray(x, np.int32) for x in (num_tokens, first, 0, -1))))
-        return tuple(handles)
 
 
 # Compiled once for all engines of one decoder and one config. The state is donated: a call that raises may have
@@ -254,8 +257,9 @@ def _stop(state: DecodeState, mask: Bool[Array, " B"]) -> DecodeState:
 
 @functools.partial(jax.jit, donate_argnums=0)
 @_count_traces
-def _attach(state: DecodeState, row, handles: Handles) -> DecodeState:
-    tables, _ = state.cache.tables.attach(row, handles)
+def _attach(state: DecodeState, row, pages, first_columns, num_tokens) -> DecodeState:
+    tables = state.cache.tables
+    tables, _ = tables.attach(row, tables.handles_to(pages, first_columns, num_tokens))
     return dataclasses.replace(state, cache=KVCache(tables, state.cache.pool))
 
 
@@ -269,5 +273,5 @@ def _publish(state: DecodeState, row, num_tokens) -> tuple[DecodeState, Handles]
 
 @functools.partial(jax.jit, donate_argnums=0)
 @_count_traces
-def _drop(state: DecodeState, handles: Handles) -> DecodeState:
-    return dataclasses.replace(state, cache=KVCache(state.cache.tables.drop(handles), state.cache.pool))
+def _drop(state: DecodeState, pages: Int32[Array, "G n"]) -> DecodeState:
+    return dataclasses.replace(state, cache=KVCache(state.cache.tables.drop_pages(pages), state.cache.pool))

@@ -30,7 +30,7 @@ class Admission(NamedTuple):
 class Plan:
     """What happens before the next visit, in this order, and how long the visit is."""
 
-    paused: list[int]  # rows whose samples give them up for samples of a higher priority, and wait again
+    paused: list[tuple[int, Sample]]  # rows, and whose they were: samples of a higher priority need them
     admitted: list[Admission]
     shortage: Pages  # pages that are to be freed: evict cached prefixes
     num_steps: int  # 0: there is nothing to run
@@ -146,9 +146,9 @@ class Scheduler:
         for sample in list(self._waiting):
             if not rows:
                 break
-            if prefixes.is_coming(sample):
-                continue
             source = next((a.sample for a in admitted if a.sample.request is sample.request), None)
+            if source is None and prefixes.is_coming(sample):
+                continue
             num_found, taken = (sample.num_prompt - 1, None) if source else prefixes.find(sample)
             num_shared = num_found - num_found % self._config.page_size  # of a page filled in part it takes a copy
             room = _add(free, prefixes.evictable(), _negative(taken) if taken else self._none)
@@ -166,7 +166,7 @@ class Scheduler:
         shortage = tuple(max(0, n) for n in _add(self._needed(num_steps), _negative(free)))
         for sample in self.running.values():
             sample.steps_ahead += num_steps
-        return Plan([row for row, _ in paused], admitted, shortage, num_steps, bool(self._waiting))
+        return Plan(paused, admitted, shortage, num_steps, bool(self._waiting))
 
     def ages(self) -> list[int]:
         """The age of each row, by rank: the device serves the lowest first."""

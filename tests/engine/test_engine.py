@@ -29,7 +29,15 @@ def tokens(completions):
 
 
 def pool_is_empty(engine):
-    return engine.tables.num_free.tolist() == [group.num_pages - 1 for group in engine.config.groups]
+    """Nothing holds a page but the prefix cache, and that what it says."""
+    engine.step()
+    held = engine.cached_pages()
+    for table, ids in zip(engine.tables.groups, held, strict=True):
+        expected = np.bincount(ids, minlength=table.num_pages)
+        expected[0] = 1  # the null page
+        if np.any(table.lengths) or np.asarray(table.refcounts).tolist() != expected.tolist():
+            return False
+    return True
 
 
 def test_more_prompts_than_rows_each_get_their_own_tokens():
@@ -51,6 +59,56 @@ def test_log_probabilities_are_the_models_own():
         ((completion,),) = engine().generate([text], params)
         expected = decoder.dense_logprobs(text, list(completion.tokens))
         assert np.allclose(completion.logprobs, expected, atol=1e-5, rtol=0)
+
+
+def test_cached_and_cold_prompts_give_the_same_tokens():
+    (common,) = prompts(21)
+    texts = [common + tail for tail in prompts(1, 6, 9, seed=1)] + [common, common[:9]]
+    cold = engine(prefix_cache=False).generate(texts, GREEDY)
+    g = engine()
+    first, second = g.generate(texts, GREEDY), g.generate(texts, GREEDY)
+    assert tokens(first) == tokens(second) == tokens(cold)
+    assert tokens(cold) == [[decoder.dense_greedy(p, 12)] for p in texts]
+    assert pool_is_empty(g)
+
+
+def test_prompts_with_a_common_beginning_compute_it_once():
+    (common,) = prompts(24)
+    texts = [common + tail for tail in prompts(3, 4, 5, seed=1)]
+
+    def computed(g):
+        g.generate(texts, GREEDY)
+        return g.stats().computed_tokens
+
+    drawn_and_computed = 3 * 11
+    assert computed(engine()) == 24 + (3 + 4 + 5) + drawn_and_computed
+    assert computed(engine(prefix_cache=False)) == 3 * 24 + (3 + 4 + 5) + drawn_and_computed
+
+
+def test_each_turn_of_a_conversation_computes_only_what_is_new():
+    g, history = engine(), []
+    for turn in range(4):
+        (said,) = prompts(5, seed=turn)
+        history += said
+        before = g.stats()
+        ((answer,),) = g.generate([history], SamplingParams(max_new_tokens=6))
+        new = g.stats()
+        assert list(answer.tokens) == decoder.dense_greedy(history, 6)
+        computed = new.computed_tokens - before.computed_tokens
+        # The last token that the turn before drew was never computed; of the others, nothing is computed again.
+        assert computed == len(said) + 5 + (turn > 0)
+        assert new.cached_tokens - before.cached_tokens == max(0, len(history) - len(said) - 1)
+        history += answer.tokens
+
+
+def test_a_pool_full_of_cached_prefixes_gives_them_up_before_a_sample_is_preempted():
+    g = engine(TIGHT)
+    for seed in range(6):
+        texts = prompts(17, 18, seed=seed)
+        assert tokens(g.generate(texts, SamplingParams(max_new_tokens=8))) == [
+            [decoder.dense_greedy(p, 8)] for p in texts
+        ]
+    assert g.stats().preemptions == 0 and g.stats().evicted_pages > 0 and pool_is_empty(g)
 
 
 def test_samples_of_a_prompt_share_its_pages_and_equal_those_drawn_alone():
