@@ -20,7 +20,7 @@ from paged_jax.decoding.step import Stepper
 from paged_jax.engine import Completion, Engine, Piece
 from paged_jax.forward import Forward
 from paged_jax.memory import CacheReport, MemoryReport
-from paged_jax.prefix.cache import PrefixCache
+from paged_jax.prefix.prefix_cache import PrefixCache
 from paged_jax.sampling import Processor, SamplingParams, SamplingState
 
 __version__ = "0.1.0"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from paged_jax.engine import Completion, Engine, Piece
-from paged_jax.engine.intake import Prompt, chat_tokens, find_folder
+from paged_jax.engine.intake import Prompt, find_folder, prompt_tokens
 from paged_jax.engine.output import Tokenizer
 from paged_jax.sampling import SamplingParams
 
@@ -190,7 +190,7 @@ class _Asked:
         return cls(line + ("\n" if options.chat else ""), prompt, _sampling(options))
 
     def encode(self, tokenizer: Tokenizer) -> list[int]:
-        return tokenizer.encode(self.prompt) if isinstance(self.prompt, str) else chat_tokens(tokenizer, self.prompt)
+        return prompt_tokens(tokenizer, self.prompt)
 
 
 class _Printer:

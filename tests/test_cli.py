@@ -12,7 +12,7 @@ import pytest
 
 from paged_jax import models
 from paged_jax.cli import _parser, _sampling, keep_compiled_programs, main
-from paged_jax.engine import Engine
+from paged_jax.engine.core import Core
 from paged_jax.models.families import FAMILIES
 from paged_jax.sampling import SamplingParams
 
@@ -107,14 +107,14 @@ def test_every_field_of_the_sampling_parameters_has_an_option():
 
 def interrupt_after(monkeypatch, num_steps: int) -> None:
     """Ctrl-C in the step after some."""
-    steps, advance = itertools.count(), Engine._advance
+    steps, advance = itertools.count(), Core.advance
 
-    def interrupted(engine):
+    def interrupted(core):
         if next(steps) == num_steps:
             raise KeyboardInterrupt
-        advance(engine)
+        advance(core)
 
-    monkeypatch.setattr(Engine, "_advance", interrupted)
+    monkeypatch.setattr(Core, "advance", interrupted)
 
 
 def test_an_interrupt_prints_what_there_is_and_ends_cleanly(capsys, monkeypatch, continuation):

@@ -3,9 +3,7 @@
 import collections
 import functools
 import itertools
-import operator
 import sys
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,14 +18,14 @@ from paged_jax.cache.config import CacheConfig
 from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.cache.page_tables import PageTables
-from paged_jax.decoding.rows import NO_ROW, Counters, Finish
 from paged_jax.decoding.step import Stepper, token_counts_for
+from paged_jax.engine.core import Core
 from paged_jax.engine.intake import Intake, Prompt, as_batch, find_folder
-from paged_jax.engine.output import Output, Tokenizer
-from paged_jax.engine.prefixes import CachedPrefixes, UncachedPrefixes
+from paged_jax.engine.output import Tokenizer
 from paged_jax.engine.request import Completion, Piece, Request, Sample
-from paged_jax.engine.runner import Runner, Snapshot, Start
-from paged_jax.engine.scheduler import Admission, Scheduler
+from paged_jax.engine.runner import Runner
+from paged_jax.engine.scheduler import Scheduler
+from paged_jax.engine.session import Session
 from paged_jax.engine.stats import Event, Recorder, Statistics
 from paged_jax.engine.stream import Stream
 from paged_jax.forward import Forward
@@ -36,12 +34,6 @@ from paged_jax.prefix.prefix_cache import PrefixCache
 from paged_jax.sampling import Processor, SamplingParams
 
 LONG_BATCH = 32  # prompts, from which on a bar shows how far they are
-_REASONS = {
-    Finish.UNFINISHED: None,
-    Finish.STOP_TOKEN: "stop",
-    Finish.MAX_TOKENS: "length",
-    Finish.TOO_LONG: "length",
-}
 
 
 class Engine:
@@ -115,10 +107,10 @@ class Engine:
         self._intake = Intake(
             tokenizer,
             tuple(stop_tokens),
-            functools.cache(lambda: _vocab_size(forward, params, config)),
+            functools.cache(functools.partial(_vocab_size, forward, _shapes(params), config)),
             Scheduler(config, counts[-1], visit_steps).check,
         )
-        self._runner = Runner(
+        runner = Runner(
             stepper,
             params,
             config,
@@ -128,33 +120,10 @@ class Engine:
             max_stop_tokens=max_stop_tokens + len(stop_tokens),
             max_bias_tokens=max_bias_tokens,
         )
-        self._requests: dict[int, Request] = {}  # that have not ended
-        self._news: collections.deque[Request] = collections.deque()  # added or aborted since the last step
-        self._numbers, self._orders = itertools.count(), itertools.count()
-        self._pieces: collections.deque[Piece] = collections.deque()  # of requests that no stream claimed
-        self._giving = threading.Lock()  # while pieces are put out, or taken back
-        self._stepping = threading.RLock()
-        self._is_interrupted = False  # the last step did not come to its end
-        self._committing: tuple[Sample, Piece, int] | None = None
-        self._recorder = Recorder(max_events)
         kept = (config.num_pages - 1) // 2 if max_kept_pages is None else max_kept_pages
-        self._make_cache = functools.partial(PrefixCache, config, eviction, None, kept) if prefix_cache else None
-        self._version = 0  # of the parameters
-        self._begin()
-
-    def _begin(self) -> None:
-        """All that can be made anew: everything but the requests."""
-        sizes = self.config, self._runner.stepper.token_counts[-1], self._runner.visit_steps
-        self._scheduler = Scheduler(*sizes)
-        self._cache = None if self._make_cache is None else self._make_cache()
-        self._prefixes: CachedPrefixes | UncachedPrefixes = UncachedPrefixes(len(self.config.groups))
-        if self._cache is not None:
-            running = self._scheduler.running
-            self._prefixes = CachedPrefixes(self.config, self._runner, running, self._cache, self._version)
-        self._evicted = self._prefixes.evict((0,) * len(self.config.groups))  # pages, before the last visit
-        self._free = tuple(group.num_pages - 1 for group in self.config.groups)  # pages, when the host last looked
-        self._ended: list[Sample] = []  # whose rows were not stopped yet
-        self._counters: Counters | None = None  # of the device, when the host last looked
+        make_cache = functools.partial(PrefixCache, config, eviction, None, kept) if prefix_cache else None
+        self._core = Core(runner, tokenizer, make_cache, Recorder(max_events))
+        self._numbers, self._orders = itertools.count(), itertools.count()
 
     @classmethod
     def from_pretrained(
@@ -230,7 +199,7 @@ class Engine:
             ValueError: the prompt or the parameters are wrong, or could never fit; nothing is queued.
         """
         request = self._make(prompt, params, priority, salt, adapter, echo, best_of)
-        self._queue(request)
+        self._core.queue(request)
         return request.number
 
     def abort(self, request: int) -> None:
@@ -238,12 +207,7 @@ class Engine:
 
         Nothing happens to a request that has ended and whose pieces were taken.
         """
-        found = self._requests.get(request)
-        with self._giving:
-            if found is not None:
-                found.is_aborted = True
-                self._news.append(found)
-            self._recall(request)
+        self._core.abort(request)
 
     def stream(self, request: int | None = None) -> Stream:
         """Pieces as they come, for `for` and for `async for`.
@@ -261,17 +225,8 @@ class Engine:
             ValueError: there is no such request, or all of its pieces were taken.
         """
         if request is None:
-            return Stream(self._pieces, self._is_idle, self._advance)
-        with self._giving:
-            one = self._requests.get(request)
-            pieces = self._recall(request)
-            if one is None and not pieces:
-                raise ValueError(f"request {request} is not here: it was never added, or its last piece was taken")
-            if one is None:
-                return Stream(pieces, lambda: True, self._advance)
-            if one.pieces is self._pieces:
-                one.pieces = pieces
-        return Stream(one.pieces, lambda: one.is_finished, self._advance)
+            return Stream(self._core.pieces, self._core.is_idle, self._core.advance)
+        return Stream(*self._core.claim(request), self._core.advance)
 
     def step(self) -> list[Piece]:
         """Make one step of the engine; for loops of your own.
@@ -279,40 +234,83 @@ class Engine:
         Returns:
             The pieces that nobody else asked for; often none, because visits are read one later.
         """
-        self._advance()
-        return [self._pieces.popleft() for _ in range(len(self._pieces))]
+        self._core.advance()
+        return [self._core.pieces.popleft() for _ in range(len(self._core.pieces))]
+
+    def session(self, prompt: Prompt | None = None, *, salt: str = "", adapter: str = "") -> Session:
+        """A conversation, or a node of a search, whose pages stay cached; see `Session`.
+
+        Args:
+            prompt: what it begins with; None: nothing yet.
+            salt: of its requests.
+            adapter: of its requests.
+        """
+        return Session(self, () if prompt is None else self._intake.tokens(prompt), salt, adapter)
+
+    def update_params(self, params: Any) -> None:
+        """Go on with other parameters: what was cached is unreachable at once, and nothing is compiled again.
+
+        Samples that run keep the tokens that they were given, and compute everything again.
+
+        Args:
+            params: of the same structure, shapes and dtypes, on the same devices.
+
+        Raises:
+            ValueError: they differ in one of these.
+        """
+        if _shapes(params) != _shapes(self._core.runner.params):
+            raise ValueError("the new parameters have another structure, shape or dtype: make a new Engine for them")
+
+        def change() -> None:
+            self._core.version += 1
+            self._core.runner.params = params
+
+        self._core.begin_anew(change)
+
+    def tokens_of(self, what: Prompt | Completion, *, is_first: bool = True) -> tuple[int, ...]:
+        """Token ids of a prompt, or of what was drawn; with the tokens that begin a text only if it is the first."""
+        if isinstance(what, Completion):
+            return what.tokens
+        if isinstance(what, str) and not is_first and self.tokenizer is not None:
+            what = self.tokenizer.encode(what, special_tokens=False)
+        return self._intake.tokens(what)
+
+    def remember(self, session: Session) -> None:
+        """A session has begun, grown or ended: the next step keeps other pages for it. Sessions call this."""
+        self._core.sessions.append(session)
 
     def stats(self) -> Statistics:
         """What was done so far, as the host last saw it; waits for nothing."""
-        steps = {count: self._recorder.counts[f"steps {count}"] for count in self._runner.stepper.token_counts}
-        return self._recorder.statistics(
-            compilations=self._runner.num_compilations,
-            steps=steps,
-            waiting=len(self._scheduler.waiting),
-            running=len(self._scheduler.running),
-            free_pages=self._free,
-            cached_pages=self._cache.num_pages if self._cache is not None else (0,) * len(self._free),
+        core = self._core
+        return core.recorder.statistics(
+            compilations=core.runner.num_compilations,
+            steps={count: core.recorder.counts[f"steps {count}"] for count in core.runner.stepper.token_counts},
+            waiting=len(core.scheduler.waiting),
+            running=len(core.scheduler.running),
+            free_pages=core.free,
+            cached_pages=core.cache.num_pages if core.cache is not None else (0,) * len(core.free),
             num_pages=tuple(group.num_pages - 1 for group in self.config.groups),
         )
 
     @property
     def events(self) -> list[Event]:
         """What happened last, the oldest first."""
-        return list(self._recorder.events)
+        return list(self._core.recorder.events)
 
     @property
     def tables(self) -> PageTables:
         """Who owns which pages, after the last visit; for reports. The next step consumes it, so read it at once."""
-        return self._runner.state.cache.tables
+        return self._core.runner.state.cache.tables
 
     def cached_pages(self) -> list[np.ndarray]:
         """The ids of the pages that the prefix cache holds, one for each reference, in each group; for reports."""
-        return self._cache.pages() if self._cache is not None else [np.zeros(0, np.int32) for _ in self._free]
+        cache = self._core.cache
+        return cache.pages() if cache is not None else [np.zeros(0, np.int32) for _ in self.config.groups]
 
     @property
     def has_work(self) -> bool:
         """Whether some request has not ended, or has pieces that nobody took."""
-        return bool(self._requests or self._pieces)
+        return bool(self._core.requests or self._core.pieces)
 
     def generate(
         self,
@@ -343,9 +341,9 @@ class Engine:
         try:
             for request in requests:
                 request.pieces = collections.deque()  # nobody else takes them
-                self._queue(request)
+                self._core.queue(request)
             for request in track(requests, "prompts", console=Console(stderr=True), disable=not show):
-                pieces = list(Stream(request.pieces, _is_finished(request), self._advance))
+                pieces = list(Stream(request.pieces, lambda one=request: one.is_finished, self._core.advance))
                 samples = range(request.num_wanted)
                 completions.append([Completion.join(p for p in pieces if p.sample == i) for i in samples])
         except BaseException:
@@ -367,204 +365,21 @@ class Engine:
         """A request, checked."""
         tokens = self._intake.tokens(prompt)
         params = self._intake.params(params, len(tokens), best_of)
-        self._runner.sampling([(params, 0)])  # raises where it names more tokens than there is room for
+        self._core.runner.sampling([(params, 0)])  # raises where it names more tokens than there is room for
         text = ""
         if echo:
             text = prompt if isinstance(prompt, str) else self.tokenizer.decode(tokens) if self.tokenizer else ""
-        request = Request(next(self._numbers), tokens, params, priority, salt, adapter, best_of, text, self._pieces)
+        core, number = self._core, next(self._numbers)
+        request = Request(number, tokens, params, priority, salt, adapter, best_of, text, core.pieces)
         request.samples = [
-            Sample(request, number, next(self._orders), self._output(request)) for number in range(request.num_drawn)
+            Sample(request, i, next(self._orders), core.output(request)) for i in range(request.num_drawn)
         ]
         return request
 
-    def _output(self, request: Request) -> Output:
-        return Output(self.tokenizer, request.prompt, request.params, request.echo)
 
-    def _queue(self, request: Request) -> None:
-        self._requests[request.number] = request
-        self._news.append(request)
-
-    def _recall(self, request: int) -> collections.deque[Piece]:
-        """The pieces of a request that were put out and not taken."""
-        found = self._requests.get(request)
-        if found is not None and found.pieces is not self._pieces:
-            pieces = found.pieces.copy()
-            found.pieces.clear()
-            return pieces
-        pieces = collections.deque(piece for piece in self._pieces if piece.request == request)
-        for piece in pieces:
-            self._pieces.remove(piece)
-        return pieces
-
-    def _is_idle(self) -> bool:
-        return all(request.pieces is not self._pieces for request in list(self._requests.values()))
-
-    # ---- a step ----------------------------------------------------------------------------------------------
-
-    def _advance(self) -> None:
-        """One step; see `step`."""
-        with self._stepping:
-            if self._is_interrupted:
-                self._start_again()
-            self._is_interrupted = True
-            self._listen()  # to what was added and aborted
-            self._retire()  # the rows of samples that have ended
-            self._admit()  # samples to rows, by counts
-            self._dispatch()  # the next visit, before the last one is read
-            self._hand_out()  # what the last one drew
-            self._retire()
-            self._is_interrupted = False
-
-    def _start_again(self) -> None:
-        """After a step that was interrupted anywhere: nothing is trusted but the requests and what they were given."""
-        self._runner.reset()
-        self._begin()
-        if self._committing is not None:
-            self._apply()
-        for request in list(self._requests.values()):
-            for sample in request.samples:
-                sample.row = None
-                sample.output = self._output(request)
-                sample.output.push(sample.drawn)
-            self._news.append(request)
-
-    def _listen(self) -> None:
-        while self._news:
-            request = self._news[0]
-            for sample in request.samples:
-                if request.is_aborted:
-                    self._end(sample, "abort")
-                elif sample.finish_reason is None:
-                    self._scheduler.add(sample)
-            if request.is_aborted:
-                self._requests.pop(request.number, None)
-            self._news.popleft()
-
-    def _admit(self) -> None:
-        evicted = [key[-1] for key in self._runner.unread]
-        free = tuple(map(sum, zip(self._free, *evicted, strict=True)))  # with what visits on their way have freed
-        plan = self._scheduler.plan(free, self._prefixes)
-        self._plan = plan
-        for row, sample in plan.paused:
-            self._prefixes.leave(sample, row)
-            self._recorder.preempted(1, sample)
-        if plan.paused:
-            self._runner.stop([row for row, _ in plan.paused])
-        for sample, source in plan.admitted:
-            num_found = sample.num_prompt - 1 if source else self._prefixes.attach(sample)
-            self._recorder.admitted(sample, num_found)
-        if plan.admitted:
-            starts = [_start(admission) for admission in plan.admitted]
-            self._runner.start(starts, self._scheduler.ages())
-        self._evicted = self._prefixes.evict(plan.shortage)
-        self._recorder.evicted(sum(self._evicted))
-
-    def _dispatch(self) -> None:
-        if self._plan.num_steps:
-            key = self._plan.num_steps, dict(self._scheduler.running), self._evicted
-            self._runner.visit(key, self._plan.num_steps, self._plan.until_one_ends)
-
-    def _hand_out(self) -> None:
-        """Read the visit before the one that was just dispatched."""
-        if self._runner.num_unread > 1:
-            self._read()
-
-    def _read(self) -> None:
-        (num_steps, rows, _), snapshot, published = self._runner.read()
-        self._prefixes.insert(published)
-        self._free = tuple(snapshot.num_free.tolist())
-        self._count(snapshot.counters)
-        for row, sample in rows.items():
-            if self._scheduler.running.get(row) is sample:  # else it was aborted or paused meanwhile
-                sample.steps_ahead -= num_steps
-                sample.num_cached = int(snapshot.lengths[row])
-                self._commit(sample, self._piece(sample, row, snapshot))
-                if self._scheduler.running.get(row) is sample:
-                    self._prefixes.watch(sample)
-
-    def _count(self, counters: Counters) -> None:
-        """What the device did since the host last looked."""
-        before, counts = self._counters, self._recorder.counts
-        new = counters if before is None else jax.tree.map(operator.sub, counters, before)
-        self._counters = counters
-        self._recorder.preempted(int(new.preemptions))
-        counts.update(computed_tokens=int(new.computed_tokens), recomputed_tokens=int(new.recomputed_tokens))
-        counts.update({f"steps {t}": int(n) for t, n in zip(self._runner.stepper.token_counts, new.steps, strict=True)})
-
-    def _retire(self) -> None:
-        for sample in self._ended:
-            self._prefixes.leave(sample, sample.row)
-        if self._ended:
-            self._runner.stop([sample.row for sample in self._ended])
-            self._ended = []
-        if not self._scheduler.running:  # then nothing is gained by reading late
-            while self._runner.num_unread:
-                self._read()
-            self._prefixes.insert(self._runner.read_published())
-
-    # ---- pieces ----------------------------------------------------------------------------------------------
-
-    def _piece(self, sample: Sample, row: int, snapshot: Snapshot) -> Piece:
-        """What a sample drew in a visit."""
-        request, count = sample.request, int(snapshot.num_drawn[row])
-        tokens = snapshot.tokens[row, :count].tolist()
-        reason = _REASONS[Finish(int(snapshot.finish[row]))]
-        try:
-            text, count, is_stopped = sample.output.push(tokens, is_last=reason is not None)
-        except Exception as error:  # whatever a tokenizer raises, it concerns this sample alone
-            return Piece(request.number, sample.number, (), "", (), (), "error", f"{type(error).__name__}: {error}")
-        tops = snapshot.top_tokens[row, :count].tolist(), snapshot.top_logprobs[row, :count].tolist()
-        return Piece(
-            request=request.number,
-            sample=sample.number,
-            tokens=tuple(tokens[:count]),
-            text=text,
-            logprobs=tuple(snapshot.logprobs[row, :count].tolist()),
-            top_logprobs=tuple(tuple(zip(*pair, strict=True)) for pair in zip(*tops, strict=True)),
-            finish_reason="stop" if is_stopped else reason,
-        )
-
-    def _commit(self, sample: Sample, piece: Piece) -> None:
-        """Hand out a piece, wholly or not at all: a step that is interrupted here is completed by the next one."""
-        if piece.tokens or piece.text or piece.finish_reason:
-            self._committing = sample, piece, len(sample.drawn)
-            self._apply()
-
-    def _apply(self) -> None:
-        assert self._committing is not None, "there is a piece to hand out"
-        sample, piece, start = self._committing
-        request = sample.request
-        sample.drawn[start:] = piece.tokens
-        sample.logprobs[start:] = piece.logprobs
-        sample.finish_reason = piece.finish_reason
-        sample.held[start] = piece
-        if piece.finish_reason is not None:
-            self._end(sample, piece.finish_reason)
-        pieces = request.chosen() if request.best_of is not None else [piece]
-        if request.is_finished:
-            self._requests.pop(request.number, None)
-        self._recorder.handed_out(sample, piece)
-        with self._giving:
-            given = [] if request.is_aborted else pieces
-            self._committing = request.pieces.extend(given)  # None: from this line on, it is handed out
-
-    def _end(self, sample: Sample, reason: str) -> None:
-        sample.finish_reason = reason
-        self._recorder.finished(sample, reason)
-        self._scheduler.remove(sample)
-        if sample.row is not None:
-            self._ended.append(sample)
-
-
-def _start(admission: Admission) -> Start:
-    sample, source = admission
-    assert sample.row is not None, "it was admitted"
-    row = NO_ROW if source is None or source.row is None else source.row
-    return Start(sample.row, sample.tokens, sample.num_prompt, sample.request.params, sample.number, row)
-
-
-def _is_finished(request: Request) -> Callable[[], bool]:
-    return lambda: request.is_finished
+def _shapes(params: Any) -> Any:
+    """Of a pytree, so that nothing but the runner holds the parameters."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
 
 
 def _vocab_size(forward: Forward, params: Any, config: CacheConfig) -> int:

@@ -73,14 +73,14 @@ class Intake:
         if self.tokenizer is None:
             what = f"the text {prompt[:20]!r}" if isinstance(prompt, str) else "a chat"
             raise ValueError(f"the prompt is {what}: pass token ids, or a tokenizer to the Engine")
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        return chat_tokens(self.tokenizer, prompt)
+        return prompt_tokens(self.tokenizer, prompt)
 
 
-def chat_tokens(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """A conversation for a model that answers; the assistant's last message is left open, so that it goes on."""
-    return tokenizer.chat(messages, continue_final_message=messages[-1].get("role") == "assistant")
+def prompt_tokens(tokenizer: Tokenizer, prompt: str | Sequence[Mapping[str, Any]] | Any) -> list[int]:
+    """Token ids of a text, or of a chat, in which an assistant's last message is left open, so that it goes on."""
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    return tokenizer.chat(prompt, continue_final_message=prompt[-1].get("role") == "assistant")
 
 
 def as_batch(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:

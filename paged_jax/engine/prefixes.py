@@ -6,13 +6,14 @@ index is ever stale, and the host waits for nothing.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
 from paged_jax.cache.config import CacheConfig
 from paged_jax.cache.page_tables import Handles
 from paged_jax.engine.request import Request, Sample
 from paged_jax.engine.runner import Runner
-from paged_jax.engine.scheduler import NoPrefixes, Pages
+from paged_jax.engine.scheduler import NoPrefixes, Pages, Scheduler
+from paged_jax.engine.session import Session
 from paged_jax.prefix.prefix_cache import Match, PrefixCache, Taken
 from paged_jax.prefix.tree import Namespace
 
@@ -34,20 +35,22 @@ class CachedPrefixes:
     Args:
         config: sizes of the cache.
         runner: where pages are attached, published and dropped.
-        running: the samples in rows.
+        scheduler: who waits and runs.
         cache: of prefixes; empty.
         version: of the weights.
     """
 
-    def __init__(
-        self, config: CacheConfig, runner: Runner, running: Mapping[int, Sample], cache: PrefixCache, version: int
-    ):
-        self._config, self._runner, self._running = config, runner, running
+    def __init__(self, config: CacheConfig, runner: Runner, scheduler: Scheduler, cache: PrefixCache, version: int):
+        self._config, self._runner = config, runner
+        self._running, self._waiting = scheduler.running, scheduler.waiting
         self.cache, self._version = cache, version
         self._found: tuple[Sample, Match] | None = None
         self._taken: dict[Sample, Taken] = {}  # of running samples
         self._published: dict[Sample, int] = {}  # tokens of running samples that others find, or soon will
         self._is_found: set[Sample] = set()  # running samples whose prompts others find
+        self._kept: dict[Session, Taken] = {}
+        self._growing: dict[Session, None] = {}  # of which not all is cached yet
+        self._leaving: set[Sample] = set()  # which will find what they publish now
 
     # ---- what the scheduler asks -----------------------------------------------------------------------------
 
@@ -60,8 +63,17 @@ class CachedPrefixes:
     def is_coming(self, sample: Sample) -> bool:
         """Whether a running sample is about to compute whole pages that this one could then find."""
         others = [s for s in self._running.values() if s not in self._is_found]
-        common = max((self._common(sample, other) for other in others), default=0)
-        return common > 0 and common > self.find(sample)[0]
+        if sample in self._leaving:
+            return True
+        coming = max((self._coming(sample, other) for other in others), default=0)
+        return coming > 0 and coming > self.find(sample)[0]
+
+    def _coming(self, sample: Sample, other: Sample) -> int:
+        """Tokens of a sample that it will find once another has published its own."""
+        common = self._common(sample, other)
+        if not self._config.has_windows:
+            return common
+        return other.stop_at if common >= other.stop_at else 0
 
     def evictable(self) -> Pages:
         """Pages that nobody uses."""
@@ -70,7 +82,12 @@ class CachedPrefixes:
     def take(self, sample: Sample) -> None:
         """Pin what was found for a sample."""
         assert self._found is not None and self._found[0] is sample, "it was looked up just now"
-        self._taken[sample] = self.cache.take(self._found[1], counted=not sample.was_admitted)
+        match = self._found[1]
+        self._taken[sample] = self.cache.take(match, counted=not sample.was_admitted)
+        if self._config.has_windows:
+            others = [s for s in self._waiting[: self._config.max_sequences] if s is not sample]
+            parts_at = max([match.parts_at, *(self._common(other, sample) for other in others)])
+            sample.stop_at = parts_at if parts_at > max(match.num_tokens, sample.stop_at) else 0
 
     # ---- a step of the engine --------------------------------------------------------------------------------
 
@@ -89,6 +106,13 @@ class CachedPrefixes:
         if not any(shortage):
             return shortage
         dropped = self.cache.evict(shortage)
+        while self._kept and any(len(ids) < count for ids, count in zip(dropped, shortage, strict=True)):
+            session = next(iter(self._kept))  # what has been kept for longest
+            self._growing.pop(session, None)
+            given = self.cache.give_back(self._kept.pop(session))
+            missing = [max(0, count - len(ids)) for ids, count in zip(dropped, shortage, strict=True)]
+            more = self.cache.evict(missing)
+            dropped = [[*a, *b, *c] for a, b, c in zip(dropped, given, more, strict=True)]
         self._runner.drop(dropped)
         return tuple(map(len, dropped))
 
@@ -97,25 +121,45 @@ class CachedPrefixes:
         taken = self._taken.get(sample)
         if taken is not None and sample.num_cached < max(taken.num_tokens, self._published.get(sample, 0)):
             self._runner.drop(self.cache.give_back(self._taken.pop(sample)))
-        if sample not in self._published and sample.num_cached >= self._whole(sample):
-            self._publish(sample, self._whole(sample), row_goes_on=True)
+        whole = self._whole(sample)
+        if not self._config.has_windows and sample not in self._published and sample.num_cached >= whole:
+            self._publish(sample, whole, row_goes_on=True)
 
     def leave(self, sample: Sample, row: int) -> None:
         """A sample leaves its row, which still holds its pages: publish them."""
         self._publish(sample, min(sample.num_cached, sample.num_known), row_goes_on=False, row=row)
+        self._leaving.add(sample)
         self._taken.pop(sample, None)
         self._published.pop(sample, None)
         self._is_found.discard(sample)
 
-    def insert(self, published: Iterable[tuple[Publication, Handles]]) -> None:
+    def insert(self, published: Sequence[tuple[Publication, Handles]]) -> None:
         """What was published can be found from now on."""
+        if not published:
+            return
         for publication, handles in published:
             pins = publication.taken if publication.row_goes_on and not publication.taken.is_over else None
             self._runner.drop(self.cache.insert(publication.tokens, publication.namespace, handles, pins))
             if publication.row_goes_on and publication.sample in self._published:
                 self._is_found.add(publication.sample)
+            if not publication.row_goes_on:
+                self._leaving.discard(publication.sample)
             if not publication.row_goes_on and not publication.taken.is_over:
                 self._runner.drop(self.cache.give_back(publication.taken))
+        for session in list(self._growing):
+            self.keep(session)
+
+    def keep(self, session: Session) -> None:
+        """Keep the pages of a session as it is now, and let go of those that were kept for it before."""
+        kept = self._kept.pop(session, None)
+        if not session.is_closed:
+            namespace = Namespace(session.salt, session.adapter, self._version)
+            self._kept[session] = self.cache.keep(session.tokens, namespace)
+            self._growing[session] = None
+            if self._kept[session].num_tokens >= len(session.tokens) - 1:
+                del self._growing[session]
+        if kept is not None:
+            self._runner.drop(self.cache.give_back(kept))
 
     def namespace(self, request: Request) -> Namespace:
         """Where the pages of a request are found."""
@@ -161,8 +205,11 @@ class UncachedPrefixes(NoPrefixes):
     def leave(self, sample: Sample, row: int) -> None:
         """Nothing is published."""
 
-    def insert(self, published: Iterable[tuple[Publication, Handles]]) -> None:
+    def insert(self, published: Sequence[tuple[Publication, Handles]]) -> None:
         """Nothing was published."""
+
+    def keep(self, session: Session) -> None:
+        """Nothing is kept."""
 
 
 def _page(tokens: Sequence[int], start: int, size: int) -> Sequence[int]:

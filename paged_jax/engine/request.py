@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from paged_jax.engine.output import Output
 from paged_jax.sampling import SamplingParams
 
+WAITING = -1  # the row of a sample that has none
+
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
@@ -77,8 +79,9 @@ class Sample:
     held: dict[int, Piece] = dataclasses.field(default_factory=dict)  # pieces by their first token, for the best
     finish_reason: str | None = None
     was_admitted: bool = False
+    stop_at: int = 0  # tokens after which it leaves its row once, so that others find them; 0: it just goes on
     # While it is in a row, as the host last read:
-    row: int | None = None
+    row: int = WAITING
     num_cached: int = 0  # tokens whose pages the row holds
     steps_ahead: int = 0  # steps on their way whose tokens were not read yet
 

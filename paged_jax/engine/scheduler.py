@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from paged_jax.cache.config import CacheConfig
-from paged_jax.engine.request import Sample
+from paged_jax.engine.request import WAITING, Sample
 
 _rank = operator.attrgetter("rank")
 Pages = tuple[int, ...]
@@ -122,12 +122,12 @@ class Scheduler:
     def add(self, sample: Sample) -> None:
         """Let a sample wait; its row, if it had one, is free."""
         self.remove(sample)
-        sample.row, sample.num_cached, sample.steps_ahead = None, 0, 0
+        sample.row, sample.num_cached, sample.steps_ahead = WAITING, 0, 0
         bisect.insort(self._waiting, sample, key=_rank)
 
     def remove(self, sample: Sample) -> None:
         """Forget a sample, wherever it is; its row is free. Its `row` still says which that was."""
-        if sample.row is not None and self.running.get(sample.row) is sample:
+        if self.running.get(sample.row) is sample:
             del self.running[sample.row]
         place = bisect.bisect_left(self._waiting, sample.rank, key=_rank)
         if place < len(self._waiting) and self._waiting[place] is sample:
@@ -146,7 +146,8 @@ class Scheduler:
         for sample in list(self._waiting):
             if not rows:
                 break
-            source = next((a.sample for a in admitted if a.sample.request is sample.request), None)
+            of_request = (a.sample for a in admitted if a.sample.request is sample.request and not a.sample.stop_at)
+            source = next(of_request, None)
             if source is None and prefixes.is_coming(sample):
                 continue
             num_found, taken = (sample.num_prompt - 1, None) if source else prefixes.find(sample)
@@ -184,7 +185,6 @@ class Scheduler:
             last = max(self.running.values(), key=_rank)
             if last.request.priority <= sample.request.priority:
                 break
-            assert last.row is not None, "it runs"
             del self.running[last.row]
             paused.append((last.row, last))
         return paused
