@@ -164,7 +164,7 @@ class Core:
             for sample in request.samples:
                 sample.row, sample.stop_at = WAITING, 0
                 sample.output = self.output(request)
-                sample.output.push(sample.drawn)
+                sample.num_told = 0
             self._news.append(request)
 
     def _listen(self) -> None:
@@ -262,7 +262,10 @@ class Core:
         tokens = snapshot.tokens[row, :count].tolist()
         reason = _REASONS[Finish(int(snapshot.finish[row]))]
         try:
+            if sample.num_told < len(sample.drawn):  # it began anew, and so did its text
+                sample.output.push(sample.drawn)
             text, count, is_stopped = sample.output.push(tokens, is_last=reason is not None)
+            sample.num_told = len(sample.drawn) + count
         except Exception as error:  # whatever a tokenizer raises, it concerns this sample alone
             return Piece(request.number, sample.number, (), "", (), (), "error", f"{type(error).__name__}: {error}")
         tops = snapshot.top_tokens[row, :count].tolist(), snapshot.top_logprobs[row, :count].tolist()

@@ -77,6 +77,7 @@ class Sample:
     drawn: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)  # of these
     held: dict[int, Piece] = dataclasses.field(default_factory=dict)  # pieces by their first token, for the best
+    num_told: int = 0  # of these tokens, how many `output` has seen
     finish_reason: str | None = None
     was_admitted: bool = False
     stop_at: int = 0  # tokens after which it leaves its row once, so that others find them; 0: it just goes on
