@@ -140,11 +140,12 @@ class Scheduler:
             free: pages that were free when the host last looked.
             prefixes: what is cached.
         """
-        paused = self._pause()
         rows = [row for row in range(self._config.max_sequences) if row not in self.running]
         admitted: list[Admission] = []
+        paused: list[tuple[int, Sample]] = []
         for sample in list(self._waiting):
-            if not rows:
+            outranked = None if rows else self._outranked(sample)
+            if not rows and outranked is None:
                 break
             of_request = (a.sample for a in admitted if a.sample.request is sample.request and not a.sample.stop_at)
             source = next(of_request, None)
@@ -157,6 +158,10 @@ class Scheduler:
                 break
             if source is None:
                 prefixes.take(sample)
+            if outranked is not None:
+                rows.append(outranked.row)
+                del self.running[outranked.row]
+                paused.append((outranked.row, outranked))
             self._waiting.remove(sample)
             sample.row, sample.num_cached = rows.pop(0), num_shared
             self.running[sample.row] = sample
@@ -176,18 +181,10 @@ class Scheduler:
 
     # ---- counting --------------------------------------------------------------------------------------------
 
-    def _pause(self) -> list[tuple[int, Sample]]:
-        """Samples that lose their rows to waiting ones of a higher priority, the last by rank first."""
-        paused: list[tuple[int, Sample]] = []
-        for place, sample in enumerate(self._waiting[: self._config.max_sequences]):
-            if place < self._config.max_sequences - len(self.running):
-                continue
-            last = max(self.running.values(), key=_rank)
-            if last.request.priority <= sample.request.priority:
-                break
-            del self.running[last.row]
-            paused.append((last.row, last))
-        return paused
+    def _outranked(self, sample: Sample) -> Sample | None:
+        """Who would lose its row to a sample: the last of those that run, if it has a lower priority."""
+        last = max(self.running.values(), key=_rank)
+        return last if last.request.priority > sample.request.priority else None
 
     def _fits(self, sample: Sample, num_shared: int, room: Pages) -> bool:
         """Whether there are pages for a sample and all that are served before it; those after it would give up theirs.

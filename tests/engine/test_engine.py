@@ -1,11 +1,19 @@
 """The engine: admission, sharing, shortage, and the same tokens whatever runs beside a request."""
 
+import asyncio
+import collections
+import dataclasses
+import gc
+import threading
+import weakref
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import hash_decoder as decoder
+from engine_cases import Numbers, pool_is_empty
 from paged_jax.engine import Engine
 from paged_jax.sampling import SamplingParams
 
@@ -16,7 +24,7 @@ ROOMY, TIGHT = decoder.config(64), decoder.config(1 + 16)  # two programs for al
 
 def engine(config=None, **options):
     defaults: dict[str, Any] = {"token_counts": (8, 32), "visit_steps": 4, "max_bias_tokens": 2}
-    return Engine(decoder.forward, PARAMS, config or ROOMY, **(defaults | options))
+    return Engine(decoder.forward, PARAMS, config or ROOMY, Numbers(), **(defaults | options))
 
 
 def prompts(*lengths, seed=0):
@@ -26,18 +34,6 @@ def prompts(*lengths, seed=0):
 
 def tokens(completions):
     return [[list(sample.tokens) for sample in samples] for samples in completions]
-
-
-def pool_is_empty(engine):
-    """Nothing holds a page but the prefix cache, and that what it says."""
-    engine.step()
-    held = engine.cached_pages()
-    for table, ids in zip(engine.tables.groups, held, strict=True):
-        expected = np.bincount(ids, minlength=table.num_pages)
-        expected[0] = 1  # the null page
-        if np.any(table.lengths) or np.asarray(table.refcounts).tolist() != expected.tolist():
-            return False
-    return True
 
 
 def test_more_prompts_than_rows_each_get_their_own_tokens():
@@ -216,19 +212,12 @@ def test_nothing_is_compiled_again_after_the_first_run():
             SamplingParams(max_new_tokens=2, stop_tokens=tuple(range(9))),
             "9 tokens in stop_tokens, but max_stop_tokens=8: raise it to 9",
         ),
-        ([1], SamplingParams(max_new_tokens=2, stop_strings=("x",)), "pass a tokenizer to the Engine"),
-        ("text", SamplingParams(max_new_tokens=2), "the prompt is the text 'text': pass token ids, or a tokenizer"),
         ([3, -1], SamplingParams(max_new_tokens=2), r"the prompt holds -1: token ids are in \[0, 97\)"),
         ([3, 97], SamplingParams(max_new_tokens=2), r"the prompt holds 97: token ids are in \[0, 97\)"),
         ([3, 1.5], SamplingParams(max_new_tokens=2), "the prompt holds 1.5: token ids are whole numbers"),
         ([3, True], SamplingParams(max_new_tokens=2), "the prompt holds True: token ids are whole numbers"),
         (7, SamplingParams(max_new_tokens=2), "the prompt is 7: pass a text, token ids"),
         (b"text", SamplingParams(max_new_tokens=2), "the prompt is b'text': pass a text"),
-        (
-            [{"role": "user", "content": "hello"}],
-            SamplingParams(max_new_tokens=2),
-            "the prompt is a chat: pass token ids",
-        ),
         (
             [1],
             SamplingParams(max_new_tokens=2, stop_tokens=(97,)),
@@ -262,6 +251,16 @@ def test_whatever_a_request_asks_of_the_draw_is_done_beside_others_that_ask_for_
         assert one.tokens == (first[0],)
 
 
+def test_without_a_tokenizer_text_is_refused():
+    g = Engine(decoder.forward, PARAMS, ROOMY)
+    with pytest.raises(ValueError, match="the prompt is the text 'text': pass token ids, or a tokenizer"):
+        g.add_request("text")
+    with pytest.raises(ValueError, match="the prompt is a chat: pass token ids, or a tokenizer"):
+        g.add_request([{"role": "user", "content": "hello"}])
+    with pytest.raises(ValueError, match="stop_strings need to read the text: pass a tokenizer to the Engine"):
+        g.add_request([1], SamplingParams(stop_strings="x"))
+
+
 def test_wrong_options_are_named():
     with pytest.raises(ValueError, match=r"params is 7: pass SamplingParams\(...\)"):
         engine().add_request([1], 7)
@@ -273,3 +272,199 @@ def test_wrong_options_are_named():
         engine().generate(prompts(3, 4), [GREEDY])
     with pytest.raises(ValueError, match="best_of=2 samples, of which num_samples=3 are wanted"):
         engine().add_request([1], SamplingParams(num_samples=3), best_of=2)
+
+
+# ---- text ----------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_string_ends_a_sample_and_is_no_part_of_its_text():
+    (prompt,) = prompts(9)
+    run = decoder.dense_greedy(prompt, 12)
+    words = [f"{token} " for token in run]
+    stop = words[5][-2:] + words[6]  # it begins within a token
+    params = SamplingParams(max_new_tokens=12, stop_strings=("no such text", stop))
+    g = engine()
+    g.add_request(prompt, params)
+    pieces = list(g.stream())
+    expected = "".join(words)
+    assert "".join(piece.text for piece in pieces) == expected[: expected.index(stop)]
+    assert pieces[-1].finish_reason == "stop" and sum(len(piece.tokens) for piece in pieces) == 7
+    assert pool_is_empty(g)
+    ((alone,), (beside,), _) = g.generate([prompt, prompt, prompts(5)[0]], [params, params, GREEDY])
+    assert alone == beside and list(alone.tokens) == run[:7]
+
+
+def test_a_text_that_begins_with_its_prompt_and_the_best_of_several_samples():
+    g, params = engine(), SamplingParams(max_new_tokens=8, temperature=1.0, seed=4, num_samples=5)
+    (all_five,) = g.generate("3 14 15", params)
+    best = sorted(all_five, key=lambda sample: sum(sample.logprobs) / 8, reverse=True)
+    (two,) = g.generate("3 14 15", dataclasses.replace(params, num_samples=2), best_of=5, echo=True)
+    assert [sample.tokens for sample in two] == [sample.tokens for sample in best[:2]]
+    assert [sample.text for sample in two] == ["3 14 15" + sample.text for sample in best[:2]]
+
+
+def test_the_messages_of_a_chat_are_a_prompt():
+    g = engine()
+    messages = [{"role": "user", "content": "3 14"}, {"role": "assistant", "content": "15"}]
+    assert tokens(g.generate([messages], GREEDY)) == [[decoder.dense_greedy([3, 14, 15], 12)]]
+
+
+# ---- who comes first -----------------------------------------------------------------------------------------
+
+
+def test_a_higher_priority_takes_a_row_and_everybody_gets_the_same_tokens():
+    texts, g = prompts(5, 6, 7, 8, 9), engine()
+    for text in texts[:4]:
+        g.add_request(text, SamplingParams(max_new_tokens=30))
+    ended, received = [], collections.defaultdict(list)
+    for _ in range(4):
+        for piece in g.step():
+            received[piece.request] += piece.tokens
+    urgent = g.add_request(texts[4], SamplingParams(max_new_tokens=4), priority=-1)
+    while g.has_work:
+        for piece in g.step():
+            received[piece.request] += piece.tokens
+            ended += [piece.request] if piece.finish_reason else []
+    assert ended[0] == urgent and g.stats().preemptions == 1
+    kinds = [event.kind for event in g.events if event.request == 3]
+    assert kinds.count("admitted") == 2 and kinds.count("preempted") == 1 and kinds.count("finished") == 1
+    for number in range(4):
+        assert received[number] == decoder.dense_greedy(texts[number], 30)
+
+
+def test_long_prompts_beside_decoding_answer_before_the_last_of_them_is_computed():
+    g = engine(ROOMY)
+    short = g.add_request(prompts(2)[0], SamplingParams(max_new_tokens=40))
+    for _ in range(6):
+        g.step()
+    long = [g.add_request(text, SamplingParams(max_new_tokens=2)) for text in prompts(48, 49, 50, seed=3)]
+    first, steps_between = {}, []
+    since = 0
+    while g.has_work:
+        before = sum(g.stats().steps.values())
+        for piece in g.step():
+            first.setdefault(piece.request, g.stats().computed_tokens)
+            if piece.request == short and len(first) <= len(long):
+                steps_between.append(since)
+                since = 0
+        since += sum(g.stats().steps.values()) - before
+    total = g.stats().computed_tokens
+    assert [request for request in first if request in long] == long, "first come, first served"
+    assert first[long[0]] < total - 50, "the first answers before the last is computed"
+    assert max(steps_between) <= 4, "the row that decodes draws in every step"
+
+
+# ---- streams -------------------------------------------------------------------------------------------------
+
+
+def test_streams_that_are_left_and_others_beside_them_lose_nothing():
+    texts, g = prompts(5, 6, 7), engine()
+    numbers = [g.add_request(text, GREEDY) for text in texts]
+    received = collections.defaultdict(list)
+    for piece in g.stream():
+        received[piece.request] += piece.tokens
+        break
+    assert tokens(g.generate([texts[0]], GREEDY)) == [[decoder.dense_greedy(texts[0], 12)]]
+    for number in (numbers[2], numbers[1]):
+        for piece in g.stream(number):
+            assert piece.request == number
+            received[number] += piece.tokens
+    for piece in g.stream():
+        received[piece.request] += piece.tokens
+    assert [received[n] for n in numbers] == [decoder.dense_greedy(text, 12) for text in texts]
+    with pytest.raises(ValueError, match="request 1 is not here: it was never added, or its last piece was taken"):
+        g.stream(1)
+
+
+def test_coroutines_and_threads_share_an_engine():
+    texts, g = prompts(*range(5, 13)), engine()
+    received = collections.defaultdict(list)
+
+    async def one(text):
+        number = g.add_request(text, GREEDY)
+        async for piece in g.stream(number):
+            received[tuple(text)] += piece.tokens
+            if text is texts[3]:
+                g.abort(number)
+        return number
+
+    async def all_of_them():
+        return await asyncio.gather(*(one(text) for text in texts[:4]))
+
+    def in_a_thread(text):
+        received[tuple(text)] += g.generate([text], GREEDY)[0][0].tokens
+
+    threads = [threading.Thread(target=in_a_thread, args=(text,)) for text in texts[4:]]
+    for thread in threads:
+        thread.start()
+    assert len(set(asyncio.run(all_of_them()))) == 4
+    for thread in threads:
+        thread.join()
+    for text in texts:
+        expected = decoder.dense_greedy(text, 12)
+        assert received[tuple(text)] == (expected[: len(received[tuple(text)])] if text is texts[3] else expected)
+    assert len(received[tuple(texts[3])]) < 12 and pool_is_empty(g)
+
+
+# ---- sessions and parameters ---------------------------------------------------------------------------------
+
+
+def test_a_session_keeps_its_pages_and_a_fork_computes_nothing_again():
+    (system,) = prompts(30)
+    g = engine(TIGHT)
+    params = SamplingParams(max_new_tokens=4, temperature=1.0, num_samples=2)
+    with g.session(system) as node:
+        one, other = node.generate(params)
+        children = [node.fork(one), node.fork(other, [5, 6])]
+        for seed in range(4):  # others come and go, for whom pages of the cache are evicted
+            g.generate(prompts(20, 21, seed=seed + 1), GREEDY)
+        before = g.stats()
+        ((answer,), (reply,)) = (child.generate(SamplingParams(max_new_tokens=3)) for child in children)
+        assert list(answer.tokens) == decoder.dense_greedy([*system, *one.tokens], 3)
+        assert list(reply.tokens) == decoder.dense_greedy([*system, *other.tokens, 5, 6], 3)
+        after = g.stats()
+        assert after.cached_tokens - before.cached_tokens >= 2 * 28
+        assert before.evicted_pages > 0
+    for child in children:
+        child.close()
+    with pytest.raises(ValueError, match="this session is closed: fork it before, or begin another one"):
+        node.append([1])
+    # What sessions keep is given up where nothing else could run.
+    with g.session(system):
+        g.generate([system], GREEDY)
+        texts = prompts(52, seed=9)
+        assert tokens(g.generate(texts, SamplingParams(max_new_tokens=13))) == [[decoder.dense_greedy(texts[0], 13)]]
+    assert pool_is_empty(g)
+
+
+def test_new_parameters_make_what_was_cached_unreachable_and_compile_nothing():
+    (text,) = prompts(20)
+    g = engine()
+    g.generate([text], GREEDY)
+    compiled = g.stats().compilations
+    number = g.add_request(text, GREEDY)
+    before = [token for _ in range(3) for piece in g.step() for token in piece.tokens]
+    g.update_params(np.int32(5))
+    after = [token for piece in g.stream(number) for token in piece.tokens]
+    known = text + before
+    while len(known) < len(text) + 12:
+        known.append(int(np.argmax(decoder.dense_logits(known, params=5))))
+    assert 0 < len(before) < 12 and before + after == known[len(text) :]
+    assert g.stats().compilations == compiled
+    with pytest.raises(ValueError, match="another structure, shape or dtype: make a new Engine"):
+        g.update_params(np.zeros(2, np.int32))
+    assert pool_is_empty(g)
+
+
+def test_nothing_of_an_engine_outlives_it():
+    params = jnp.zeros(3, jnp.int32)
+    g = Engine(sum_of_params, params, ROOMY, token_counts=(8, 32), visit_steps=4)
+    g.add_request([1, 2], GREEDY)
+    seen = weakref.ref(params)
+    del params, g
+    gc.collect()
+    assert seen() is None
+
+
+def sum_of_params(params, *step):
+    return decoder.forward(jnp.sum(params, dtype=jnp.int32), *step)

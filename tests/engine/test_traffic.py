@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import hash_decoder as decoder
+from engine_cases import Numbers, pool_is_empty
 from paged_jax import engine as package
 from paged_jax.engine import Completion, Engine
 from paged_jax.sampling import SamplingParams
@@ -23,39 +24,10 @@ HYBRID = (None, 7)
 HERE = pathlib.Path(package.__file__).parent
 
 
-class Names:
-    """Numbers as text: a tokenizer without a file."""
-
-    hidden_tokens = frozenset()
-
-    def __init__(self):
-        self.fails = False
-
-    def encode(self, text, *, special_tokens=True):
-        return [int(word) for word in text.split()]
-
-    def chat(self, messages, **options):
-        return [token for message in messages for token in self.encode(message["content"])]
-
-    def decode(self, tokens):
-        return "".join(f"{token} " for token in tokens)
-
-    def stream(self, prompt=()):
-        return self
-
-    def push(self, tokens):
-        if self.fails:
-            raise UnicodeError("no such character")
-        return self.decode(tokens)
-
-    def finish(self):
-        return ""
-
-
 def make_engine(windows=(None, None), **options) -> Engine:
     config = CONFIG if windows == (None, None) else decoder.config(1 + 24, windows=windows, window_pages=1 + 20)
     forward = decoder.forward if windows == (None, None) else decoder.forward_with(windows)
-    return Engine(forward, np.int32(0), config, Names(), token_counts=(8, 32), visit_steps=4, **options)
+    return Engine(forward, np.int32(0), config, Numbers(), token_counts=(8, 32), visit_steps=4, **options)
 
 
 class Traffic:
@@ -104,17 +76,6 @@ class Traffic:
                 assert completion.text == self.engine.tokenizer.decode(completion.tokens)
                 if number not in self.aborted and (number, sample) not in self.failed:
                     assert count == len(expected) and completion.finish_reason == "length"
-
-
-def pool_is_empty(engine: Engine) -> bool:
-    """Nothing holds a page but the prefix cache, and that what it says."""
-    engine.step()
-    for table, ids in zip(engine.tables.groups, engine.cached_pages(), strict=True):
-        expected = np.bincount(ids, minlength=table.num_pages)
-        expected[0] = 1  # the null page
-        if np.any(table.lengths) or np.asarray(table.refcounts).tolist() != expected.tolist():
-            return False
-    return True
 
 
 def run_traffic(num_requests: int, seed: int, windows=(None, None)) -> Engine:
