@@ -22,6 +22,7 @@ from paged_jax.engine.runner import Runner, Snapshot, Start
 from paged_jax.engine.scheduler import Admission, Scheduler
 from paged_jax.engine.session import Session
 from paged_jax.engine.stats import Recorder
+from paged_jax.engine.stream import Stream
 from paged_jax.prefix.prefix_cache import PrefixCache
 
 _REASONS = {
@@ -59,7 +60,7 @@ class Core:
         self._config: CacheConfig = runner.config
         self._tokenizer, self._make_cache = tokenizer, make_cache
         self._news: collections.deque[Request] = collections.deque()  # added or aborted since the last step
-        self._giving = threading.Lock()  # while pieces are put out, or taken back
+        self._aborted: set[int] = set()  # since the last step: of these no piece is given any more
         self._stepping = threading.RLock()
         self._is_interrupted = False  # the last step did not come to its end
         self._committing: tuple[Sample, Piece, int] | None = None
@@ -80,39 +81,56 @@ class Core:
 
     # ---- requests --------------------------------------------------------------------------------------------
 
-    def queue(self, request: Request) -> None:
-        """Serve a request from the next step on."""
+    def queue(self, request: Request, is_claimed: bool = False) -> Stream:
+        """Serve a request from the next step on; the stream is that of all, unless it claims its pieces."""
+        if is_claimed:
+            request.pieces = collections.deque()
         self.requests[request.number] = request
         self._news.append(request)
+        return Stream(request.pieces, lambda: request.is_finished, self._is_void, self.advance)
 
     def abort(self, number: int) -> None:
         """Take back what was put out of a request, and end it with the next step."""
-        with self._giving:
-            request = self.requests.get(number)
-            if request is not None:
-                request.is_aborted = True
-                self._news.append(request)
-            self._recall(number)
+        request = self.requests.get(number)
+        if request is not None:
+            self._aborted.add(number)
+            request.is_aborted = True
+            self._news.append(request)
+        self._recall(number)
 
-    def claim(self, number: int) -> tuple[collections.deque[Piece], Callable[[], bool]]:
-        """The pieces of one request from now on, and whether no more will come.
+    def claim(self, number: int) -> Stream:
+        """The pieces of one request from now on.
 
         Raises:
             ValueError: there is no such request.
         """
-        with self._giving:
-            request = self.requests.get(number)
-            if request is not None and request.pieces is not self.pieces:
-                return request.pieces, lambda: request.is_finished
-            pieces = self._recall(number)
-            if request is None:
-                if not pieces:
-                    raise ValueError(f"request {number} is not here: it was never added, or its last piece was taken")
-                return pieces, lambda: True
-            request.pieces = pieces
-            return pieces, lambda: request.is_finished
+        request = self.requests.get(number)
+        if request is not None and request.pieces is self.pieces:
+            request.pieces = collections.deque()
+        pieces = collections.deque() if request is None else request.pieces
+        pieces.extendleft(reversed(self._recall(number)))
+        if request is None and not pieces:
+            raise ValueError(f"request {number} is not here: it was never added, or its last piece was taken")
 
-    def is_idle(self) -> bool:
+        def has_ended() -> bool:
+            ended = request is None or request.is_finished
+            pieces.extendleft(reversed(self._recall(number)))  # that a step put out while this stream began
+            return ended
+
+        return Stream(pieces, has_ended, self._is_void, self.advance)
+
+    def stream(self) -> Stream:
+        """The pieces that nobody claimed."""
+        return Stream(self.pieces, self._is_idle, self._is_void, self.advance)
+
+    def take(self) -> list[Piece]:
+        """The pieces of that stream that are there."""
+        return [piece for piece in (self.pieces.popleft() for _ in range(len(self.pieces))) if not self._is_void(piece)]
+
+    def _is_void(self, piece: Piece) -> bool:
+        return piece.request in self._aborted
+
+    def _is_idle(self) -> bool:
         """Nothing will come in `pieces` any more."""
         return all(request.pieces is not self.pieces for request in list(self.requests.values()))
 
@@ -126,14 +144,9 @@ class Core:
             self._is_interrupted = True
             change()
 
-    def _recall(self, number: int) -> collections.deque[Piece]:
-        """Take back the pieces of a request that were put out and not taken."""
-        request = self.requests.get(number)
-        if request is not None and request.pieces is not self.pieces:
-            pieces = request.pieces.copy()
-            request.pieces.clear()
-            return pieces
-        pieces = collections.deque(piece for piece in self.pieces if piece.request == number)
+    def _recall(self, number: int) -> list[Piece]:
+        """Take back the pieces of a request that were put out for everybody."""
+        pieces = [piece for piece in list(self.pieces) if piece.request == number]
         for piece in pieces:
             self.pieces.remove(piece)
         return pieces
@@ -171,12 +184,14 @@ class Core:
         while self._news:
             request = self._news[0]
             for sample in request.samples:
-                if request.is_aborted:
+                if sample.finish_reason is None and request.is_aborted:
                     self._end(sample, "abort")
                 elif sample.finish_reason is None:
                     self.scheduler.add(sample)
             if request.is_aborted:
                 self.requests.pop(request.number, None)
+                self._recall(request.number)
+                self._aborted.discard(request.number)
             self._news.popleft()
         while self.sessions:
             self._prefixes.keep(self.sessions[0])
@@ -299,9 +314,8 @@ class Core:
         if request.is_finished:
             self.requests.pop(request.number, None)
         self.recorder.handed_out(sample, piece)
-        with self._giving:
-            given = [] if request.is_aborted else pieces
-            self._committing = request.pieces.extend(given)  # None: from this line on, it is handed out
+        given = [] if request.is_aborted else pieces
+        self._committing = request.pieces.extend(given)  # None: from this line on, it is handed out
 
     def _end(self, sample: Sample, reason: str) -> None:
         sample.finish_reason = reason

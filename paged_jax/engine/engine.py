@@ -1,6 +1,5 @@
 """The engine: any number of requests through a batch of fixed size."""
 
-import collections
 import functools
 import itertools
 import sys
@@ -225,8 +224,8 @@ class Engine:
             ValueError: there is no such request, or all of its pieces were taken.
         """
         if request is None:
-            return Stream(self._core.pieces, self._core.is_idle, self._core.advance)
-        return Stream(*self._core.claim(request), self._core.advance)
+            return self._core.stream()
+        return self._core.claim(request)
 
     def step(self) -> list[Piece]:
         """Make one step of the engine; for loops of your own.
@@ -235,7 +234,7 @@ class Engine:
             The pieces that nobody else asked for; often none, because visits are read one later.
         """
         self._core.advance()
-        return [self._core.pieces.popleft() for _ in range(len(self._core.pieces))]
+        return self._core.take()
 
     def session(self, prompt: Prompt | None = None, *, salt: str = "", adapter: str = "") -> Session:
         """A conversation, or a node of a search, whose pages stay cached; see `Session`.
@@ -339,11 +338,12 @@ class Engine:
         show = progress if progress is not None else len(requests) >= LONG_BATCH and sys.stderr.isatty()
         completions: list[list[Completion]] = []
         try:
-            for request in requests:
-                request.pieces = collections.deque()  # nobody else takes them
-                self._core.queue(request)
-            for request in track(requests, "prompts", console=Console(stderr=True), disable=not show):
-                pieces = list(Stream(request.pieces, lambda one=request: one.is_finished, self._core.advance))
+            streams = [self._core.queue(request, is_claimed=True) for request in requests]
+            pairs = track(
+                list(zip(requests, streams, strict=True)), "prompts", console=Console(stderr=True), disable=not show
+            )
+            for request, stream in pairs:
+                pieces = list(stream)
                 samples = range(request.num_wanted)
                 completions.append([Completion.join(p for p in pieces if p.sample == i) for i in samples])
         except BaseException:

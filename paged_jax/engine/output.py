@@ -71,6 +71,8 @@ class Output:
             tokens: what was drawn.
             is_last: no more will come, so nothing is held back.
         """
+        if not tokens and not is_last:
+            return Text("", 0, False)
         text, self._echo = self._echo, ""
         if self._stream is None:
             return Text(text, len(tokens), False)

@@ -61,8 +61,8 @@ class CachedPrefixes:
         return match.num_tokens, match.num_evictable
 
     def is_coming(self, sample: Sample) -> bool:
-        """Whether a running sample is about to compute whole pages that this one could then find."""
-        others = [s for s in self._running.values() if s not in self._is_found]
+        """Whether others are about to compute, or to publish, whole pages that this one could then find."""
+        others = [*self._leaving, *(s for s in self._running.values() if s not in self._is_found)]
         if sample in self._leaving:
             return True
         coming = max((self._coming(sample, other) for other in others), default=0)

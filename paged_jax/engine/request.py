@@ -12,7 +12,7 @@ from paged_jax.sampling import SamplingParams
 WAITING = -1  # the row of a sample that has none
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Piece:
     """The next tokens of one sample, and their text.
 

@@ -16,11 +16,18 @@ class Stream(Iterator[Piece], AsyncIterator[Piece]):
     Args:
         pieces: that nobody took yet.
         is_done: no more will come.
+        is_void: a piece is not wanted any more.
         advance: makes a step; called in a thread by coroutines.
     """
 
-    def __init__(self, pieces: collections.deque[Piece], is_done: Callable[[], bool], advance: Callable[[], None]):
-        self._pieces, self._is_done, self._advance = pieces, is_done, advance
+    def __init__(
+        self,
+        pieces: collections.deque[Piece],
+        is_done: Callable[[], bool],
+        is_void: Callable[[Piece], bool],
+        advance: Callable[[], None],
+    ):
+        self._pieces, self._is_done, self._is_void, self._advance = pieces, is_done, is_void, advance
 
     def __iter__(self) -> "Stream":
         return self
@@ -29,6 +36,8 @@ class Stream(Iterator[Piece], AsyncIterator[Piece]):
         while True:
             is_done = self._is_done()  # asked first: what comes after the answer is taken in this round or the next
             try:
+                while self._is_void(self._pieces[0]):
+                    self._pieces.popleft()
                 return self._pieces.popleft()
             except IndexError:
                 if is_done:
@@ -42,6 +51,8 @@ class Stream(Iterator[Piece], AsyncIterator[Piece]):
         while True:
             is_done = self._is_done()
             try:
+                while self._is_void(self._pieces[0]):
+                    self._pieces.popleft()
                 return self._pieces.popleft()
             except IndexError:
                 if is_done:

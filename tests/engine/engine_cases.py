@@ -14,7 +14,7 @@ class Numbers:
         self.fails = False
 
     def encode(self, text, *, special_tokens=True):
-        return [int(word) for word in text.split()]
+        return [int(word) if word.isdigit() else 0 for word in text.split()]
 
     def chat(self, messages, **options):
         return [token for message in messages for token in self.encode(message["content"])]
