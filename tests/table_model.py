@@ -24,7 +24,7 @@ P, B, M, S = CONFIG.num_pages, CONFIG.max_sequences, CONFIG.max_pages_per_sequen
 WINDOWS = (1, 3, 4, 9)
 POISON = -1  # what the shadow of a free page holds
 
-NAMES = "reserve release truncate slide fork permute publish attach drop clear_fault reset".split()
+NAMES = "reserve release truncate slide fork permute publish attach drop drop_pages clear_fault reset".split()
 
 
 class Transitions:
@@ -63,7 +63,7 @@ class Row:
         return Row(list(self.tokens), self.first)
 
 
-@dataclass
+@dataclass(eq=False)
 class Held:
     """A handle that is out, and what it must hold."""
 
@@ -238,6 +238,15 @@ class Driver:
         else:
             self.dropped.append(self.held.pop(i).handle)
         self.table = self.run.drop(self.table, handle)
+        self.compare()
+
+    def drop_pages(self, held: Sequence[Held]) -> None:
+        """Give up at most two handles, page by page and at once."""
+        pages = [page for each in held for page in each.pages if page]
+        for each in held:
+            self.held.remove(each)
+            self.dropped.append(each.handle)
+        self.table = self.run.drop_pages(self.table, np.array(pages + [0] * (2 * M - len(pages)), np.int32))
         self.compare()
 
     def is_seen_to_be_stale(self, handle: PageHandle) -> bool:

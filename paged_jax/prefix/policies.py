@@ -25,6 +25,7 @@ before them.
 
 import heapq
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable
 
 from paged_jax.prefix.tree import Node
@@ -44,7 +45,7 @@ class Policy:
         """A request uses this page; told once a request."""
 
     def touch(self, node: Node) -> None:
-        """A request that computed tokens of this page again, or continues it, has cached its own pages."""
+        """Pages were published that continue this one, or that hold its tokens once more."""
 
     def remove(self, node: Node) -> None:
         """The page is gone, without having been chosen."""
@@ -66,24 +67,23 @@ class LeastRecentlyUsed(Policy):
     """
 
     def __init__(self):
-        self._order: dict[Node, None] = {}
+        self._order: OrderedDict[Node, None] = OrderedDict()
 
     def insert(self, node: Node) -> None:
         self._order[node] = None
 
     def hit(self, node: Node) -> None:
-        del self._order[node]
-        self._order[node] = None
+        self._order.move_to_end(node)
 
-    touch = hit
+    def touch(self, node: Node) -> None:
+        self._order.move_to_end(node)
 
     def remove(self, node: Node) -> None:
         del self._order[node]
 
     def victim(self, can_go: Callable[[Node], bool]) -> Node:
         while True:
-            node = next(iter(self._order))
-            del self._order[node]
+            node, _ = self._order.popitem(last=False)
             if can_go(node):
                 return node
             self._order[node] = None  # a row uses it now
@@ -104,9 +104,9 @@ class S3Fifo(Policy):
     PATIENCE = 32  # pages of the main queue in a row that may not go before the small queue is asked
 
     def __init__(self):
-        self._small: dict[Node, int] = {}  # uses since it entered
-        self._main: dict[Node, int] = {}
-        self._ghosts: dict[int, None] = {}  # fingerprints
+        self._small: OrderedDict[Node, int] = OrderedDict()  # uses since it entered
+        self._main: OrderedDict[Node, int] = OrderedDict()
+        self._ghosts: OrderedDict[int, None] = OrderedDict()  # fingerprints
 
     def insert(self, node: Node) -> None:
         if node.fingerprint in self._ghosts:
@@ -135,19 +135,17 @@ class S3Fifo(Policy):
                 return node
 
     def _leave_small(self, can_go: Callable[[Node], bool]) -> Node | None:
-        node = next(iter(self._small))
-        num_uses = self._small.pop(node)
+        node, num_uses = self._small.popitem(last=False)
         if num_uses or not can_go(node):
             self._main[node] = 0
             return None
         self._ghosts[node.fingerprint] = None
         while len(self._ghosts) > len(self._main) + len(self._small):
-            del self._ghosts[next(iter(self._ghosts))]
+            self._ghosts.popitem(last=False)
         return node
 
     def _leave_main(self, can_go: Callable[[Node], bool]) -> Node | None:
-        node = next(iter(self._main))
-        num_uses = self._main.pop(node)
+        node, num_uses = self._main.popitem(last=False)
         if num_uses == 0 and can_go(node):
             return node
         self._main[node] = max(num_uses - 1, 0)

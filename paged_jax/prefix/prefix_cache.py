@@ -353,7 +353,7 @@ class PrefixCache:
         first_columns = np.zeros(len(self._groups), np.int32)
         for group, seen in enumerate(self._reach.seen(nodes, num_tokens)):
             for node in seen:
-                node.superseded -= {group}
+                node.superseded -= {group}  # it is in demand
             first = first_columns[group] = self._reach.first_seen(num_tokens, group)
             pages[group, first : first + len(seen)] = [node.pages[group] for node in seen]
         taken = Taken(num_tokens, pages, first_columns)
@@ -376,9 +376,10 @@ class PrefixCache:
 
     def _grow(self, data: bytes, namespace: Namespace, drops: Pages) -> list[Node]:
         """The nodes of some tokens, made where they are missing."""
-        root = self._roots.setdefault(namespace, Root(namespace, len(self._groups)))
+        if namespace not in self._roots:
+            self._roots[namespace] = Root(namespace, len(self._groups))
         width = self._reach.page_size * TOKEN_BYTES
-        path: list[Node] = [root]
+        path: list[Node] = [self._roots[namespace]]
         for at in range(0, len(data), width):
             chunk = data[at : at + width]
             node = path[-1].child(chunk) or (path[-1].extension(chunk) if len(chunk) < width else None)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+MAX_COMPARED = 16  # children in search of the one that begins alike
 TOKEN_BYTES = 8  # tokens are stored big-endian at full width, so that bytes sort and compare as tokens do
 
 
@@ -84,10 +85,11 @@ class Node:
         return self._by_tokens.get(tokens)
 
     def closest(self, tokens: bytes) -> tuple["Node | None", int]:
-        """The child that begins with the most of these tokens, and how many; of several the one with most pages."""
+        """The child that begins with the most of these tokens, and how many; of some such the one with most pages."""
         at = bisect.bisect(self._sorted, tokens)
         best, most = None, (0, 0)
-        for key in self._sorted[max(at - 1, 0) : at + 1]:  # neighbours in this order share the longest beginning
+        # the next in this order share the longest beginning
+        for key in self._sorted[max(at - MAX_COMPARED // 2, 0) : at + MAX_COMPARED // 2]:
             child, common = self._by_tokens[key], num_common(key, tokens)
             rank = common, sum(page != 0 for page in child.pages)
             if common and rank > most:

@@ -12,7 +12,7 @@ from state_machine import run_machine
 from table_model import NAMES, TRANSITIONS, Transitions
 
 SHARES = ("fork", "permute", "publish", "attach")
-DROPS = ("release", "truncate", "slide", "permute", "drop")
+DROPS = ("release", "truncate", "slide", "permute", "drop", "drop_pages")
 # what breaks: (the line, what it becomes, the transitions that run it)
 MUTANTS = {
     "never copies on write": ("(self.refcounts[last_page] > 1)", "(self.refcounts[last_page] > 9)", ["reserve"]),
@@ -25,8 +25,10 @@ MUTANTS = {
     "a smaller row overtakes": ("(total <= table.num_free)", "(num_needed <= table.num_free - 3)", ["reserve"]),
     "a copied row loses its first new page": ("(slot > 0) & ~copies", "slot > 0", ["reserve"]),
     "sharing adds no reference": ("self.refcounts[pages] + 1", "self.refcounts[pages]", SHARES),
-    "dropping keeps the reference": ("self.refcounts[pages] - 1", "self.refcounts[pages]", DROPS),
+    "dropping keeps the reference": ("self.refcounts[pages] - num_times", "self.refcounts[pages]", DROPS),
     "frees pages that others own": ("& (counts == 0)", "& (counts >= 0)", DROPS),
+    "a page named twice loses one owner": ("_references(distinct, num_times)", "_references(distinct)", ["drop_pages"]),
+    "a page named twice is freed twice": ("is_named & is_first & ~is_bad", "is_named & ~is_bad", ["drop_pages"]),
     "releases other rows": ("mask & (self.lengths > 0)", "~mask & (self.lengths > 0)", ["release"]),
     "release leaves the last page": ("nothing + self.pages.shape[1]", "nothing + self.pages.shape[1] - 1", ["release"]),
     "truncate frees the page it ends in": ("self._columns(lengths), self", "lengths // 4, self", ["truncate"]),

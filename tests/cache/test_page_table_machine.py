@@ -107,6 +107,14 @@ class PageTableMachine(RuleBasedStateMachine):
     def drop(self, index):
         self.driver.drop(self.driver.held[index % len(self.driver.held)].handle)
 
+    @rule(slot=st.integers(0, B - 1), share=st.floats(0, 1), both=st.booleans(), ends=st.booleans())
+    def drop_pages(self, slot, share, both, ends):
+        for _ in range(2):
+            self.driver.publish(slot, round(share * len(self.driver.rows[slot].tokens)))
+        if ends:
+            self.driver.release([b == slot for b in range(B)])
+        self.driver.drop_pages(self.driver.held[-1 - both :])
+
     @precondition(lambda self: self.driver.dropped)
     @rule(slot=slots)
     def use_a_stale_handle(self, slot):
@@ -152,6 +160,7 @@ def test_one_trace_a_transition():
     driver.release([True] * B)
     driver.attach(0, driver.held[0].handle)
     driver.drop(driver.held[0].handle)
+    driver.drop_pages([])
     for window in WINDOWS:
         driver.slide(window)
     driver.clear_fault()

@@ -32,6 +32,7 @@ def jitted(name):
 
 reserve, fork, permute, truncate = map(jitted, ("reserve", "fork", "permute", "truncate"))
 slide, release, publish, attach, drop = map(jitted, ("slide", "release", "publish", "attach", "drop"))
+drop_pages, handles_to = map(jitted, ("drop_pages", "handles_to"))
 
 
 def create() -> PageTables:
@@ -159,6 +160,27 @@ def test_a_row_is_cut_and_published_only_where_its_next_token_sees_everything():
     tables, ok = attach(tables, rows(2)[0], handles)
     assert ok and tables.lengths[2] == 18
     check_all(tables, [handles])
+
+
+def test_references_without_a_handle_are_shared_and_dropped_page_by_page():
+    tables, _ = reserve(create(), rows(10, 0, 0, 0))
+    tables, handles = publish(tables, rows(0)[0], rows(9)[0])
+    tables, again = publish(tables, rows(0)[0], rows(9)[0])
+    tables = release(tables, np.arange(B) == 0)
+    pages = jnp.stack([handle.pages for handle in handles])
+    made = handles_to(tables, pages, jnp.stack([handle.first_column for handle in handles]), rows(9)[0])
+    assert [x.tolist() for x in jax.tree.leaves(made)[:3]] == [x.tolist() for x in jax.tree.leaves(handles)[:3]]
+    tables, ok = attach(tables, rows(2)[0], made)
+    assert ok and tables.lengths[2] == 9
+    check_all(tables, [handles, again])
+    both = jnp.concatenate([pages, pages], axis=1)
+    tables = drop_pages(tables, both)
+    check_all(tables)
+    before = contents(tables)
+    refused = drop_pages(tables, both)  # the row owns one reference to each, not two
+    assert contents(refused) == before and int(refused.fault) == Fault.BAD_ARGUMENT
+    assert int(drop_pages(tables, jnp.full_like(both, 99)).fault) == Fault.BAD_ARGUMENT
+    assert release(tables, np.ones(B, bool)).num_free.tolist() == [13, 8]
 
 
 def test_one_group_is_one_page_table():

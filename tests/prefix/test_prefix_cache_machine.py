@@ -110,7 +110,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         before = self.state()
         match = self.cache.lookup(text, namespace)
         assert self.state() == before, "a lookup changed something"
-        # what a longer page has replaced stays while it is pinned, and is not found
+        # What a longer page has replaced stays while it is pinned, and is not found
         pinned = {node for taken in [*(taken for _, taken, *_ in self.running), *self.kept] for node in taken.nodes}
         least = pinned if any(self.rows.windows) else set()
         assert self.longest(namespace, text, least) <= match.num_tokens <= self.longest(namespace, text, set())

@@ -10,7 +10,6 @@ import pytest
 import hash_decoder as decoder
 from paged_jax import AttentionMetadata, KVCache, PageTables
 from paged_jax.cache.invariants import check
-from paged_jax.cache.page_table import Fault
 from paged_jax.prefix.prefix_cache import Namespace, PrefixCache, Taken
 
 S, B, T, M = decoder.PAGE_SIZE, 4, 32, 8
@@ -182,20 +181,3 @@ def test_a_page_evicted_under_a_row_stays_until_the_row_ends(server):
     server.set_tables(release(server.cache.tables, np.arange(B) == 1))
     server.apply_drops()
     assert server.cache.tables.num_free.tolist() == [24, 16] and not any(map(len, server.prefixes.pages()))
-
-
-def test_references_are_dropped_page_by_page(server):
-    server.compute({0: list(range(10)), 1: [7]})
-    tables, first = publish(server.cache.tables, np.int32(0), np.int32(9))
-    tables, _ = publish(tables, np.int32(0), np.int32(9))
-    tables = release(tables, np.arange(B) == 0)
-    before = tables.num_free.tolist()
-    ids = [np.asarray(handle.pages)[np.asarray(handle.pages) > 0].tolist() for handle in first]
-    padded = [np.array([(pages * 2 + [0] * M)[:M] for pages in ids], np.int32), np.zeros((2, M), np.int32)]
-    tables = drop_pages(drop_pages(tables, padded[0]), padded[1])  # both references of each page at once
-    assert tables.num_free.tolist() == [before[0] + len(ids[0]), before[1] + len(ids[1])]
-    for table in tables.groups:
-        check(table)
-    again = drop_pages(tables, padded[0])
-    assert int(again.fault) == Fault.BAD_ARGUMENT and again.num_free.tolist() == tables.num_free.tolist()
-    assert int(drop_pages(tables, np.full((2, M), 999, np.int32)).fault) == Fault.BAD_ARGUMENT
