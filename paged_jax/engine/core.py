@@ -169,6 +169,7 @@ class Core:
 
     def _start_again(self) -> None:
         """After a step that was interrupted anywhere: nothing is trusted but the requests and what they were given."""
+        self.recorder.restarted()
         self.runner.reset()
         self._begin()
         if self._committing is not None:
@@ -308,12 +309,12 @@ class Core:
         sample.logprobs[start:] = piece.logprobs
         sample.finish_reason = piece.finish_reason
         sample.held[start] = piece
+        self.recorder.handed_out(sample, piece)
         if piece.finish_reason is not None:
             self._end(sample, piece.finish_reason)
         pieces = request.chosen() if request.best_of is not None else [piece]
         if request.is_finished:
             self.requests.pop(request.number, None)
-        self.recorder.handed_out(sample, piece)
         given = [] if request.is_aborted else pieces
         self._committing = request.pieces.extend(given)  # None: from this line on, it is handed out
 

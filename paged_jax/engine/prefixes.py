@@ -27,6 +27,7 @@ class Publication:
     namespace: Namespace
     taken: Taken
     row_goes_on: bool
+    is_fork: bool  # prompts part where it ends
 
 
 class CachedPrefixes:
@@ -139,7 +140,8 @@ class CachedPrefixes:
             return
         for publication, handles in published:
             pins = publication.taken if publication.row_goes_on and not publication.taken.is_over else None
-            self._runner.drop(self.cache.insert(publication.tokens, publication.namespace, handles, pins))
+            what = publication.tokens, publication.namespace, handles, pins, publication.is_fork
+            self._runner.drop(self.cache.insert(*what))
             if publication.row_goes_on and publication.sample in self._published:
                 self._is_found.add(publication.sample)
             if not publication.row_goes_on:
@@ -167,7 +169,14 @@ class CachedPrefixes:
 
     def _publish(self, sample: Sample, num_tokens: int, row_goes_on: bool, row: int | None = None) -> None:
         taken = self._taken.get(sample) or self.cache.take(self.cache.lookup([0]), counted=False)
-        key = Publication(sample, sample.tokens, self.namespace(sample.request), taken, row_goes_on)
+        key = Publication(
+            sample,
+            sample.tokens,
+            self.namespace(sample.request),
+            taken,
+            row_goes_on,
+            is_fork=num_tokens == sample.stop_at,
+        )
         self._taken[sample] = taken
         self._published[sample] = num_tokens
         self._runner.publish(key, sample.row if row is None else row, num_tokens)

@@ -113,6 +113,10 @@ class Recorder:
             self._note("preempted", sample, num_times)
             self.counts["preemptions"] += num_times
 
+    def restarted(self) -> None:
+        """All samples begin again."""
+        self.counts["restarts"] += 1
+
     def evicted(self, num_pages: int) -> None:
         """Cached pages were given up."""
         if num_pages:

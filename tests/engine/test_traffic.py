@@ -9,6 +9,7 @@ import collections
 import pathlib
 import random
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,10 +25,11 @@ HYBRID = (None, 7)
 HERE = pathlib.Path(package.__file__).parent
 
 
-def make_engine(windows=(None, None), **options) -> Engine:
+def make_engine(windows=(None, None), **options: Any) -> Engine:
     config = CONFIG if windows == (None, None) else decoder.config(1 + 24, windows=windows, window_pages=1 + 20)
     forward = decoder.forward if windows == (None, None) else decoder.forward_with(windows)
-    return Engine(forward, np.int32(0), config, Numbers(), token_counts=(8, 32), visit_steps=4, **options)
+    options.setdefault("tokenizer", Numbers())
+    return Engine(forward, np.int32(0), config, token_counts=(8, 32), visit_steps=4, **options)
 
 
 class Traffic:
@@ -73,7 +75,7 @@ class Traffic:
                 completion = Completion.join(self.pieces[number, sample])
                 count = len(completion.tokens)
                 assert list(completion.tokens) == expected[:count]
-                assert completion.text == self.engine.tokenizer.decode(completion.tokens)
+                assert completion.text == Numbers().decode(completion.tokens)
                 if number not in self.aborted and (number, sample) not in self.failed:
                     assert count == len(expected) and completion.finish_reason == "length"
 
@@ -147,9 +149,11 @@ def raise_at_line(rng: random.Random, function) -> bool:
 
 
 def run_faults(num_errors: int, seed: int, windows=(None, None)) -> None:
-    engine = make_engine(windows)
+    numbers = Numbers()
+    engine = make_engine(windows, tokenizer=numbers)
     traffic = Traffic(engine, seed, windows)
-    visit, count = engine._core.runner.visit, 0
+    runner: Any = engine._core.runner
+    visit, count = runner.visit, 0
 
     def failing_visit(*arguments):
         """What XLA does out of memory: the state was donated, and is gone."""
@@ -164,17 +168,17 @@ def run_faults(num_errors: int, seed: int, windows=(None, None)) -> None:
         if kind < 0.25:
             count += raise_at_line(traffic.rng, traffic.step)
         elif kind < 0.28:
-            engine._core.runner.visit = failing_visit
+            runner.visit = failing_visit
             try:
                 traffic.step()
             except RuntimeError:
                 count += 1
-            engine._core.runner.visit = visit
+            runner.visit = visit
         elif kind < 0.30:
             before = len(traffic.failed)
-            engine.tokenizer.fails = True
+            numbers.fails = True
             traffic.step()
-            engine.tokenizer.fails = False
+            numbers.fails = False
             count += len(traffic.failed) > before
         elif kind < 0.32 and traffic.prompts:
             traffic.abort()
