@@ -91,7 +91,12 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
             kind = {"stop_strings": str, "logit_bias": _token_and_bias}.get(field.name, int)
             metavar = "TOKEN=BIAS" if field.name == "logit_bias" else None
             sampling.add_argument(
-                option.removesuffix("s"), dest=field.name, action="append", default=[], type=kind, metavar=metavar
+                option if metavar else option.removesuffix("s"),
+                dest=field.name,
+                action="append",
+                default=[],
+                type=kind,
+                metavar=metavar,
             )
         else:
             default = 64 if field.name == "max_new_tokens" else field.default
