@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.report import Report, add_json_option
-from paged_jax import CacheConfig, CacheReport, Generator, SamplingParams, models
+from paged_jax import CacheConfig, CacheReport, Engine, SamplingParams, models
 
 WINDOW, PATTERN, CONTEXT, NEW_TOKENS = 512, 6, 4096, 96
 CONFIG = models.DecoderConfig(
@@ -21,24 +21,25 @@ CONFIG = models.DecoderConfig(
 )  # fmt: skip
 
 
-def serve(generator: Generator, prompt: list[int]) -> tuple[list[int], CacheReport]:
+def serve(engine: Engine, prompt: list[int]) -> tuple[list[int], CacheReport]:
     """What one prompt draws, and the memory before its last token."""
-    generator.submit(prompt, SamplingParams(max_new_tokens=NEW_TOKENS))
-    tokens, report = [], CacheReport.measure(generator.state.cache.tables, generator.config)
-    for chunk in generator.stream():
-        tokens += chunk.tokens
-        if chunk.finish is None:
-            report = CacheReport.measure(generator.state.cache.tables, generator.config)
+    engine.add_request(prompt, SamplingParams(max_new_tokens=NEW_TOKENS))
+    tokens, report = [], CacheReport.measure(engine.tables, engine.config)
+    while engine.has_work:
+        for piece in engine.step():
+            tokens += piece.tokens
+        latest = CacheReport.measure(engine.tables, engine.config)
+        report = latest if latest.groups[0].tokens else report
     return tokens, report
 
 
-def make_generator(**windows) -> Generator:
+def make_engine(**windows) -> Engine:
     graph, params = nnx.split(models.Decoder(CONFIG, rngs=nnx.Rngs(0)))
     config = CacheConfig(
         CONFIG.num_layers, CONFIG.num_kv_heads, CONFIG.head_dim, num_pages=CONTEXT // 16 + 1, max_sequences=1,
         max_pages_per_sequence=CONTEXT // 16, dtype="float32", **windows,
     )  # fmt: skip
-    return Generator(lambda params, *step: nnx.merge(graph, params)(*step), params, config, steps_per_visit=1)
+    return Engine(lambda params, *step: nnx.merge(graph, params)(*step), params, config, visit_steps=1)
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
     add_json_option(parser)
     options = parser.parse_args()
     prompt = np.random.default_rng(0).integers(0, CONFIG.vocab_size, CONTEXT - NEW_TOKENS).tolist()
-    hybrid, full = make_generator(windows=CONFIG.windows), make_generator()
+    hybrid, full = make_engine(windows=CONFIG.windows), make_engine()
     (tokens, report), (expected, whole) = serve(hybrid, prompt), serve(full, prompt)
     assert tokens == expected, "giving up pages changed the tokens"
     assert report.full_bytes == whole.full_bytes == sum(whole.bytes_in_use)

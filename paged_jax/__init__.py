@@ -2,7 +2,7 @@
 
 `CacheConfig` sizes a `KVCache`: the pool of pages, and the page tables that say who owns what. A step reserves pages,
 builds an `AttentionMetadata`, and each layer calls `paged_attention`. `rollout` draws many samples of many prompts in
-one XLA program, `score` measures given ones; `Generator` serves prompts that come one by one.
+one XLA program, `score` measures given ones; `Engine` serves requests that come and go.
 """
 
 from paged_jax.attention import paged_attention
@@ -17,10 +17,10 @@ from paged_jax.decoding.rollout import Rollout, rollout
 from paged_jax.decoding.rows import Finish
 from paged_jax.decoding.score import Score, score
 from paged_jax.decoding.step import Stepper
+from paged_jax.engine import Completion, Engine, Piece
 from paged_jax.forward import Forward
-from paged_jax.generator import Completion, Generator
 from paged_jax.memory import CacheReport, MemoryReport
-from paged_jax.prefix.cache import PrefixCache
+from paged_jax.prefix.prefix_cache import PrefixCache
 from paged_jax.sampling import Processor, SamplingParams, SamplingState
 
 __version__ = "0.1.0"
@@ -29,9 +29,9 @@ __all__ = [
     "CacheConfig",
     "CacheReport",
     "Completion",
+    "Engine",
     "Finish",
     "Forward",
-    "Generator",
     "HandleBook",
     "KVCache",
     "LayerPlace",
@@ -39,6 +39,7 @@ __all__ = [
     "PageHandle",
     "PagePool",
     "PageTables",
+    "Piece",
     "PrefixCache",
     "Processor",
     "Rollout",

@@ -1,6 +1,7 @@
-"""The command line: `paged_jax demo`, `paged_jax generate` and `paged_jax families`."""
+"""The command line: `paged_jax demo`, `paged_jax generate`, `paged_jax chat` and `paged_jax families`."""
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -9,9 +10,14 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from paged_jax.engine import Completion, Engine, Piece
+from paged_jax.engine.intake import Prompt, find_folder, prompt_tokens
+from paged_jax.engine.output import Tokenizer
+from paged_jax.sampling import SamplingParams
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, or 2 after bad input, which is named on stderr."""
+    """Run a command; returns the exit status: 0, 2 after bad input, which is named on stderr, or 130 after Ctrl-C."""
     options = _parser().parse_args(argv)
     keep_compiled_programs()
     try:
@@ -19,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"paged_jax: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -42,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="decode prompts that share a prefix, then show where the memory went")
     demo.set_defaults(command=_demo)
-    demo.add_argument("--samples", type=int, default=3, help="continuations of each prompt")
+    demo.add_argument("--num-samples", type=int, default=3, help="continuations of each prompt")
     demo.add_argument("--max-new-tokens", type=int, default=64)
     demo.add_argument("--seed", type=int, default=0)
 
@@ -52,23 +60,60 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="continue prompts with a Hugging Face checkpoint")
     generate.set_defaults(command=_generate)
     generate.add_argument("prompts", nargs="*", help="prompts; none: one a line from --file or stdin")
-    generate.add_argument("--model", type=pathlib.Path, help="checkpoint folder; default: the demo model")
     generate.add_argument("--file", type=pathlib.Path, help="read prompts from a file, one a line")
     generate.add_argument("--chat", action="store_true", help="a prompt is what a user says: use the chat template")
-    generate.add_argument("--max-new-tokens", type=int, default=64)
-    generate.add_argument("--samples", type=int, default=1)
-    generate.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    generate.add_argument("--top-k", type=int, default=0)
-    generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--min-p", type=float, default=0.0)
-    generate.add_argument("--repetition-penalty", type=float, default=1.0)
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--stop", action="append", default=[], help="end a sample at this string")
-    generate.add_argument("--dtype", default=None, help="of weights and pages; default: the checkpoint's")
-    generate.add_argument("--page-size", type=int, default=16)
-    generate.add_argument("--num-pages", type=int, help="default: enough for 16 rows")
-    generate.add_argument("--json", action="store_true", help="one JSON object a sample")
+    generate.add_argument("--best-of", type=int, help="draw so many samples, print the --num-samples likeliest")
+    generate.add_argument(
+        "--json-input",
+        action="store_true",
+        help='lines are objects: "prompt" or "messages", and fields of SamplingParams in the place of the options',
+    )
+    generate.add_argument("--json", action="store_true", help="print an object a line for each sample")
+    _add_model_options(generate)
+
+    chat = commands.add_parser("chat", help="talk with a chat model; Ctrl-C cuts an answer, Ctrl-D ends")
+    chat.set_defaults(command=_chat)
+    chat.add_argument("--system", help="what the model is told first")
+    chat.add_argument("--max-length", type=int, default=4096, help="tokens of the whole conversation")
+    _add_model_options(chat)
     return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="checkpoint folder, or a downloaded repository; default: the demo model")
+    parser.add_argument("--dtype", default=None, help="of weights and pages; default: the checkpoint's")
+    parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--num-pages", type=int, help="default: enough for all rows")
+    sampling = parser.add_argument_group("sampling", "fields of paged_jax.SamplingParams")
+    for field in dataclasses.fields(SamplingParams):
+        option = "--" + field.name.replace("_", "-")
+        if isinstance(field.default, tuple):
+            kind = {"stop_strings": str, "logit_bias": _token_and_bias}.get(field.name, int)
+            metavar = "TOKEN=BIAS" if field.name == "logit_bias" else None
+            sampling.add_argument(
+                option if metavar else option.removesuffix("s"),
+                dest=field.name,
+                action="append",
+                default=[],
+                type=kind,
+                metavar=metavar,
+            )
+        else:
+            default = 64 if field.name == "max_new_tokens" else field.default
+            sampling.add_argument(option, dest=field.name, type=type(default), default=default)
+
+
+def _token_and_bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    return int(token), float(bias)
+
+
+def _sampling(options: argparse.Namespace, **changes) -> SamplingParams:
+    fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(SamplingParams)}
+    unknown = sorted(changes.keys() - fields.keys())
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is no field of SamplingParams: it has {', '.join(fields)}")
+    return SamplingParams(**(fields | changes))
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -77,7 +122,7 @@ def _demo(options: argparse.Namespace) -> None:
     demo.run(
         models.load(models.DEMO),
         Console(),
-        samples=options.samples,
+        samples=options.num_samples,
         max_new_tokens=options.max_new_tokens,
         seed=options.seed,
     )
@@ -93,47 +138,134 @@ def _families(options: argparse.Namespace) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     from paged_jax import models
-    from paged_jax.generator import Generator
-    from paged_jax.sampling import SamplingParams
 
-    texts = _read_prompts(options)
-    model = models.load(options.model or models.DEMO, options.dtype)
-    params = SamplingParams(
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
-        seed=options.seed,
-        num_samples=options.samples,
-        stop_tokens=model.stop_tokens,
-        stop_strings=tuple(options.stop),
-    )
-    encode = _user_says if options.chat else models.Tokenizer.encode
-    prompts = [encode(model.tokenizer, text) for text in texts]
-    pages_per_row = -(-(max(map(len, prompts)) + options.max_new_tokens) // max(1, options.page_size))
-    num_rows = min(16, len(prompts) * options.samples)
-    config = model.cache_config(
-        num_pages=num_rows * pages_per_row + 1 if options.num_pages is None else options.num_pages,
-        max_sequences=num_rows,
-        max_pages_per_sequence=pages_per_row,
+    folder = find_folder(options.model or models.DEMO)
+    asked = [_Asked.read(line, options) for line in _read_prompts(options)]
+    tokenizer = models.Tokenizer.load(folder)
+    sizes = [len(one.encode(tokenizer)) + one.params.max_new_tokens for one in asked]
+    num_samples = sum(options.best_of or one.params.num_samples for one in asked)
+    # In coarse sizes, so that another call of about this size finds its program compiled.
+    sizes = {"max_length": -(-max(sizes) // 128) * 128, "max_sequences": 4 if num_samples <= 4 else 16}
+    engine = _engine(folder, options, of=asked, **sizes)
+    for one in asked:
+        engine.add_request(one.prompt, one.params, best_of=options.best_of)
+    printer = _Printer(asked, options.json)
+    try:
+        for piece in engine.stream():
+            printer.push(piece)
+    finally:
+        printer.finish()
+
+
+def _engine(folder, options: argparse.Namespace, of: Sequence["_Asked"], **sizes) -> Engine:
+    return Engine.from_pretrained(
+        folder,
         page_size=options.page_size,
+        num_pages=options.num_pages,
+        dtype=options.dtype,
+        max_stop_tokens=max(len(one.params.stop_tokens) for one in of),
+        max_bias_tokens=max(len(one.params.logit_bias) + len(one.params.forbidden_tokens) for one in of),
+        **sizes,
     )
-    generator = Generator(model.forward, model.params, config, decode_text=model.tokenizer.decode)
-    for request, completions in enumerate(generator.run(prompts, params)):
-        for number, completion in enumerate(completions):
-            text = model.tokenizer.decode(completion.tokens, prompt=prompts[request])
-            if options.json:
-                fields = {"prompt": texts[request], "sample": number, "text": text, "finish": completion.finish}
-                fields["logprob"] = sum(completion.logprobs)
-                print(json.dumps(fields))
-            else:
-                print(texts[request] + ("\n" if options.chat else "") + text)
 
 
-def _user_says(tokenizer, text: str) -> list[int]:
-    return tokenizer.chat([{"role": "user", "content": text}])
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """A prompt of the command line: what is shown of it, and what the engine gets."""
+
+    text: str
+    prompt: Prompt
+    params: SamplingParams
+
+    @classmethod
+    def read(cls, line: str, options: argparse.Namespace) -> "_Asked":
+        """From a line, which is a text, or with --json-input an object."""
+        fields = {"prompt": line}
+        if options.json_input:
+            try:
+                fields = json.loads(line)
+                text = fields.pop("prompt", None)
+                prompt = fields.pop("messages", text)
+            except (json.JSONDecodeError, AttributeError):
+                raise ValueError(f"{line[:40]!r} is no JSON object with a prompt or messages") from None
+            if prompt is None:
+                raise ValueError(f'{line[:40]!r} names no "prompt" and no "messages"')
+            return cls(text or "", prompt, _sampling(options, **fields))
+        prompt: Prompt = [{"role": "user", "content": line}] if options.chat else line
+        return cls(line + ("\n" if options.chat else ""), prompt, _sampling(options))
+
+    def encode(self, tokenizer: Tokenizer) -> list[int]:
+        return prompt_tokens(tokenizer, self.prompt)
+
+
+class _Printer:
+    """Prints samples in the order of the prompts, the first that has not ended while it comes."""
+
+    def __init__(self, asked: Sequence[_Asked], as_json: bool):
+        self._asked, self._as_json = asked, as_json
+        self._order = [(r, i) for r, one in enumerate(asked) for i in range(one.params.num_samples)]
+        self._pieces: dict[tuple[int, int], list[Piece]] = {key: [] for key in self._order}
+        self._num_shown = 0  # pieces of the first sample in the order
+
+    def push(self, piece: Piece) -> None:
+        self._pieces[piece.request, piece.sample].append(piece)
+        while self._order and self._show(self._order[0]):
+            del self._order[0]
+
+    def finish(self) -> None:
+        """Print what there is of the samples that did not end."""
+        for key in self._order:
+            if self._pieces[key]:
+                self._show(key, is_last=True)
+
+    def _show(self, key: tuple[int, int], is_last: bool = False) -> bool:
+        """Print what came of a sample; returns whether it has ended."""
+        pieces = self._pieces[key]
+        has_ended = is_last or bool(pieces and pieces[-1].finish_reason)
+        if self._as_json:
+            if has_ended:
+                print(json.dumps(self._fields(*key)), flush=True)
+            return has_ended
+        beginning = self._asked[key[0]].text if pieces and not self._num_shown else ""
+        print(beginning + "".join(piece.text for piece in pieces[self._num_shown :]), end="", flush=True)
+        self._num_shown = 0 if has_ended else len(pieces)
+        if has_ended:
+            print(flush=True)
+        return has_ended
+
+    def _fields(self, request: int, sample: int) -> dict:
+        completion = Completion.join(self._pieces[request, sample])
+        fields = {"prompt": self._asked[request].text, "sample": sample, "text": completion.text}
+        fields |= {"finish_reason": completion.finish_reason, "logprob": sum(completion.logprobs)}
+        return fields | ({"error": completion.error} if completion.error else {})
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from paged_jax import models
+
+    params = _sampling(options, num_samples=1)
+    asked = _Asked("", "", params)
+    engine = _engine(
+        find_folder(options.model or models.DEMO), options, of=[asked], max_sequences=1, max_length=options.max_length
+    )
+    messages = [{"role": "system", "content": options.system}] if options.system else []
+    while True:
+        try:
+            text = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        messages.append({"role": "user", "content": text})
+        answer = ""
+        request = engine.add_request(messages, params)
+        try:
+            for piece in engine.stream(request):
+                print(piece.text, end="", flush=True)
+                answer += piece.text
+        except KeyboardInterrupt:
+            engine.abort(request)
+        print()
+        messages.append({"role": "assistant", "content": answer})
 
 
 def _read_prompts(options: argparse.Namespace) -> list[str]:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from paged_jax.cache.config import CacheConfig
-from paged_jax.generator import Generator
+from paged_jax.engine import Engine
 from paged_jax.memory import MemoryReport
 from paged_jax.models import Model
 from paged_jax.plot import page_map
@@ -52,12 +52,11 @@ def run(model: Model, console: Console, *, samples: int = 3, max_new_tokens: int
         max_pages_per_sequence=-(-length // PAGE_SIZE),
         page_size=PAGE_SIZE,
     )
-    generator = Generator(model.forward, model.params, config, token_counts=TOKEN_COUNTS, steps_per_visit=8)
+    engine = Engine(model.forward, model.params, config, model.tokenizer, token_counts=TOKEN_COUNTS)
     for prompt in tokens:
-        generator.submit(prompt, params)
-    drawn = np.empty((len(texts), samples), object)
-    for index in np.ndindex(*drawn.shape):
-        drawn[index] = []
+        engine.add_request(prompt, params)
+    drawn = np.full((len(texts), samples), "", object)
+    counts = np.zeros(drawn.shape, int)
 
     progress = Progress(TextColumn("tokens"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     task = progress.add_task("tokens", total=drawn.size * max_new_tokens, note="compiling")
@@ -69,25 +68,25 @@ def run(model: Model, console: Console, *, samples: int = 3, max_new_tokens: int
             for number in range(samples if finished else 1):
                 body.append(("" if number == 0 else "\n") + f"── sample {number} ", "dim")
                 body.append("\n" + ending.lstrip("\n"), "cyan")
-                body.append(model.tokenizer.decode(drawn[i, number]))
+                body.append(drawn[i, number])
             panels.append(Panel(body, title=f"prompt {i}: {len(tokens[i])} tokens", title_align="left"))
         return Group(*panels) if finished else Group(*panels, progress)
 
     fullest, picture = None, Text()
     began = time.perf_counter()
     with Live(page(), console=console, refresh_per_second=8, transient=True) as live:
-        for chunk in generator.stream():
-            drawn[chunk.request, chunk.sample] += chunk.tokens
-            progress.advance(task, len(chunk.tokens))
-            if chunk.finish:
-                progress.advance(task, max_new_tokens - len(drawn[chunk.request, chunk.sample]))
-            tables = generator.state.cache.tables
+        for piece in engine.stream():
+            drawn[piece.request, piece.sample] += piece.text
+            counts[piece.request, piece.sample] += len(piece.tokens)
+            progress.advance(task, len(piece.tokens))
+            if piece.finish_reason:
+                progress.advance(task, max_new_tokens - counts[piece.request, piece.sample])
+            tables = engine.tables
             report = MemoryReport.measure(tables)
             if fullest is None or report.pages_in_use > fullest.pages_in_use:
                 fullest, picture = report, page_map(tables)
             seconds = time.perf_counter() - began
-            count = sum(map(len, drawn.flat))
-            progress.update(task, note=f"{count / seconds:.0f} tokens/s, {report.pages_in_use} pages in use")
+            progress.update(task, note=f"{counts.sum() / seconds:.0f} tokens/s, {report.pages_in_use} pages in use")
             live.update(page())
     console.print(page(finished=True))
     assert fullest is not None

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import itertools
 import json
 
 import jax
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 
 from paged_jax import models
-from paged_jax.cli import keep_compiled_programs, main
-from paged_jax.generator import Completion
+from paged_jax.cli import _parser, _sampling, keep_compiled_programs, main
+from paged_jax.engine.core import Core
 from paged_jax.models.families import FAMILIES
+from paged_jax.sampling import SamplingParams
 
 load = functools.cache(models.load)
 
@@ -42,7 +44,7 @@ def continuation():
 
 
 def test_generate_continues_prompts_from_arguments(capsys, continuation):
-    assert main(["generate", "import ", "def main(", "--max-new-tokens", "6", "--samples", "2"]) == 0
+    assert main(["generate", "import ", "def main(", "--max-new-tokens", "6", "--num-samples", "2"]) == 0
     expected = [text + continuation(text, 6) for text in ("import ", "import ", "def main(", "def main(")]
     assert capsys.readouterr().out == "".join(text + "\n" for text in expected)
 
@@ -50,7 +52,7 @@ def test_generate_continues_prompts_from_arguments(capsys, continuation):
 def test_generate_reads_prompts_from_a_file_and_from_stdin(capsys, tmp_path, monkeypatch):
     path = tmp_path / "prompts.txt"
     path.write_text("import \n\ndef main(\n")
-    options = ["--max-new-tokens", "6", "--json", "--samples", "2", "--temperature", "0.8"]
+    options = ["--max-new-tokens", "6", "--json", "--num-samples", "2", "--temperature", "0.8"]
     assert main(["generate", "--file", str(path), *options]) == 0
     from_file = capsys.readouterr().out
     monkeypatch.setattr("sys.stdin", io.StringIO("import \n\ndef main(\n"))
@@ -60,29 +62,80 @@ def test_generate_reads_prompts_from_a_file_and_from_stdin(capsys, tmp_path, mon
     assert [(s["prompt"], s["sample"]) for s in samples] == [
         ("import ", 0), ("import ", 1), ("def main(", 0), ("def main(", 1)
     ]  # fmt: skip
-    assert len({s["text"] for s in samples}) > 1 and all(s["finish"] == "length" for s in samples)
+    assert len({s["text"] for s in samples}) > 1 and all(s["finish_reason"] == "length" for s in samples)
     assert all(s["logprob"] < 0 for s in samples)
 
 
-def test_generate_chats_by_the_template_of_the_checkpoint(capsys, tmp_path, monkeypatch):
-    class Parrot:
-        def __init__(self, *_, **__):
-            pass
-
-        def run(self, prompts, params):
-            return [[Completion(tuple(prompt), (0.0,) * len(prompt), "length")] for prompt in prompts]
-
-    monkeypatch.setattr("paged_jax.generator.Generator", Parrot)
+@pytest.fixture
+def chat_folder(tmp_path):
+    """The demo model with a chat template of its own."""
     for path in models.DEMO.iterdir():
         (tmp_path / path.name).symlink_to(path)
-    (tmp_path / "chat_template.jinja").write_text("{{ eos_token }}def {{ messages[0].content }}(")
+    template = "{{ eos_token }}{% for m in messages %}def {{ m.content }}({% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
-    assert main(["generate", "main", "--chat", "--model", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == "main\ndef main(\n"
+    return str(tmp_path)
+
+
+def test_generate_chats_by_the_template_of_the_checkpoint(capsys, chat_folder, continuation):
+    assert main(["generate", "main", "--chat", "--model", chat_folder, "--max-new-tokens", "6"]) == 0
+    assert capsys.readouterr().out == "main\n" + continuation("def main(", 6) + "\n"
+
+
+def test_generate_takes_objects_with_wishes_of_their_own(capsys, monkeypatch, continuation):
+    lines = ['{"prompt": "import ", "max_new_tokens": 5}', '{"prompt": "def main(", "stop_strings": "("}']
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert main(["generate", "--json-input", "--json", "--max-new-tokens", "6", "--stop-string", "zzz"]) == 0
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert first["text"] == continuation("import ", 5) and first["finish_reason"] == "length"
+    assert second["text"] == continuation("def main(", 6).partition("(")[0]
+
+
+def test_every_field_of_the_sampling_parameters_has_an_option():
+    given = _parser().parse_args(
+        "generate x --max-new-tokens 9 --min-new-tokens 1 --temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.1 "
+        "--repetition-penalty 1.5 --presence-penalty 0.1 --frequency-penalty 0.2 --logit-bias 5=-1.5 "
+        "--forbidden-token 7 --stop-token 3 --stop-token 4 --stop-string END --seed 11 --num-samples 2".split()
+    )
+    assert _sampling(given) == SamplingParams(
+        max_new_tokens=9, min_new_tokens=1, temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=1.5,
+        presence_penalty=0.1, frequency_penalty=0.2, logit_bias=((5, -1.5),), forbidden_tokens=(7,),
+        stop_tokens=(3, 4), stop_strings=("END",), seed=11, num_samples=2,
+    )  # fmt: skip
+    assert _sampling(_parser().parse_args(["generate", "x"])) == SamplingParams(max_new_tokens=64)
+
+
+def interrupt_after(monkeypatch, num_steps: int) -> None:
+    """Ctrl-C in the step after some."""
+    steps, advance = itertools.count(), Core.advance
+
+    def interrupted(core):
+        if next(steps) == num_steps:
+            raise KeyboardInterrupt
+        advance(core)
+
+    monkeypatch.setattr(Core, "advance", interrupted)
+
+
+def test_an_interrupt_prints_what_there_is_and_ends_cleanly(capsys, monkeypatch, continuation):
+    interrupt_after(monkeypatch, 4)
+    assert main(["generate", "import ", "def main(", "--max-new-tokens", "40"]) == 130
+    first, second = capsys.readouterr().out.split("def main(")
+    assert ("import " + continuation("import ", 40)).startswith(first.rstrip("\n")) and first.endswith("\n")
+    assert continuation("def main(", 40).startswith(second.removesuffix("\n"))
+
+
+def test_chat_remembers_what_was_said_and_what_was_cut(capsys, monkeypatch, chat_folder, continuation):
+    said = iter(["main", "run"])
+    monkeypatch.setattr("builtins.input", lambda _: next(said, None) or exec("raise EOFError"))
+    assert main(["chat", "--model", chat_folder, "--max-new-tokens", "6", "--max-length", "128"]) == 0
+    first = continuation("def main(", 6)
+    second = continuation(f"def main(def {first}(def run(", 6)
+    assert capsys.readouterr().out == f"{first}\n{second}\n\n"
 
 
 def test_demo_prints_text_and_memory(capsys):
-    assert main(["demo", "--samples", "2", "--max-new-tokens", "8"]) == 0
+    assert main(["demo", "--num-samples", "2", "--max-new-tokens", "8"]) == 0
     output = capsys.readouterr().out
     assert "prompt 5" in output and "sample 1" in output
     assert "the pool at its fullest" in output
@@ -137,7 +190,7 @@ def test_every_command_keeps_compiled_programs(monkeypatch):
         (["generate", "x", "--page-size", "0"], "page_size must be a whole number of at least 1, got 0"),
         (["generate", "x", "--num-pages", "2"], "needs 5 pages, but the pool has 1 besides the null page"),
         (["generate", "x", "--top-p", "2"], r"top_p must be in"),
-        (["demo", "--samples", "0"], "num_samples must be at least 1"),
+        (["demo", "--num-samples", "0"], "num_samples must be at least 1"),
     ],
 )
 def test_bad_input_is_named_on_stderr(capsys, monkeypatch, arguments, message):

@@ -17,7 +17,7 @@ LAYERS = [  # from the bottom; a package stands for all its files, longest name 
     ["paged_jax.sampling"],
     ["paged_jax.decoding"],
     ["paged_jax.prefix"],
-    ["paged_jax.generator"],
+    ["paged_jax.engine"],
     ["paged_jax.memory", "paged_jax.plot", "paged_jax.cli", "paged_jax.__main__", "paged_jax.demo"],
     ["paged_jax"],  # the package's own __init__: the public names
 ]
@@ -67,9 +67,9 @@ def test_a_module_imports_only_what_stands_below_it(path):
 
 def test_the_check_sees_an_arrow_that_points_up(tmp_path):
     path = tmp_path / "module.py"
-    path.write_text("from paged_jax.generator import Generator\nimport jax\n")
-    assert imports(path) == {"paged_jax.generator"}
-    assert layer("paged_jax.generator") > layer("paged_jax.cache.page_table")
+    path.write_text("from paged_jax.engine.engine import Engine\nimport jax\n")
+    assert imports(path) == {"paged_jax.engine.engine"}
+    assert layer("paged_jax.engine") > layer("paged_jax.cache.page_table")
 
 
 def test_importing_the_library_imports_neither_flax_nor_a_tokenizer():

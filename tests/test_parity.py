@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from paged_jax import models
-from paged_jax.generator import Generator
+from paged_jax.engine import Engine
 from paged_jax.sampling import SamplingParams
 
 NUM_PROMPTS, LONGEST, NEW_TOKENS = 104, 1500, 8
@@ -31,14 +31,14 @@ def prompts(model):
     return [text[start : start + n] for start, n in zip(starts, lengths, strict=True)]
 
 
-def make_generator(model, page_size=16, max_sequences=16, **options):
+def make_engine(model, page_size=16, max_sequences=16, **options):
     config = model.cache_config(
         num_pages=8192 // page_size + 1,
         max_sequences=max_sequences,
         max_pages_per_sequence=1536 // page_size,
         page_size=page_size,
     )
-    return Generator(model.forward, model.params, config, token_counts=(16, 512), **options)
+    return Engine(model.forward, model.params, config, token_counts=(16, 512), **options)
 
 
 def drawn(completions):
@@ -51,8 +51,8 @@ def test_greedy_tokens_equal_a_dense_forward_of_the_whole_context(model, prompts
     def greedy_after(tokens):
         return jnp.argmax(model.dense_forward(model.params, tokens), axis=-1)
 
-    paged = drawn(make_generator(model, page_size=16).run(prompts, PARAMS))
-    assert drawn(make_generator(model, page_size=64).run(prompts[::4], PARAMS)) == paged[::4]
+    paged = drawn(make_engine(model, page_size=16).generate(prompts, PARAMS))
+    assert drawn(make_engine(model, page_size=64).generate(prompts[::4], PARAMS)) == paged[::4]
     assert len(paged) >= 100 and len({tuple(tokens) for tokens in paged}) > 50, "the texts differ"
     for prompt, tokens in zip(prompts, paged, strict=True):
         whole = prompt + tokens
@@ -64,9 +64,9 @@ def test_greedy_tokens_equal_a_dense_forward_of_the_whole_context(model, prompts
 def test_cached_cold_alone_and_batched_prompts_give_the_same_tokens(model, prompts):
     common = prompts[80]
     texts = [common + prompt for prompt in prompts[10:40:6]]
-    cold = drawn(make_generator(model, prefix_cache=False).run(texts, PARAMS))
-    generator = make_generator(model)
-    assert drawn(generator.run(texts, PARAMS)) == cold
-    assert drawn(generator.run(texts, PARAMS)) == cold, "every prompt was cached"
-    alone = make_generator(model, max_sequences=1)
-    assert [drawn(alone.run([text], PARAMS))[0] for text in texts] == cold
+    cold = drawn(make_engine(model).generate(texts, PARAMS))
+    engine = make_engine(model)
+    assert drawn(engine.generate(texts, PARAMS)) == cold
+    assert drawn(engine.generate(texts, PARAMS)) == cold, "every prompt was cached"
+    alone = make_engine(model, max_sequences=1)
+    assert [drawn(alone.generate([text], PARAMS))[0] for text in texts] == cold

@@ -236,7 +236,12 @@ class PrefixCache:
         return drops
 
     def insert(
-        self, tokens: Tokens, namespace: Namespace, handles: Sequence[Published], taken: Taken | None = None
+        self,
+        tokens: Tokens,
+        namespace: Namespace,
+        handles: Sequence[Published],
+        taken: Taken | None = None,
+        is_fork: bool = False,
     ) -> Pages:
         """Cache the pages of one publication, and take over its references.
 
@@ -245,6 +250,7 @@ class PrefixCache:
             namespace: only prompts of the same will find them.
             handles: of `PageTables.publish`, one for each group, on the host; to no tokens where it was refused.
             taken: of a row that goes on holding these pages; they are pinned until it is given back.
+            is_fork: prompts part where the handles end, so their windows stay when a longer prefix is cached.
 
         Returns:
             References that the cache has no use for: pages of tokens that it holds already, windows that a longer
@@ -265,6 +271,7 @@ class PrefixCache:
             return drops
         path = self._grow(data[: num_tokens * TOKEN_BYTES], namespace, drops)
         self._store(path, num_tokens, handles, drops)
+        path[-1].is_fork |= is_fork
         self._supersede(path, num_tokens, drops)
         if taken is not None:
             self._pin(path, taken)

@@ -5,10 +5,10 @@ import inspect
 import types
 
 import pytest
-from state_machine import run_machine
 from test_page_table_machine import PageTableMachine
 
 from paged_jax.cache import page_table
+from state_machine import run_machine
 from table_model import NAMES, TRANSITIONS, Transitions
 
 SHARES = ("fork", "permute", "publish", "attach")

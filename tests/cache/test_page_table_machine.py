@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
-from state_machine import run_machine
 
 from paged_jax.cache import invariants
+from state_machine import run_machine
 from table_model import NAMES, TRANSITIONS, WINDOWS, B, Driver, M, S, Transitions
 
 COUNTS = Counter()  # transitions of all machines of this process

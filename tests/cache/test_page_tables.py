@@ -10,7 +10,7 @@ import pytest
 
 import hash_decoder as decoder
 import toy
-from paged_jax import AttentionMetadata, Generator, KVCache, PagePool, PageTables, SamplingParams
+from paged_jax import AttentionMetadata, Engine, KVCache, PagePool, PageTables, SamplingParams
 from paged_jax.cache.invariants import check
 from paged_jax.cache.page_table import Fault, PageTable
 
@@ -275,10 +275,10 @@ def test_the_pools_of_all_groups_are_updated_in_place():
     assert memory.temp_size_in_bytes < 0.02 * config.pool_bytes, "the pool is copied"
 
 
-# ---- the generator -------------------------------------------------------------------------------------------
+# ---- the engine ----------------------------------------------------------------------------------------------
 
 
-def test_a_generator_gives_the_tokens_of_a_dense_forward_and_compiles_once():
+def test_an_engine_gives_the_tokens_of_a_dense_forward_and_compiles_once():
     texts = prompts(5, 41, 3, 26, 18, 9)
     params = [SamplingParams(max_new_tokens=20, num_samples=1 + i % 2) for i in range(6)]
     traces = []
@@ -288,22 +288,20 @@ def test_a_generator_gives_the_tokens_of_a_dense_forward_and_compiles_once():
         return forward(*arguments)
 
     config = hybrid_config(window_pages=1 + 9)
-    generator = Generator(counted, PARAMS, config, token_counts=(4, 16), steps_per_visit=4)
-    completions = generator.run(texts, params)
+    engine = Engine(counted, PARAMS, config, token_counts=(4, 16), visit_steps=4)
+    completions = engine.generate(texts, params)
     for text, samples in zip(texts, completions, strict=True):
         assert all(list(sample.tokens) == greedy(text, 20) for sample in samples)
-    assert generator.state.cache.tables.num_free.tolist() == [40, 9]
+    assert engine.tables.num_free.tolist() == [40, 9]
     compiled = len(traces)
-    assert generator.run(texts[:3], params[:3]) == completions[:3]
+    assert engine.generate(texts[:3], params[:3]) == completions[:3]
     assert len(traces) == compiled
 
 
 def test_what_cannot_be_served_is_refused_with_its_name():
-    generator = Generator(forward, PARAMS, hybrid_config(window_pages=4), token_counts=(4, 16))
+    engine = Engine(forward, PARAMS, hybrid_config(window_pages=4), token_counts=(4, 16))
     with pytest.raises(ValueError, match="needs 6 pages of layers with a window, but the pool has 3 .*_pages to 7"):
-        generator.submit([1] * 40, SamplingParams(max_new_tokens=4))
-    with pytest.raises(ValueError, match="prefix_cache=True, but some layers .* leave it out, or create .* windows="):
-        Generator(forward, PARAMS, hybrid_config(), prefix_cache=True)
+        engine.add_request([1] * 40, SamplingParams(max_new_tokens=4))
 
 
 def test_a_layer_may_not_see_what_its_cache_gives_up():

@@ -11,8 +11,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paged_jax.engine.stop_strings import StopStrings
 from paged_jax.models.special_tokens import SpecialTokens
-from paged_jax.models.stop_strings import StopStrings
 from paged_jax.models.tokenizer import Tokenizer
 
 KINDS = sorted(small_tokenizers.KINDS)

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from paged_rows import PagedRows, Row
-from state_machine import run_machine
 
 from paged_jax.cache.config import CacheConfig
 from paged_jax.prefix.policies import POLICIES
 from paged_jax.prefix.prefix_cache import Namespace, Pages, PrefixCache, Taken
 from paged_jax.prefix.reach import Reach
 from paged_jax.prefix.tree import Node
+from state_machine import run_machine
 
 S, M = 3, 7
 CONFIGS = {

@@ -1,0 +1,336 @@
+"""The heart of the engine: one step, and everything that it changes.
+
+What the next step stands on is small: the requests, and what each sample was given so far. All else, from the rows on
+the device to the text that is held back, follows from it. So a step that was interrupted anywhere, by whatever was
+raised, is mended by beginning anew from there.
+"""
+
+import collections
+import dataclasses
+import operator
+import threading
+from collections.abc import Callable
+
+import jax
+
+from paged_jax.cache.config import CacheConfig
+from paged_jax.decoding.rows import NO_ROW, Counters, Finish
+from paged_jax.engine.output import Output, Tokenizer
+from paged_jax.engine.prefixes import CachedPrefixes, UncachedPrefixes
+from paged_jax.engine.request import WAITING, Piece, Request, Sample
+from paged_jax.engine.runner import Runner, Snapshot, Start
+from paged_jax.engine.scheduler import Admission, Scheduler
+from paged_jax.engine.session import Session
+from paged_jax.engine.stats import Recorder
+from paged_jax.engine.stream import Stream
+from paged_jax.prefix.prefix_cache import PrefixCache
+
+_REASONS = {
+    Finish.UNFINISHED: None,
+    Finish.STOP_TOKEN: "stop",
+    Finish.MAX_TOKENS: "length",
+    Finish.TOO_LONG: "length",
+}
+
+
+class Core:
+    """Requests that have not ended, and the step that serves them.
+
+    `queue`, `abort`, `claim` and `sessions` may be used from any thread, while a step runs in another.
+
+    Args:
+        runner: the device.
+        tokenizer: of the text; None: there is none.
+        make_cache: an empty prefix cache; None: no prefix is cached.
+        recorder: of what happens.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer | None,
+        make_cache: Callable[[], PrefixCache] | None,
+        recorder: Recorder,
+    ):
+        self.runner, self.recorder = runner, recorder
+        self.requests: dict[int, Request] = {}  # that have not ended
+        self.pieces: collections.deque[Piece] = collections.deque()  # of requests that no stream claimed
+        self.sessions: collections.deque[Session] = collections.deque()  # that changed since the last step
+        self.version = 0  # of the parameters
+        self._config: CacheConfig = runner.config
+        self._tokenizer, self._make_cache = tokenizer, make_cache
+        self._news: collections.deque[Request] = collections.deque()  # added or aborted since the last step
+        self._aborted: set[int] = set()  # since the last step: of these no piece is given any more
+        self._stepping = threading.RLock()
+        self._is_interrupted = False  # the last step did not come to its end
+        self._committing: tuple[Sample, Piece, int] | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """All that can be made anew: everything but the requests."""
+        sizes = self._config, self.runner.stepper.token_counts[-1], self.runner.visit_steps
+        self.scheduler = Scheduler(*sizes)
+        self.cache = None if self._make_cache is None else self._make_cache()
+        self._prefixes: CachedPrefixes | UncachedPrefixes = UncachedPrefixes(len(self._config.groups))
+        if self.cache is not None:
+            self._prefixes = CachedPrefixes(self._config, self.runner, self.scheduler, self.cache, self.version)
+        self._evicted = self._prefixes.evict((0,) * len(self._config.groups))  # pages, before the last visit
+        self.free = tuple(group.num_pages - 1 for group in self._config.groups)  # pages, when the host last looked
+        self._ended: list[Sample] = []  # whose rows were not stopped yet
+        self._counters: Counters | None = None  # of the device, when the host last looked
+
+    # ---- requests --------------------------------------------------------------------------------------------
+
+    def queue(self, request: Request, is_claimed: bool = False) -> Stream:
+        """Serve a request from the next step on; the stream is that of all, unless it claims its pieces."""
+        if is_claimed:
+            request.pieces = collections.deque()
+        self.requests[request.number] = request
+        self._news.append(request)
+        return Stream(request.pieces, lambda: request.is_finished, self._is_void, self.advance)
+
+    def abort(self, number: int) -> None:
+        """Take back what was put out of a request, and end it with the next step."""
+        request = self.requests.get(number)
+        if request is not None:
+            self._aborted.add(number)
+            request.is_aborted = True
+            self._news.append(request)
+        self._recall(number)
+
+    def claim(self, number: int) -> Stream:
+        """The pieces of one request from now on.
+
+        Raises:
+            ValueError: there is no such request.
+        """
+        request = self.requests.get(number)
+        if request is not None and request.pieces is self.pieces:
+            request.pieces = collections.deque()
+        pieces = collections.deque() if request is None else request.pieces
+        pieces.extendleft(reversed(self._recall(number)))
+        if request is None and not pieces:
+            raise ValueError(f"request {number} is not here: it was never added, or its last piece was taken")
+
+        def has_ended() -> bool:
+            ended = request is None or request.is_finished
+            pieces.extendleft(reversed(self._recall(number)))  # that a step put out while this stream began
+            return ended
+
+        return Stream(pieces, has_ended, self._is_void, self.advance)
+
+    def stream(self) -> Stream:
+        """The pieces that nobody claimed."""
+        return Stream(self.pieces, self._is_idle, self._is_void, self.advance)
+
+    def take(self) -> list[Piece]:
+        """The pieces of that stream that are there."""
+        return [piece for piece in (self.pieces.popleft() for _ in range(len(self.pieces))) if not self._is_void(piece)]
+
+    def _is_void(self, piece: Piece) -> bool:
+        return piece.request in self._aborted
+
+    def _is_idle(self) -> bool:
+        """Nothing will come in `pieces` any more."""
+        return all(request.pieces is not self.pieces for request in list(self.requests.values()))
+
+    def output(self, request: Request) -> Output:
+        """The text of a sample, from its beginning."""
+        return Output(self._tokenizer, request.prompt, request.params, request.echo)
+
+    def begin_anew(self, change: Callable[[], None]) -> None:
+        """Change something between two steps on which all that was computed depends."""
+        with self._stepping:
+            self._is_interrupted = True
+            change()
+
+    def _recall(self, number: int) -> list[Piece]:
+        """Take back the pieces of a request that were put out for everybody."""
+        pieces = [piece for piece in list(self.pieces) if piece.request == number]
+        for piece in pieces:
+            self.pieces.remove(piece)
+        return pieces
+
+    # ---- a step ----------------------------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """One step. Whatever it raises, the next one begins from what was handed out."""
+        with self._stepping:
+            if self._is_interrupted:
+                self._start_again()
+            self._is_interrupted = True
+            self._listen()  # to what was added and aborted
+            self._retire()  # the rows of samples that have ended
+            self._admit()  # samples to rows, by counts
+            self._dispatch()  # the next visit, before the last one is read
+            self._hand_out()  # what the last one drew
+            self._retire()
+            self._is_interrupted = False
+
+    def _start_again(self) -> None:
+        """After a step that was interrupted anywhere: nothing is trusted but the requests and what they were given."""
+        self.recorder.restarted()
+        self.runner.reset()
+        self._begin()
+        if self._committing is not None:
+            self._apply()
+        for request in list(self.requests.values()):
+            for sample in request.samples:
+                sample.row, sample.stop_at = WAITING, 0
+                sample.output = self.output(request)
+                sample.num_told = 0
+            self._news.append(request)
+
+    def _listen(self) -> None:
+        while self._news:
+            request = self._news[0]
+            for sample in request.samples:
+                if sample.finish_reason is None and request.is_aborted:
+                    self._end(sample, "abort")
+                elif sample.finish_reason is None:
+                    self.scheduler.add(sample)
+            if request.is_aborted:
+                self.requests.pop(request.number, None)
+                self._recall(request.number)
+                self._aborted.discard(request.number)
+            self._news.popleft()
+        while self.sessions:
+            self._prefixes.keep(self.sessions[0])
+            self.sessions.popleft()
+
+    def _admit(self) -> None:
+        evicted = [key[-1] for key in self.runner.unread]
+        free = tuple(map(sum, zip(self.free, *evicted, strict=True)))  # with what visits on their way have freed
+        plan = self.scheduler.plan(free, self._prefixes)
+        self._plan = plan
+        for row, sample in plan.paused:
+            self._prefixes.leave(sample, row)
+            self.recorder.preempted(1, sample)
+        if plan.paused:
+            self.runner.stop([row for row, _ in plan.paused])
+        for sample, source in plan.admitted:
+            num_found = sample.num_prompt - 1 if source else self._prefixes.attach(sample)
+            self.recorder.admitted(sample, num_found)
+        if plan.admitted:
+            starts = [_start(admission) for admission in plan.admitted]
+            self.runner.start(starts, self.scheduler.ages())
+        self._evicted = self._prefixes.evict(plan.shortage)
+        self.recorder.evicted(sum(self._evicted))
+
+    def _dispatch(self) -> None:
+        if self._plan.num_steps:
+            key = self._plan.num_steps, dict(self.scheduler.running), self._evicted
+            self.runner.visit(key, self._plan.num_steps, self._plan.until_one_ends)
+
+    def _hand_out(self) -> None:
+        """Read the visit before the one that was just dispatched."""
+        if self.runner.num_unread > 1:
+            self._read()
+
+    def _read(self) -> None:
+        (num_steps, rows, _), snapshot, published = self.runner.read()
+        self._prefixes.insert(published)
+        self.free = tuple(snapshot.num_free.tolist())
+        self._count(snapshot.counters)
+        for row, sample in rows.items():
+            if self.scheduler.running.get(row) is sample:  # else it was aborted or paused meanwhile
+                sample.steps_ahead -= num_steps
+                sample.num_cached = int(snapshot.lengths[row])
+                if sample.stop_at:
+                    self._pass_on(sample, row, bool(snapshot.finish[row]))
+                    continue
+                self._commit(sample, self._piece(sample, row, snapshot))
+                if self.scheduler.running.get(row) is sample:
+                    self._prefixes.watch(sample)
+
+    def _count(self, counters: Counters) -> None:
+        """What the device did since the host last looked."""
+        before, counts = self._counters, self.recorder.counts
+        new = counters if before is None else jax.tree.map(operator.sub, counters, before)
+        self._counters = counters
+        self.recorder.preempted(int(new.preemptions))
+        counts.update(computed_tokens=int(new.computed_tokens), recomputed_tokens=int(new.recomputed_tokens))
+        counts.update({f"steps {t}": int(n) for t, n in zip(self.runner.stepper.token_counts, new.steps, strict=True)})
+
+    def _pass_on(self, sample: Sample, row: int, is_there: bool) -> None:
+        """A sample that came to where prompts part leaves its row for others to find its pages; it waits again."""
+        if is_there:
+            self._prefixes.leave(sample, row)
+            self.scheduler.add(sample)
+            self.runner.stop([row])
+
+    def _retire(self) -> None:
+        for sample in self._ended:
+            self._prefixes.leave(sample, sample.row)
+        if self._ended:
+            self.runner.stop([sample.row for sample in self._ended])
+            self._ended = []
+        if not self.scheduler.running:  # then nothing is gained by reading late
+            while self.runner.num_unread:
+                self._read()
+            self._prefixes.insert(self.runner.read_published())
+
+    # ---- pieces ----------------------------------------------------------------------------------------------
+
+    def _piece(self, sample: Sample, row: int, snapshot: Snapshot) -> Piece:
+        """What a sample drew in a visit."""
+        request, count = sample.request, int(snapshot.num_drawn[row])
+        tokens = snapshot.tokens[row, :count].tolist()
+        reason = _REASONS[Finish(int(snapshot.finish[row]))]
+        try:
+            if sample.num_told < len(sample.drawn):  # it began anew, and so did its text
+                sample.output.push(sample.drawn)
+            text, count, is_stopped = sample.output.push(tokens, is_last=reason is not None)
+            sample.num_told = len(sample.drawn) + count
+        except Exception as error:  # whatever a tokenizer raises, it concerns this sample alone
+            return Piece(request.number, sample.number, (), "", (), (), "error", f"{type(error).__name__}: {error}")
+        tops = snapshot.top_tokens[row, :count].tolist(), snapshot.top_logprobs[row, :count].tolist()
+        return Piece(
+            request=request.number,
+            sample=sample.number,
+            tokens=tuple(tokens[:count]),
+            text=text,
+            logprobs=tuple(snapshot.logprobs[row, :count].tolist()),
+            top_logprobs=tuple(tuple(zip(*pair, strict=True)) for pair in zip(*tops, strict=True)),
+            finish_reason="stop" if is_stopped else reason,
+        )
+
+    def _commit(self, sample: Sample, piece: Piece) -> None:
+        """Hand out a piece, wholly or not at all: a step that is interrupted here is completed by the next one."""
+        if piece.tokens or piece.text or piece.finish_reason:
+            self._committing = sample, piece, len(sample.drawn)
+            self._apply()
+
+    def _apply(self) -> None:
+        assert self._committing is not None, "there is a piece to hand out"
+        sample, piece, start = self._committing
+        request = sample.request
+        sample.drawn[start:] = piece.tokens
+        sample.logprobs[start:] = piece.logprobs
+        sample.finish_reason = piece.finish_reason
+        sample.held[start] = piece
+        self.recorder.handed_out(sample, piece)
+        if piece.finish_reason is not None:
+            self._end(sample, piece.finish_reason)
+        pieces = request.chosen() if request.best_of is not None else [piece]
+        if request.is_finished:
+            self.requests.pop(request.number, None)
+        given = [] if request.is_aborted else pieces
+        self._committing = request.pieces.extend(given)  # None: from this line on, it is handed out
+
+    def _end(self, sample: Sample, reason: str) -> None:
+        sample.finish_reason = reason
+        self.recorder.finished(sample, reason)
+        self.scheduler.remove(sample)
+        if sample.row != WAITING:
+            self._ended.append(sample)
+
+
+def _start(admission: Admission) -> Start:
+    sample, source = admission
+    row = NO_ROW if source is None else source.row
+    params, tokens, num_prompt = sample.request.params, sample.tokens, sample.num_prompt
+    if sample.stop_at:  # it ends there, with a token that nobody gets
+        num_prompt, tokens = sample.stop_at, tokens[: sample.stop_at]
+        params = dataclasses.replace(params, max_new_tokens=1, min_new_tokens=0)
+    return Start(sample.row, tokens, num_prompt, params, sample.number, row)

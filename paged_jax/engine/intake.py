@@ -1,0 +1,113 @@
+"""What comes in, checked: prompts become token ids, or a sentence that says what is wrong with them."""
+
+import dataclasses
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from paged_jax.engine.output import Tokenizer
+from paged_jax.sampling import SamplingParams
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Any
+"""A text, token ids, or the messages of a chat, of which an assistant's last one is continued; else: a ValueError."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Intake:
+    """Makes token ids and checked parameters of what users give.
+
+    Args:
+        tokenizer: None: prompts are token ids.
+        stop_tokens: that end every sample.
+        vocab_size: V, asked when it is first needed.
+        check_size: raises ValueError for a number of prompt tokens and of new ones that never fit.
+    """
+
+    tokenizer: Tokenizer | None
+    stop_tokens: tuple[int, ...]
+    vocab_size: Callable[[], int]
+    check_size: Callable[[int, int], None]
+
+    def tokens(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt.
+
+        Raises:
+            ValueError: it is empty, or no prompt, or its token ids are not in the vocabulary.
+        """
+        if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
+            raise ValueError(f"the prompt is {prompt!r}: pass a text, token ids, or the messages of a chat")
+        given: Any = prompt if isinstance(prompt, str) else list(prompt)
+        if isinstance(given, str) or (given and all(isinstance(message, Mapping) for message in given)):
+            given = self._encode(given)
+        wrong = [token for token in given if not isinstance(token, numbers.Integral) or isinstance(token, bool)]
+        if wrong:
+            raise ValueError(f"the prompt holds {wrong[0]!r}: token ids are whole numbers")
+        if not given:
+            raise ValueError("the prompt has 0 tokens; it needs at least 1 (for example a begin-of-text token)")
+        outside = [token for token in given if not 0 <= token < self.vocab_size()]
+        if outside:
+            raise ValueError(f"the prompt holds {outside[0]}: token ids are in [0, {self.vocab_size()})")
+        return tuple(int(token) for token in given)
+
+    def params(self, params: SamplingParams | Any, num_prompt: int, best_of: int | None) -> SamplingParams:
+        """The parameters of a request, with the stop tokens of all.
+
+        Raises:
+            ValueError: they name tokens outside the vocabulary, or ask for more than can ever fit.
+        """
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params is {params!r}: pass SamplingParams(...)")
+        params = dataclasses.replace(params, stop_tokens=(*params.stop_tokens, *self.stop_tokens))
+        params.check(self.vocab_size())
+        if params.stop_strings and self.tokenizer is None:
+            raise ValueError("stop_strings need to read the text: pass a tokenizer to the Engine")
+        if best_of is not None and best_of < params.num_samples:
+            raise ValueError(
+                f"best_of={best_of} samples, of which num_samples={params.num_samples} are wanted: raise the first"
+            )
+        self.check_size(num_prompt, params.max_new_tokens)
+        return params
+
+    def _encode(self, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
+        if self.tokenizer is None:
+            what = f"the text {prompt[:20]!r}" if isinstance(prompt, str) else "a chat"
+            raise ValueError(f"the prompt is {what}: pass token ids, or a tokenizer to the Engine")
+        return prompt_tokens(self.tokenizer, prompt)
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str | Sequence[Mapping[str, Any]] | Any) -> list[int]:
+    """Token ids of a text, or of a chat, in which an assistant's last message is left open, so that it goes on."""
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    return tokenizer.chat(prompt, continue_final_message=prompt[-1].get("role") == "assistant")
+
+
+def as_batch(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    """A list of prompts, also where a single one was given."""
+    if isinstance(prompts, str):
+        return [prompts]
+    batch: list[Any] = list(prompts)
+    is_one = batch and all(isinstance(item, numbers.Integral | Mapping) for item in batch)
+    return [batch] if is_one else batch
+
+
+def find_folder(name: str | Path) -> Path:
+    """The folder of a checkpoint: a path, or a Hugging Face repository that was downloaded before.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    path = Path(name).expanduser()
+    if path.exists() or isinstance(name, Path) or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        return path  # whose absence the loader names
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError(f"{name} is no folder; to find downloaded repositories, install huggingface_hub") from None
+    try:
+        return Path(snapshot_download(str(name), local_files_only=True))
+    except Exception as error:  # several kinds of them
+        raise ValueError(
+            f"{name} is no folder, and no Hugging Face repository that was downloaded before: run `hf download {name}`"
+        ) from error

@@ -1,0 +1,88 @@
+"""Sessions: tokens that grow, and a claim on the pages that hold them."""
+
+from typing import TYPE_CHECKING, Any
+
+from paged_jax.engine.intake import Prompt
+from paged_jax.engine.request import Completion
+from paged_jax.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from paged_jax.engine.engine import Engine
+
+
+class Session:
+    """A conversation, or a node of a search: what was said so far, whose pages stay cached until it is closed.
+
+    Pages that are kept can be given up where nothing else can run; then they are computed again. So a session costs
+    pages, at most `max_kept_pages` of the engine for all, and never a wrong token.
+
+    Args:
+        engine: that computes it; see `Engine.session`.
+        tokens: that it begins with.
+        salt: of its requests.
+        adapter: of its requests.
+
+    Example:
+        >>> with engine.session("def main(") as node:
+        ...     best, other = node.generate(SamplingParams(temperature=1.0, num_samples=2))
+        ...     children = [node.fork(best), node.fork(other)]  # which share all pages of the node
+    """
+
+    def __init__(self, engine: "Engine | Any", tokens: tuple[int, ...] = (), salt: str = "", adapter: str = ""):
+        self._engine = engine
+        self.tokens, self.salt, self.adapter = tokens, salt, adapter
+        self.is_closed = False
+        engine.remember(self)
+
+    def append(self, what: Prompt | Completion) -> None:
+        """Say more: a text, token ids, or a completion.
+
+        Raises:
+            ValueError: it is none of these, or the session is closed.
+        """
+        self._check_open()
+        self.tokens += self._engine.tokens_of(what, is_first=not self.tokens)
+        self._engine.remember(self)
+
+    def generate(self, params: SamplingParams = SamplingParams(), **options: Any) -> list[Completion]:  # noqa: B008
+        """Continuations of what was said; the session stays as it is until one of them is appended.
+
+        Args:
+            params: how it is continued.
+            options: of `Engine.add_request`.
+
+        Raises:
+            ValueError: as `Engine.add_request`, or the session is closed.
+        """
+        self._check_open()
+        options = {"salt": self.salt, "adapter": self.adapter} | options
+        completions = self._engine.generate([self.tokens], params, **options)[0]
+        self._engine.remember(self)
+        return completions
+
+    def fork(self, *more: Prompt | Completion) -> "Session":
+        """A session that says the same, and then more; it shares all pages.
+
+        Raises:
+            ValueError: as `append`.
+        """
+        self._check_open()
+        child = Session(self._engine, self.tokens, self.salt, self.adapter)
+        for what in more:
+            child.append(what)
+        return child
+
+    def close(self) -> None:
+        """Keep its pages no longer than others; a session that is closed twice stays closed."""
+        self.is_closed = True
+        self._engine.remember(self)
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self.is_closed:
+            raise ValueError("this session is closed: fork it before, or begin another one")

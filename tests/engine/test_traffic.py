@@ -1,0 +1,199 @@
+"""Random traffic and errors at any moment: every request gets the tokens that it gets alone, and no page is lost.
+
+The long forms: 2,000 requests, and 500 errors.
+
+    pytest -n 0 -m long tests/engine/test_traffic.py -s
+"""
+
+import collections
+import pathlib
+import random
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+import hash_decoder as decoder
+from engine_cases import Numbers, pool_is_empty
+from paged_jax import engine as package
+from paged_jax.engine import Completion, Engine
+from paged_jax.sampling import SamplingParams
+
+CONFIG = decoder.config(1 + 24)  # so few pages that rows are preempted all the time
+HYBRID = (None, 7)
+HERE = pathlib.Path(package.__file__).parent
+
+
+def make_engine(windows=(None, None), **options: Any) -> Engine:
+    config = CONFIG if windows == (None, None) else decoder.config(1 + 24, windows=windows, window_pages=1 + 20)
+    forward = decoder.forward if windows == (None, None) else decoder.forward_with(windows)
+    options.setdefault("tokenizer", Numbers())
+    return Engine(forward, np.int32(0), config, token_counts=(8, 32), visit_steps=4, **options)
+
+
+class Traffic:
+    """Requests that come at random, and what came of each."""
+
+    def __init__(self, engine: Engine, seed: int, windows=(None, None)):
+        self.engine, self.rng, self.windows = engine, random.Random(seed), windows
+        self.prompts: dict[int, list[int]] = {}
+        self.params: dict[int, SamplingParams] = {}
+        self.pieces = collections.defaultdict(list)
+        self.aborted: set[int] = set()
+        self.failed: set[tuple[int, int]] = set()
+        self.texts = [np.random.default_rng(i).integers(0, decoder.VOCAB, 40).tolist() for i in range(4)]
+
+    def add(self) -> None:
+        prompt = self.rng.choice(self.texts)[: self.rng.randint(1, 40)]
+        prompt = prompt + [self.rng.randrange(decoder.VOCAB) for _ in range(self.rng.randint(0, 4))]
+        params = SamplingParams(max_new_tokens=self.rng.randint(1, 16), num_samples=self.rng.choice((1, 1, 1, 2, 3)))
+        number = self.engine.add_request(
+            prompt, params, priority=self.rng.choice((0, 0, 0, -1, 1)), salt=self.rng.choice(("", "", "", "other"))
+        )
+        self.prompts[number], self.params[number] = prompt, params
+
+    def abort(self) -> None:
+        number = self.rng.choice(list(self.prompts))
+        self.engine.abort(number)
+        self.aborted.add(number)
+
+    def step(self) -> None:
+        for piece in self.engine.step():
+            assert piece.request not in self.aborted, "a piece came after the abort"
+            key = piece.request, piece.sample
+            assert not self.pieces[key] or self.pieces[key][-1].finish_reason is None, "a piece came after the last"
+            self.pieces[key].append(piece)
+            if piece.finish_reason == "error":
+                self.failed.add(key)
+
+    def check(self) -> None:
+        """After all has ended: the tokens are those of a run without any cache, or their beginning."""
+        for number, prompt in self.prompts.items():
+            expected = decoder.dense_greedy(prompt, self.params[number].max_new_tokens, self.windows)
+            for sample in range(self.params[number].num_samples):
+                completion = Completion.join(self.pieces[number, sample])
+                count = len(completion.tokens)
+                assert list(completion.tokens) == expected[:count]
+                assert completion.text == Numbers().decode(completion.tokens)
+                if number not in self.aborted and (number, sample) not in self.failed:
+                    assert count == len(expected) and completion.finish_reason == "length"
+
+
+def run_traffic(num_requests: int, seed: int, windows=(None, None)) -> Engine:
+    engine = make_engine(windows)
+    engine.generate([[1, 2, 3], [1, 2, 3]], SamplingParams(max_new_tokens=2))
+    traffic = Traffic(engine, seed, windows)
+    compiled = None
+    while len(traffic.prompts) < num_requests or engine.has_work:
+        if len(traffic.prompts) < num_requests and traffic.rng.random() < 0.5:
+            traffic.add()
+        if traffic.prompts and traffic.rng.random() < 0.02:
+            traffic.abort()
+        traffic.step()
+        if len(traffic.prompts) == num_requests // 2 and compiled is None:
+            compiled = engine.stats().compilations
+    traffic.check()
+    assert pool_is_empty(engine)
+    assert engine.stats().compilations == compiled, "something was compiled after the first half"
+    return engine
+
+
+def test_random_traffic():
+    statistics = run_traffic(60, seed=0).stats()
+    assert statistics.preemptions > 10 and statistics.cached_tokens > 100 and statistics.evicted_pages > 10, statistics
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("windows", [(None, None), HYBRID], ids=["plain", "hybrid"])
+def test_long_random_traffic(windows):
+    statistics = run_traffic(2000, seed=1, windows=windows).stats()
+    print(statistics)
+    assert statistics.preemptions > 300
+
+
+# ---- errors --------------------------------------------------------------------------------------------------
+
+
+class Interrupted(BaseException):
+    """What a test raises where nobody expects anything."""
+
+
+def raise_at_line(rng: random.Random, function) -> bool:
+    """Run a function, and raise in front of a random line of the engine that it reaches; whether that came."""
+    countdown = rng.randint(1, 400)
+    raised = False
+
+    def trace(frame, event, _):
+        nonlocal countdown, raised
+        if not frame.f_code.co_filename.startswith(str(HERE)) or frame.f_code.co_name in ("step", "<genexpr>"):
+            return None if event == "call" and "paged_jax" not in frame.f_code.co_filename else trace
+        if event == "line":
+            countdown -= 1
+            if countdown == 0:
+                raised = True
+                sys.settrace(None)
+                raise Interrupted
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    except Interrupted:
+        pass
+    finally:
+        sys.settrace(before)
+    return raised
+
+
+def run_faults(num_errors: int, seed: int, windows=(None, None)) -> None:
+    numbers = Numbers()
+    engine = make_engine(windows, tokenizer=numbers)
+    traffic = Traffic(engine, seed, windows)
+    runner: Any = engine._core.runner
+    visit, count = runner.visit, 0
+
+    def failing_visit(*arguments):
+        """What XLA does out of memory: the state was donated, and is gone."""
+        for leaf in (engine.tables.groups[0].refcounts, engine.tables.groups[0].pages):
+            leaf.delete()
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    while count < num_errors or engine.has_work:
+        if count < num_errors and traffic.rng.random() < 0.4:
+            traffic.add()
+        kind = traffic.rng.random() if count < num_errors else 1.0
+        if kind < 0.25:
+            count += raise_at_line(traffic.rng, traffic.step)
+        elif kind < 0.28:
+            runner.visit = failing_visit
+            try:
+                traffic.step()
+            except RuntimeError:
+                count += 1
+            runner.visit = visit
+        elif kind < 0.30:
+            before = len(traffic.failed)
+            numbers.fails = True
+            traffic.step()
+            numbers.fails = False
+            count += len(traffic.failed) > before
+        elif kind < 0.32 and traffic.prompts:
+            traffic.abort()
+        else:
+            traffic.step()
+    traffic.check()
+    assert pool_is_empty(engine)
+
+
+def test_errors_at_any_moment_lose_nothing():
+    run_faults(30, seed=0)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("windows", [(None, None), HYBRID], ids=["plain", "hybrid"])
+def test_500_errors_at_any_moment_lose_nothing(windows):
+    run_faults(500, seed=1, windows=windows)
