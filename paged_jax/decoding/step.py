@@ -23,11 +23,14 @@ from paged_jax.decoding.room import reserve
 from paged_jax.decoding.rows import NO_ROW, DecodeState, Finish, Rows
 from paged_jax.forward import Forward
 from paged_jax.sampling import Processor, SamplingState, draw
+from pallas_kernels.platform import target_platform
 
 TOKEN_COUNTS = (8, 16, 32, 64, 256)
 # Few tokens of each row take less of a kernel, and less of the compiler: on a CPU, a pass that can prefill compiles for
 # nearly twice as long as one that cannot.
 SHORT = 8
+# What rows share is looked for in passes of at least so many rows: fewer gain little, for more to compile.
+FEWEST_SHARING_ROWS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Stepper:
         processor: changes the logits of every row before they are drawn from; see `paged_jax.sampling.Processor`.
         num_logprobs: of how many of the most likely tokens `Rows` keeps the log-probabilities, beside that of the drawn
             one; None computes none at all.
+        sharing: whether attention reads once what rows share (`AttentionMetadata.find_sharing`); None: on a CPU, in
+            passes of at least `FEWEST_SHARING_ROWS` rows that cannot prefill. It changes the speed, and how sums round.
         processed_logprobs: those after all processors and the temperature, not the model's own.
     """
 
@@ -52,6 +57,7 @@ class Stepper:
     processor: Processor | None = None
     num_logprobs: int | None = 0
     processed_logprobs: bool = False
+    sharing: bool | None = None
 
     def __post_init__(self):
         counts = self.token_counts
@@ -206,6 +212,11 @@ def _forward(
     num_rows, capacity = state.rows.tokens.shape
     longest = num_tokens if num_tokens == stepper.token_counts[-1] else min(SHORT, num_tokens)
     metadata = AttentionMetadata.ragged(state.cache.tables, query_lens, num_tokens, rows=row, max_query_len=longest)
+    sharing = stepper.sharing
+    if sharing is None:
+        sharing = len(row) >= FEWEST_SHARING_ROWS and longest <= SHORT and target_platform() == "cpu"
+    if sharing:
+        metadata = metadata.find_sharing(state.cache.tables.groups[0].page_size)
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     sequence = jnp.searchsorted(metadata.query_starts[1:], token, side="right").astype(jnp.int32)  # R for padding
     place = row.at[sequence].get(mode="clip"), jnp.minimum(metadata.positions, capacity - 1)
