@@ -81,15 +81,16 @@ def test_rows_that_share_pages_attend_as_if_each_read_its_own(layer, seed):
 SAMPLING = SamplingParams(temperature=1.0, seed=3)
 
 
-def sampled(shares: bool | None, token_counts=(8, 24)):
-    """Of 8 rows that begin with a prompt in common, in passes that decode and in passes that prefill."""
-    stepper = Stepper(toy.forward, token_counts, sharing=shares)
+def sampled(shares: bool):
+    """Of 8 rows that begin with a prompt in common, in passes that decode and prefill."""
+    stepper = Stepper(toy.forward, (24,), sharing=shares)
     prompts = jax.random.randint(jax.random.key(0), (2, 24), 0, toy.VOCAB)
     cache = KVCache.create(toy.config(100, max_sequences=8))
     sample = functools.partial(rollout, stepper, max_new_tokens=6, num_samples=8, sampling=SAMPLING)
     return jax.jit(sample)(toy.init_params(), prompts, jnp.array([24, 17]), cache)[0]
 
 
+@pytest.mark.long
 def test_a_rollout_draws_the_same_tokens(monkeypatch):
     searches = []
 
