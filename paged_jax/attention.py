@@ -1,5 +1,6 @@
 """Attention over a paged cache, as a layer sees it: new queries, keys and values, the pool, the step's metadata."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,6 +13,9 @@ from paged_jax.cache.mesh import HEADS, MODEL_AXIS, WHOLE, find_mesh, split_head
 from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.cache.pool import LayerPlace, PagePool, layer_pages
 from pallas_kernels import Pages, Sharing
+from pallas_kernels.platform import target_platform
+
+FEWEST_SHARING_ROWS = 32  # fewer gain little from what they share, for more to compile
 
 
 def paged_attention(
@@ -68,6 +72,29 @@ def paged_attention(
         sharing=None if metadata.sharing is None else metadata.sharing[place.group],
     )  # fmt: skip
     return out, pool.replace(array, pages)
+
+
+def find_sharing(metadata: AttentionMetadata, pool: PagePool) -> AttentionMetadata:
+    """The same step, with the pages that its sequences share read off the page tables.
+
+        metadata = find_sharing(AttentionMetadata.decode(cache.tables, active), cache.pool)
+
+    Do it once a step, before the layers. It pays where several sequences, say 32, share hundreds of tokens: a system
+    prompt, the samples of a prompt, beams. A sequence whose first pages have been given up behind a window shares
+    nothing in that group of layers.
+
+    Args:
+        metadata: of the step.
+        pool: the pages of all layers.
+    """
+    page_size = pool.arrays[0].page_size
+    groups = (pallas_kernels.find_groups(table, metadata.lengths, page_size) for table in metadata.page_tables)
+    return dataclasses.replace(metadata, sharing=tuple(groups))
+
+
+def sharing_pays(num_rows: int) -> bool:
+    """Whether a pass of so many rows that cannot prefill had better look for what they share."""
+    return num_rows >= FEWEST_SHARING_ROWS and target_platform() == "cpu"
 
 
 def attend_pages(

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pallas_kernels
 import toy
 from paged_jax import AttentionMetadata, CacheConfig, KVCache, SamplingParams, Stepper, paged_attention, rollout
-from paged_jax.cache import metadata
-from paged_jax.decoding.step import FEWEST_SHARING_ROWS
+from paged_jax.attention import FEWEST_SHARING_ROWS, find_sharing
 from pallas_kernels import sharing
 
 S, ROWS, WINDOW = 4, 10, 24
@@ -55,7 +55,7 @@ def forest(seed: int):
 @functools.partial(jax.jit, static_argnames=("layer", "shares", "implementation"))
 def attend(q, k, v, pool, step, layer, shares, implementation):
     if shares:
-        step = step.find_sharing(S)
+        step = find_sharing(step, pool)
     window = CONFIG.windows[layer]
     out, _ = paged_attention(q, k, v, pool, step, layer, window=window, implementation=implementation)
     return out, step.sharing
@@ -98,7 +98,7 @@ def test_a_rollout_draws_the_same_tokens(monkeypatch):
         searches.append(arguments)
         return sharing.find_groups(*arguments)
 
-    monkeypatch.setattr(metadata, "find_groups", find)
+    monkeypatch.setattr(pallas_kernels, "find_groups", find)
     alone = sampled(False)
     assert not searches
     shared = sampled(True)
@@ -110,7 +110,9 @@ def test_a_rollout_draws_the_same_tokens(monkeypatch):
 @pytest.mark.parametrize(("rows", "searches"), [(FEWEST_SHARING_ROWS - 1, 0), (FEWEST_SHARING_ROWS, 1)])
 def test_a_step_looks_for_what_many_rows_share_where_it_cannot_prefill(rows, searches, monkeypatch):
     found = []
-    monkeypatch.setattr(metadata, "find_groups", lambda *arguments: found.append(1) or sharing.find_groups(*arguments))
+    monkeypatch.setattr(
+        pallas_kernels, "find_groups", lambda *arguments: found.append(1) or sharing.find_groups(*arguments)
+    )
     cache = KVCache.create(toy.config(100, max_sequences=rows))
     prompts = jnp.zeros((1, 4), jnp.int32)
     run = functools.partial(rollout, Stepper(toy.forward, (rows, 2 * rows)), max_new_tokens=2)

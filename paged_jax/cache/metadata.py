@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,6 @@ from jaxtyping import Array, Bool, Int32
 
 from paged_jax.cache.page_table import NULL_PAGE
 from paged_jax.cache.page_tables import PageTables
-from pallas_kernels import Sharing, find_groups
 
 
 @partial(
@@ -33,7 +33,7 @@ class AttentionMetadata:
             replace it, for instance by `jnp.arange(T)` for all.
         max_query_len: static bound on the new tokens of a sequence; 1 means decode.
         sharing: for each group of layers which sequences begin with the same pages, so that attention reads those once
-            for all of them (`find_sharing`); it changes the speed only. None: each reads its own.
+            for all of them (`paged_jax.attention.find_sharing`); it changes the speed only. None: each reads its own.
     """
 
     page_tables: tuple[Int32[Array, "R M"], ...]
@@ -42,22 +42,7 @@ class AttentionMetadata:
     positions: Int32[Array, " T"]
     logits_at: Int32[Array, " Z"]
     max_query_len: int
-    sharing: tuple[Sharing, ...] | None = None
-
-    def find_sharing(self, page_size: int) -> "AttentionMetadata":
-        """The same step, with the pages that its sequences share read off the page tables.
-
-            metadata = AttentionMetadata.decode(cache.tables, active).find_sharing(cache.tables.groups[0].page_size)
-
-        Do it once a step, before the layers. It pays where several sequences, say 32, share hundreds of tokens: a
-        system prompt, the samples of a prompt, beams. A sequence whose first pages have been given up behind a window
-        shares nothing in that group of layers.
-
-        Args:
-            page_size: S, tokens of a page.
-        """
-        sharing = tuple(find_groups(table, self.lengths, page_size) for table in self.page_tables)
-        return dataclasses.replace(self, sharing=sharing)
+    sharing: Any = None
 
     @classmethod
     def decode(cls, tables: PageTables, active: Bool[Array, " B"]) -> "AttentionMetadata":

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from paged_jax.attention import find_sharing, sharing_pays
 from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.cache.pool import PagePool
@@ -23,14 +24,11 @@ from paged_jax.decoding.room import reserve
 from paged_jax.decoding.rows import NO_ROW, DecodeState, Finish, Rows
 from paged_jax.forward import Forward
 from paged_jax.sampling import Processor, SamplingState, draw
-from pallas_kernels.platform import target_platform
 
 TOKEN_COUNTS = (8, 16, 32, 64, 256)
 # Few tokens of each row take less of a kernel, and less of the compiler: on a CPU, a pass that can prefill compiles for
 # nearly twice as long as one that cannot.
 SHORT = 8
-# What rows share is looked for in passes of at least so many rows: fewer gain little, for more to compile.
-FEWEST_SHARING_ROWS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +44,8 @@ class Stepper:
         processor: changes the logits of every row before they are drawn from; see `paged_jax.sampling.Processor`.
         num_logprobs: of how many of the most likely tokens `Rows` keeps the log-probabilities, beside that of the drawn
             one; None computes none at all.
-        sharing: whether attention reads once what rows share (`AttentionMetadata.find_sharing`); None: on a CPU, in
-            passes of at least `FEWEST_SHARING_ROWS` rows that cannot prefill. It changes the speed, and how sums round.
+        sharing: whether attention reads once what rows share (`paged_jax.attention.find_sharing`); None: on a CPU, in
+            passes of many rows (`sharing_pays`) that cannot prefill. It changes the speed, and how sums round.
         processed_logprobs: those after all processors and the temperature, not the model's own.
     """
 
@@ -214,9 +212,9 @@ def _forward(
     metadata = AttentionMetadata.ragged(state.cache.tables, query_lens, num_tokens, rows=row, max_query_len=longest)
     sharing = stepper.sharing
     if sharing is None:
-        sharing = len(row) >= FEWEST_SHARING_ROWS and longest <= SHORT and target_platform() == "cpu"
+        sharing = longest <= SHORT and sharing_pays(len(row))
     if sharing:
-        metadata = metadata.find_sharing(state.cache.tables.groups[0].page_size)
+        metadata = find_sharing(metadata, state.cache.pool)
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     sequence = jnp.searchsorted(metadata.query_starts[1:], token, side="right").astype(jnp.int32)  # R for padding
     place = row.at[sequence].get(mode="clip"), jnp.minimum(metadata.positions, capacity - 1)
