@@ -1,8 +1,10 @@
 """Attention over a paged cache, as a layer sees it: new queries, keys and values, the pool, the step's metadata."""
 
+import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
@@ -10,7 +12,10 @@ import pallas_kernels
 from paged_jax.cache.mesh import HEADS, MODEL_AXIS, WHOLE, find_mesh, split_heads
 from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.cache.pool import LayerPlace, PagePool, layer_pages
-from pallas_kernels import Pages
+from pallas_kernels import Pages, Sharing
+from pallas_kernels.platform import target_platform
+
+FEWEST_SHARING_ROWS = 32  # fewer gain little from what they share, for more to compile
 
 
 def paged_attention(
@@ -58,12 +63,38 @@ def paged_attention(
             "cache config must be those of the layers"
         )
     array, first_page = pool.locate(place)
+    if isinstance(first_page, int) and first_page > 0:  # as data, so that all layers share what is compiled
+        first_page = jax.lax.optimization_barrier(jnp.int32(first_page))
     q, k, v, pages = refuse_gradients((q, k, v, pool.arrays[array]))
     out, pages = attend_pages(
         q, k, v, pages, layer_pages(metadata.page_tables[place.group], first_page), metadata,
         scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, implementation=implementation,
+        sharing=None if metadata.sharing is None else metadata.sharing[place.group],
     )  # fmt: skip
     return out, pool.replace(array, pages)
+
+
+def find_sharing(metadata: AttentionMetadata, pool: PagePool) -> AttentionMetadata:
+    """The same step, with the pages that its sequences share read off the page tables.
+
+        metadata = find_sharing(AttentionMetadata.decode(cache.tables, active), cache.pool)
+
+    Do it once a step, before the layers. It pays where several sequences, say 32, share hundreds of tokens: a system
+    prompt, the samples of a prompt, beams. A sequence whose first pages have been given up behind a window shares
+    nothing in that group of layers.
+
+    Args:
+        metadata: of the step.
+        pool: the pages of all layers.
+    """
+    page_size = pool.arrays[0].page_size
+    groups = (pallas_kernels.find_groups(table, metadata.lengths, page_size) for table in metadata.page_tables)
+    return dataclasses.replace(metadata, sharing=tuple(groups))
+
+
+def sharing_pays(num_rows: int) -> bool:
+    """Whether a pass of so many rows that cannot prefill had better look for what they share."""
+    return num_rows >= FEWEST_SHARING_ROWS and target_platform() == "cpu"
 
 
 def attend_pages(
@@ -73,20 +104,22 @@ def attend_pages(
     pages: Pages,
     page_table: Int32[Array, "R M"],
     metadata: AttentionMetadata,
+    *,
+    sinks: Float[Array, " N"] | None,
+    sharing: Sharing | None,
     **options,
 ) -> tuple[Float[Array, "T N H"], Pages]:
     """`paged_attention` over one array of pages, by each device on the KV heads that it holds."""
-    sinks = options.pop("sinks", None)
 
-    def attend(sinks, q, k, v, pages, *where):
+    def attend(sinks, sharing, q, k, v, pages, *where):
         result = pallas_kernels.paged_attention(
-            q, k, v, pages, *where, sinks=sinks, max_query_len=metadata.max_query_len, **options
+            q, k, v, pages, *where, sinks=sinks, sharing=sharing, max_query_len=metadata.max_query_len, **options
         )
         return result.out, result.pages
 
-    specs = PartitionSpec(MODEL_AXIS), HEADS, HEADS, HEADS, HEADS, WHOLE, WHOLE, WHOLE
+    specs = PartitionSpec(MODEL_AXIS), WHOLE, HEADS, HEADS, HEADS, HEADS, WHOLE, WHOLE, WHOLE
     attend_split = split_heads(attend, find_mesh((pages, q)), pages.num_kv_heads, specs, (HEADS, HEADS))
-    return attend_split(sinks, q, k, v, pages, page_table, metadata.lengths, metadata.query_starts)
+    return attend_split(sinks, sharing, q, k, v, pages, page_table, metadata.lengths, metadata.query_starts)
 
 
 @jax.custom_jvp

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,8 +123,12 @@ def decode_attention(
             visible &= key_position >= rows_at(begin, token)[:, None]
         old = Softmax(*(rows_at(x, segment) for x in segments))
         new = attend(old, rows_at(grouped, token), pages, page_ids, visible, visible[:, None], options)
-        where = dict(unique_indices=True, mode="promise_in_bounds", wrap_negative_indices=False)
-        return Softmax(*(x.at[segment].set(y, **where) for x, y in zip(segments, new, strict=True)))
+        return Softmax(
+            *(
+                x.at[segment].set(y, unique_indices=True, mode="promise_in_bounds", wrap_negative_indices=False)
+                for x, y in zip(segments, new, strict=True)
+            )
+        )
 
     segments = empty_state(num_tokens + lanes, num_kv_heads, num_heads // num_kv_heads, head_dim)
     segments = jax.lax.fori_loop(0, num_steps, step, segments)
@@ -139,7 +143,7 @@ def add_segments(state: Softmax, segments: Softmax, items: Items, num_steps: Int
     segment = jnp.arange(num_segments, dtype=jnp.int32)
     token = jnp.sum(first[None, :] <= segment[:, None], axis=1, dtype=jnp.int32) - 1
     token = jax.lax.optimization_barrier(jnp.maximum(token, 0))
-    at = dict(mode="promise_in_bounds", wrap_negative_indices=False, indices_are_sorted=True)
+    at: dict[str, Any] = dict(mode="promise_in_bounds", wrap_negative_indices=False, indices_are_sorted=True)
     top = state.top.at[token].max(segments.top, **at)
     keep, shrink = jnp.exp(state.top - top), jnp.exp(segments.top - rows_at(top, token))
     return Softmax(

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from paged_jax.cache.page_tables import PageTables
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["page_tables", "lengths", "query_starts", "positions", "logits_at"],
+    data_fields=["page_tables", "lengths", "query_starts", "positions", "logits_at", "sharing"],
     meta_fields=["max_query_len"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,8 @@ class AttentionMetadata:
         logits_at: the places in T at which the decoder returns logits: the last new token of each sequence, unless you
             replace it, for instance by `jnp.arange(T)` for all.
         max_query_len: static bound on the new tokens of a sequence; 1 means decode.
+        sharing: for each group of layers which sequences begin with the same pages, so that attention reads those once
+            for all of them (`paged_jax.attention.find_sharing`); it changes the speed only. None: each reads its own.
     """
 
     page_tables: tuple[Int32[Array, "R M"], ...]
@@ -39,6 +42,7 @@ class AttentionMetadata:
     positions: Int32[Array, " T"]
     logits_at: Int32[Array, " Z"]
     max_query_len: int
+    sharing: Any = None
 
     @classmethod
     def decode(cls, tables: PageTables, active: Bool[Array, " B"]) -> "AttentionMetadata":

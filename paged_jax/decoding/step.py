@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from paged_jax.attention import find_sharing, sharing_pays
 from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.cache.pool import PagePool
@@ -43,6 +44,8 @@ class Stepper:
         processor: changes the logits of every row before they are drawn from; see `paged_jax.sampling.Processor`.
         num_logprobs: of how many of the most likely tokens `Rows` keeps the log-probabilities, beside that of the drawn
             one; None computes none at all.
+        sharing: whether attention reads once what rows share (`paged_jax.attention.find_sharing`); None: on a CPU, in
+            passes of many rows (`sharing_pays`) that cannot prefill. It changes the speed, and how sums round.
         processed_logprobs: those after all processors and the temperature, not the model's own.
     """
 
@@ -52,6 +55,7 @@ class Stepper:
     processor: Processor | None = None
     num_logprobs: int | None = 0
     processed_logprobs: bool = False
+    sharing: bool | None = None
 
     def __post_init__(self):
         counts = self.token_counts
@@ -206,6 +210,11 @@ def _forward(
     num_rows, capacity = state.rows.tokens.shape
     longest = num_tokens if num_tokens == stepper.token_counts[-1] else min(SHORT, num_tokens)
     metadata = AttentionMetadata.ragged(state.cache.tables, query_lens, num_tokens, rows=row, max_query_len=longest)
+    sharing = stepper.sharing
+    if sharing is None:
+        sharing = longest <= SHORT and sharing_pays(len(row))
+    if sharing:
+        metadata = find_sharing(metadata, state.cache.pool)
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     sequence = jnp.searchsorted(metadata.query_starts[1:], token, side="right").astype(jnp.int32)  # R for padding
     place = row.at[sequence].get(mode="clip"), jnp.minimum(metadata.positions, capacity - 1)
