@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import operator
 import threading
+import weakref
 from collections.abc import Callable
 
 import jax
@@ -54,6 +55,7 @@ class Core:
     ):
         self.runner, self.recorder = runner, recorder
         self.requests: dict[int, Request] = {}  # that have not ended
+        self._known: weakref.WeakValueDictionary[int, Request] = weakref.WeakValueDictionary()  # and whose streams live
         self.pieces: collections.deque[Piece] = collections.deque()  # of requests that no stream claimed
         self.sessions: collections.deque[Session] = collections.deque()  # that changed since the last step
         self.version = 0  # of the parameters
@@ -85,13 +87,13 @@ class Core:
         """Serve a request from the next step on; the stream is that of all, unless it claims its pieces."""
         if is_claimed:
             request.pieces = collections.deque()
-        self.requests[request.number] = request
+        self._known[request.number] = self.requests[request.number] = request
         self._news.append(request)
         return Stream(request.pieces, lambda: request.is_finished, self._is_void, self.advance)
 
     def abort(self, number: int) -> None:
         """Take back what was put out of a request, and end it with the next step."""
-        request = self.requests.get(number)
+        request = self._known.get(number)
         if request is not None:
             self._aborted.add(number)
             request.is_aborted = True
@@ -192,6 +194,8 @@ class Core:
             if request.is_aborted:
                 self.requests.pop(request.number, None)
                 self._recall(request.number)
+                if request.pieces is not self.pieces:
+                    request.pieces.clear()
                 self._aborted.discard(request.number)
             self._news.popleft()
         while self.sessions:

@@ -99,8 +99,10 @@ def find_folder(name: str | Path) -> Path:
         ValueError: it is neither.
     """
     path = Path(name).expanduser()
-    if path.exists() or isinstance(name, Path) or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
-        return path  # whose absence the loader names
+    if (path / "config.json").exists():
+        return path
+    if isinstance(name, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(f"there is no {path / 'config.json'}: name the folder of a checkpoint")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:

@@ -372,6 +372,12 @@ def test_streams_that_are_left_and_others_beside_them_lose_nothing():
     for piece in g.stream():
         received[piece.request] += piece.tokens
     assert [received[n] for n in numbers] == [decoder.dense_greedy(text, 12) for text in texts]
+    left = g.stream(g.add_request(texts[0], GREEDY))
+    next(left)
+    while g.has_work:
+        g.step()
+    g.abort(4)
+    assert list(left) == [], "not even what had come before"
     with pytest.raises(ValueError, match="request 1 is not here: it was never added, or its last piece was taken"):
         g.stream(1)
 
