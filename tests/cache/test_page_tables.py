@@ -288,7 +288,7 @@ def test_an_engine_gives_the_tokens_of_a_dense_forward_and_compiles_once():
         return forward(*arguments)
 
     config = hybrid_config(window_pages=1 + 9)
-    engine = Engine(counted, PARAMS, config, token_counts=(4, 16), visit_steps=4)
+    engine = Engine(counted, PARAMS, config, token_counts=(4, 16), visit_steps=4, prefix_cache=False)
     completions = engine.generate(texts, params)
     for text, samples in zip(texts, completions, strict=True):
         assert all(list(sample.tokens) == greedy(text, 20) for sample in samples)
