@@ -17,10 +17,7 @@ from pallas_kernels.tpu.tasks import PrefillSizes
 from pallas_kernels.tpu.walk import DecodeSizes
 
 # One of each kind in every run; the others with -m long.
-SHORT = (
-    "decode: window over pages, soft cap",
-    "decode: padded head size 96",
-)
+SHORT = ("decode: window over pages, soft cap",)
 ATTENTION_CASES = [
     pytest.param(case, id=case.name, marks=[] if case.tpu_refuses or case.name in SHORT else pytest.mark.long)
     for case in CASES
