@@ -215,6 +215,16 @@ def quantise(x: Float[Array, "*n H"], dtype: Any) -> Quantised:
     return Quantised(jnp.round(x).astype(dtype), scale)
 
 
+def quotient(x: Array, size: int | Array) -> Array:
+    """`x // size` of numbers that are not negative, in one operation of x's dtype where `//` takes ten."""
+    return jax.lax.div(x, jnp.asarray(size, x.dtype))
+
+
+def remainder(x: Array, size: int | Array) -> Array:
+    """`x % size` of numbers that are not negative; see `quotient`."""
+    return jax.lax.rem(x, jnp.asarray(size, x.dtype))
+
+
 class TokenPlaces(NamedTuple):
     """Where the packed new tokens of a step belong."""
 
@@ -238,7 +248,7 @@ def token_slots(
 ) -> tuple[Int32[Array, " T"], Int32[Array, " T"]]:
     """The page and the slot in it of each token; the page is the null page where there is none."""
     position = jnp.maximum(places.position, 0)
-    column, slot = jax.lax.div(position, pages.page_size), jax.lax.rem(position, pages.page_size)
+    column, slot = quotient(position, pages.page_size), remainder(position, pages.page_size)
     max_pages = page_table.shape[1]
     page = page_table[places.sequence, jnp.minimum(column, max_pages - 1)]
     exists = (places.position >= 0) & (column < max_pages) & is_mapped(page, pages)

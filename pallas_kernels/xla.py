@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.pages import Pages, TokenPlaces, token_places
+from pallas_kernels.pages import Pages, TokenPlaces, quotient, token_places
 from pallas_kernels.reference import AttentionResult, copy_pages, refusal, write_pages
 from pallas_kernels.sharing import Sharing
 from pallas_kernels.xla_decode import decode_attention, pages_per_item
@@ -108,7 +108,7 @@ def attend_pages(
             for whole, x in zip(carry, results, strict=True)
         )
 
-    out, lse = jax.lax.fori_loop(0, jax.lax.div(num_short[-1] + at_once - 1, at_once), decode_some, (out, lse))
+    out, lse = jax.lax.fori_loop(0, quotient(num_short[-1] + at_once - 1, at_once), decode_some, (out, lse))
     if max_query_len >= FEWEST_BLOCK_QUERIES:
         out, lse = prefill_attention(
             out, lse, pages, table, num_columns, lengths, query_starts, FEWEST_BLOCK_QUERIES, sinks, options

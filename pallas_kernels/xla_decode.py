@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.pages import Pages, TokenPlaces
+from pallas_kernels.pages import Pages, TokenPlaces, quotient
 from pallas_kernels.xla_tiles import (
     Options,
     Softmax,
@@ -41,7 +41,7 @@ class Items(NamedTuple):
 @jax.named_scope("list_items")  # by which a test finds it in the compiled program
 def list_items(end_page: Int32[Array, " T"], first_page: Int32[Array, " T"], tile_pages: int) -> Items:
     """The tiles from `first_page` up to `end_page`; none where that is no more."""
-    count = jax.lax.div(jnp.maximum(end_page - first_page, 0) + tile_pages - 1, tile_pages)
+    count = quotient(jnp.maximum(end_page - first_page, 0) + tile_pages - 1, tile_pages)
     token = jnp.arange(count.size, dtype=jnp.int32)
     # For a few hundred queries cheaper to run and to compile than a cumsum.
     ends = jnp.sum(jnp.where(token[None, :] <= token[:, None], count[None, :], 0), axis=1, dtype=jnp.int32)
@@ -95,10 +95,10 @@ def decode_attention(
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, page_size, tile_pages = pages.num_kv_heads, pages.page_size, pages_per_item(num_heads, pages)
     lanes = num_lanes(pages, tile_pages * page_size, compute_dtype(q, pages))
-    first_page = jnp.zeros_like(places.position) if begin is None else jax.lax.div(begin, page_size)
-    end_page = jnp.minimum(jax.lax.div(places.position + page_size, page_size), num_columns)
+    first_page = jnp.zeros_like(places.position) if begin is None else quotient(begin, page_size)
+    end_page = jnp.minimum(quotient(places.position + page_size, page_size), num_columns)
     items = list_items(end_page, first_page, tile_pages)
-    num_steps = jax.lax.div(items.ends[-1] + lanes - 1, lanes)
+    num_steps = quotient(items.ends[-1] + lanes - 1, lanes)
     grouped = q.reshape(num_tokens, num_kv_heads, -1, head_dim)
     base = places.sequence * table.shape[1] + first_page - items.starts * tile_pages
     base, end = jax.lax.optimization_barrier((base, places.sequence * table.shape[1]))
@@ -139,7 +139,7 @@ def decode_attention(
 def add_segments(state: Softmax, segments: Softmax, items: Items, num_steps: Int32[Array, ""]) -> Softmax:
     """The state of each query, with its segments."""
     num_tokens, num_segments = items.ends.size, segments.top.shape[0]
-    first = jax.lax.div(items.starts, jnp.maximum(num_steps, 1)) + jnp.arange(num_tokens, dtype=jnp.int32)
+    first = quotient(items.starts, jnp.maximum(num_steps, 1)) + jnp.arange(num_tokens, dtype=jnp.int32)
     segment = jnp.arange(num_segments, dtype=jnp.int32)
     token = jnp.sum(first[None, :] <= segment[:, None], axis=1, dtype=jnp.int32) - 1
     token = jax.lax.optimization_barrier(jnp.maximum(token, 0))

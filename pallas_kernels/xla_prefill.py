@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.pages import Pages
+from pallas_kernels.pages import Pages, quotient
 from pallas_kernels.xla_tiles import (
     Options,
     Softmax,
@@ -64,7 +64,7 @@ def prefill_attention(
 
     starts, ends = query_starts[:-1], query_starts[1:]
     num_queries = ends - starts
-    num_blocks = jnp.where(num_queries >= fewest_queries, jax.lax.div(num_queries + block - 1, block), 0)
+    num_blocks = jnp.where(num_queries >= fewest_queries, quotient(num_queries + block - 1, block), 0)
     block_ends = jnp.cumsum(num_blocks, dtype=jnp.int32)
     row = jnp.arange(block, dtype=jnp.int32)
     offset = jnp.arange(tile_tokens, dtype=jnp.int32)
@@ -105,8 +105,8 @@ def prefill_attention(
 
         first_tile = 0
         if options.window is not None:
-            first_tile = jax.lax.div(jnp.maximum(first_position - options.window + 1, 0), tile_tokens)
-        end_tile = jax.lax.div(last_position + tile_tokens, tile_tokens)
+            first_tile = quotient(jnp.maximum(first_position - options.window + 1, 0), tile_tokens)
+        end_tile = quotient(last_position + tile_tokens, tile_tokens)
         end_tile = jnp.minimum(end_tile, -(-num_columns // tile_pages))
         state = empty_state(1, num_kv_heads, block * group, head_dim)
         state = jax.lax.fori_loop(first_tile, end_tile, attend_tile, state)

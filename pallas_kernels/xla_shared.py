@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.pages import Pages, TokenPlaces
+from pallas_kernels.pages import Pages, TokenPlaces, quotient, remainder
 from pallas_kernels.sharing import NOBODY, Sharing
 from pallas_kernels.xla_tiles import Options, Softmax, attend, empty_state, pages_per_block_tile, repeated, rows_at
 
@@ -90,7 +90,7 @@ def attend_level(
     """The states after the shared keys of one level."""
     takes_part = level.leader != NOBODY
     if q.shape[0] >= LARGE_BLOCK // 2:
-        in_block = jax.lax.div(level.rank, LARGE_BLOCK) * LARGE_BLOCK
+        in_block = quotient(level.rank, LARGE_BLOCK) * LARGE_BLOCK
         in_large = level.size - in_block >= LARGE_BLOCK // 2
         state = attend_blocks(state, q, pages, table, level, takes_part & in_large, LARGE_BLOCK, options)
         takes_part &= ~in_large
@@ -114,7 +114,7 @@ def attend_blocks(
     offset = jnp.arange(tile_tokens, dtype=jnp.int32)
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     slot = jnp.arange(size, dtype=jnp.int32)
-    is_first = takes_part & (jax.lax.rem(level.rank, size) == 0)
+    is_first = takes_part & (remainder(level.rank, size) == 0)
     num_first = jnp.sum(is_first[None, :] & (token[None, :] <= token[:, None]), axis=1, dtype=jnp.int32)
 
     def heads_first(x):  # [size, K, G, ...] -> [1, K, size * G, ...]
@@ -142,8 +142,8 @@ def attend_blocks(
             exists = jnp.any(visible, axis=0)
             return attend(block, queries, pages, page_ids, exists[None], repeated(visible, group, 0)[None], options)
 
-        first_tile = jax.lax.div(jnp.min(begin), tile_tokens)
-        end_tile = jax.lax.div(jnp.max(end) + tile_tokens - 1, tile_tokens)
+        first_tile = quotient(jnp.min(begin), tile_tokens)
+        end_tile = quotient(jnp.max(end) + tile_tokens - 1, tile_tokens)
         block = Softmax(*(heads_first(rows_at(x, index)) for x in state))
         block = jax.lax.fori_loop(first_tile, end_tile, attend_tile, block)
         place = jnp.where(member, index, num_tokens)
