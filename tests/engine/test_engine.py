@@ -189,7 +189,6 @@ def test_an_aborted_request_frees_its_pages_at_once_and_the_others_go_on(after):
 
 
 def test_an_abort_leaves_the_row_alone_that_an_ended_sample_had():
-    """Sample 0 ends early, and somebody else runs in its row when sample 1 is aborted."""
     texts = prompts(9, 10, 11, 12)  # one more sample than rows
     late = SamplingParams(max_new_tokens=40)
     uneven = dataclasses.replace(late, temperature=1.0, num_samples=2, stop_tokens=tuple(range(0, decoder.VOCAB, 13)))
@@ -199,10 +198,9 @@ def test_an_abort_leaves_the_row_alone_that_an_ended_sample_had():
         lengths = [len(sample.tokens) for sample in probe.generate([texts[0]], params)[0]]
         if lengths[0] <= 6 and lengths[1] >= 24:
             break
-    g = engine()
+    g, received = engine(), collections.defaultdict(list)
     first = g.add_request(texts[0], params)
     numbers = [g.add_request(text, late) for text in texts[1:]]
-    received = collections.defaultdict(list)
     for piece in g.stream():
         received[piece.request, piece.sample] += piece.tokens
         if len(received[first, 1]) >= 16:
