@@ -58,6 +58,7 @@ def serve_ours(model: models.Model, budget: int, prefix_cache: bool, loads: list
         compiles = True
         while compiles:  # then it was a warm-up
             engine = make_engine(model, budget, prefix_cache=prefix_cache)
+            engine.generate([[0]], SamplingParams(max_new_tokens=1))  # the pool is created by the first step
             trace = run_engine(engine, load)
             compiles = engine.stats().compilations > 0
         traces.append(trace)
@@ -110,6 +111,7 @@ def compare(load_name: str, contestants: dict[str, Serve], budget: int, report: 
         report.show()
         if load_name == "long":
             gaps.add(contestant=contestant, **_gaps(*traces, budget=budget))
+            gaps.show()
 
 
 def _summary(trace: Trace, reference: Trace) -> dict[str, Any]:
