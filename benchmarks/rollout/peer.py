@@ -11,9 +11,10 @@ import sys
 import time
 
 
-def serve_vllm(folder: str, prompts: list, limits: list, num_samples: int):
+def load_vllm(folder: str, pool_gib: int = 1, **options):
+    """vllm's `LLM` in this process, and its `SamplingParams`."""
     os.environ |= {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": str(pool_gib),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
@@ -21,9 +22,13 @@ def serve_vllm(folder: str, prompts: list, limits: list, num_samples: int):
     }
     from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]  the peer's own interpreter has it
 
-    llm = LLM(
-        folder, skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=2048, max_num_seqs=64
-    )
+    sizes = {"max_model_len": 2048, "max_num_seqs": 64}
+    options = sizes | {"dtype": "float32", "skip_tokenizer_init": True, "enforce_eager": True} | options
+    return LLM(folder, **options), SamplingParams
+
+
+def serve_vllm(folder: str, prompts: list, limits: list, num_samples: int):
+    llm, SamplingParams = load_vllm(folder)
 
     def run():
         params = [
