@@ -44,7 +44,7 @@ class Session:
         self.tokens += self._engine.tokens_of(what, is_first=not self.tokens)
         self._engine.remember(self)
 
-    def generate(self, params: SamplingParams = SamplingParams(), **options: Any) -> list[Completion]:  # noqa: B008
+    def generate(self, params: SamplingParams = SamplingParams(), **options: Any) -> list[Completion]:  # noqa: B008  frozen
         """Continuations of what was said; the session stays as it is until one of them is appended.
 
         Args:

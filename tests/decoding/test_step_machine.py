@@ -10,12 +10,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from batch_model import HYBRID, PLAIN, SAMPLING, B, Batch, M, Request, S, Stages, stages_of
 from hash_decoder import VOCAB
+from state_machine import run_machine
 
 COUNTS = Counter()  # of all machines of this process
 
@@ -119,24 +119,6 @@ class StepMachine(RuleBasedStateMachine):
         COUNTS["steps"] += int(np.sum(counters.steps))
         COUNTS["preemptions"] += int(counters.preemptions)
         COUNTS["recomputed tokens"] += int(counters.recomputed_tokens)
-
-
-def run_machine(machine, num_examples: int, num_steps: int, derandomize: bool = True, shrink: bool = True) -> None:
-    phases = (Phase.generate, Phase.shrink) if shrink else (Phase.generate,)
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=num_examples,
-            stateful_step_count=num_steps,
-            derandomize=derandomize,
-            database=None,
-            deadline=None,
-            phases=phases,
-            suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
-            report_multiple_bugs=False,
-            print_blob=False,
-        ),
-    )
 
 
 def machine_of(windows, stages: Stages | None = None, check_at_the_end: bool = True) -> type[StepMachine]:

@@ -4,10 +4,11 @@ import inspect
 import types
 
 import pytest
-from test_step_machine import machine_of, run_machine
+from test_step_machine import machine_of
 
 from batch_model import HYBRID, PLAIN, Stages, stages_of
 from paged_jax.decoding import plan, room, step
+from state_machine import run_machine
 
 # what breaks: (the module, the line, what it becomes)
 MUTANTS = {

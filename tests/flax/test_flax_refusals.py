@@ -82,7 +82,7 @@ class LinenDecoder(nn.Module):
             for _ in range(LAYERS):
                 x = linen_paged.Block()(x, metadata)
             return x
-        run = lambda block, x, metadata: (block(x, metadata), None)  # noqa: E731
+        run = lambda block, x, metadata: (block(x, metadata), None)  # noqa: E731  for the next call alone
         options: dict[str, Any] = dict(variable_axes=self.scan_axes, split_rngs={"params": True}, in_axes=nn.broadcast)
         return nn.scan(run, length=LAYERS, **options)(linen_paged.Block(name="ScanBlock_0"), x, metadata)[0]
 
