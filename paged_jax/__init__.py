@@ -13,6 +13,7 @@ from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.cache.page_tables import PageTables
 from paged_jax.cache.pool import LayerPlace, PagePool
+from paged_jax.decoding.draft import Drafter, Drafts, Lookup
 from paged_jax.decoding.rollout import Rollout, rollout
 from paged_jax.decoding.rows import Finish
 from paged_jax.decoding.score import Score, score
@@ -29,12 +30,15 @@ __all__ = [
     "CacheConfig",
     "CacheReport",
     "Completion",
+    "Drafter",
+    "Drafts",
     "Engine",
     "Finish",
     "Forward",
     "HandleBook",
     "KVCache",
     "LayerPlace",
+    "Lookup",
     "MemoryReport",
     "PageHandle",
     "PagePool",

@@ -15,14 +15,15 @@ import numpy as np
 import hash_decoder as decoder
 from paged_jax.cache import invariants
 from paged_jax.cache.page_table import NULL_PAGE, Fault
+from paged_jax.decoding.draft import Drafter, Drafts
 from paged_jax.decoding.plan import first_come_first_served
 from paged_jax.decoding.room import reserve
-from paged_jax.decoding.rows import NO_ROW, DecodeState, Finish
-from paged_jax.decoding.step import Stepper, commit, compute, release, run, share_prompts, start
+from paged_jax.decoding.rows import NO_ROW, NO_TOKEN, DecodeState, Finish, Rows
+from paged_jax.decoding.step import Stepper, ask, commit, compute, release, run, share_prompts, start
 from paged_jax.sampling import SamplingParams, SamplingState
 
 B, M, S = 4, 8, decoder.PAGE_SIZE
-CAPACITY, TOKEN_COUNTS = M * S + 1, (4, 8)
+CAPACITY, TOKEN_COUNTS = M * S + 1, (4, 6, 8)
 PLAIN, HYBRID = (None, None), (None, 6)
 CONFIGS = {
     PLAIN: decoder.config(1 + 8, B, M, PLAIN),
@@ -59,15 +60,16 @@ class Stages:
     """A step in parts that are compiled once, and what happens between steps."""
 
     def __init__(
-        self, windows, *, plan=first_come_first_served, reserve=reserve, share_prompts=share_prompts, commit=commit
-    ):
+        self, windows, *, plan=first_come_first_served, reserve=reserve, share_prompts=share_prompts, commit=commit,
+        drafter: Drafter | None = None,
+    ):  # fmt: skip
         self.num_traces = 0
-        self.stepper = Stepper(decoder.forward_with(windows), TOKEN_COUNTS, plan=plan)
+        self.stepper = Stepper(decoder.forward_with(windows), TOKEN_COUNTS, plan=plan, drafter=drafter)
 
         @jax.jit
         def make_room(state):
             self.num_traces += 1
-            asked = plan(state, TOKEN_COUNTS[-1])
+            state, asked = ask(self.stepper, state)
             return *reserve(state, asked), asked
 
         @jax.jit
@@ -85,14 +87,29 @@ def stages_of(windows) -> Stages:
     return Stages(windows)
 
 
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """Drafts what a row's hints say, which are tokens at the places where the row would know them."""
+
+    num_drafts: int
+
+    def propose(self, rows: Rows) -> Drafts:
+        place = rows.num_known[:, None] + jnp.arange(self.num_drafts, dtype=jnp.int32)[None, :]
+        row = jnp.arange(len(rows.active), dtype=jnp.int32)[:, None]
+        tokens = rows.hints.at[row, place].get(mode="fill", fill_value=NO_TOKEN)
+        is_told = jnp.cumprod((tokens != NO_TOKEN).astype(jnp.int32), axis=1)
+        return Drafts(tokens, jnp.sum(is_told, axis=1, dtype=jnp.int32))
+
+
 @jax.jit
-def _start(state: DecodeState, row, tokens, numbers, sampling) -> DecodeState:
+def _start(state: DecodeState, row, tokens, numbers, sampling, hints) -> DecodeState:
     mask = jnp.arange(B) == row
     num_prompt, limit, age, source, keeps = (jnp.full(B, number) for number in numbers)
     new = dataclasses.replace(
         state.rows,
         tokens=jnp.broadcast_to(tokens, (B, CAPACITY)), num_prompt=num_prompt, num_known=num_prompt, limit=limit,
         age=age, source=source, keeps=keeps == 1, active=mask, finish=jnp.zeros(B, jnp.int32),
+        hints=jnp.broadcast_to(hints, (B, CAPACITY)),
         sampling=jax.tree.map(lambda x: jnp.broadcast_to(x, (B, *x.shape[1:])), sampling),
     )  # fmt: skip
     return start(state, mask, new)
@@ -131,7 +148,9 @@ def _sampling_row(kind: int, sample: int) -> SamplingState:
 
 @functools.cache
 def empty_state(windows) -> DecodeState:
-    return DecodeState.create(CONFIGS[windows], CAPACITY, TOKEN_COUNTS)
+    state = DecodeState.create(CONFIGS[windows], CAPACITY, TOKEN_COUNTS)
+    rows = Rows.create(B, CAPACITY, state.rows.sampling, num_hints=CAPACITY)
+    return dataclasses.replace(state, rows=rows)
 
 
 @functools.cache
@@ -150,11 +169,15 @@ def alone(windows, request: Request) -> Alone:
     return Alone(tokens, logprobs, int(rows.finish[0]))
 
 
-def _put(state: DecodeState, row: int, request: Request, age: int = 0, source: int = NO_ROW, keeps: bool = False):
+def _put(
+    state: DecodeState, row: int, request: Request, age: int = 0, source: int = NO_ROW, keeps: bool = False, hints=()
+):
+    told = np.full(CAPACITY, NO_TOKEN, np.int32)
+    told[: len(hints)] = hints
     num_prompt, tokens = len(request.prompt), np.zeros(CAPACITY, np.int32)
     tokens[:num_prompt] = request.prompt
     numbers = tuple(np.int32(x) for x in (num_prompt, num_prompt + request.num_new, age, source, keeps))
-    return _start(state, np.int32(row), tokens, numbers, _sampling_row(request.kind, request.sample))
+    return _start(state, np.int32(row), tokens, numbers, _sampling_row(request.kind, request.sample), told)
 
 
 @dataclasses.dataclass
@@ -197,13 +220,22 @@ class Batch:
         if age is None:
             age = max(ages) + 1 if source != NO_ROW or not oldest else min(ages) - 1
             age += 0 if self.requests else 10_000
-        self.state = _put(self.state, row, request, age, source, keeps)
+        self.state = _put(self.state, row, request, age, source, keeps, self._hints(request))
         self.requests[row] = request
         if held >= 0 and len(request.prompt) <= M * S:
             self._transition(1, row, 0, self.held[held].handles)
         self.see()
         if len(request.prompt) > M * S:
             assert not self.rows.active[row] and self.rows.finish[row] == Finish.TOO_LONG
+
+    def _hints(self, request: Request) -> list[int]:
+        """What the request draws, often: drafts of which some are right. Nothing without a drafter."""
+        if self.stages.stepper.drafter is None or len(request.prompt) > M * S:
+            return []
+        tokens = np.array(alone(self.windows, request).tokens)
+        rng = np.random.default_rng(tokens)
+        wrong = rng.integers(NO_TOKEN, decoder.VOCAB, len(tokens))
+        return np.where(rng.random(len(tokens)) < 0.7, tokens, wrong).tolist()
 
     def stop(self, row: int):
         self.state = _stop(self.state, np.int32(row))
@@ -246,13 +278,14 @@ class Batch:
         before, self.is_sound = self.host, False
         self.state, counts, asked = self.stages.make_room(self.state)
         middle = self._seen()
-        check_room(before, middle, np.asarray(counts), np.asarray(asked), [held.handles for held in self.held])
+        num_drafts, handles = self.stages.stepper.num_drafts, [held.handles for held in self.held]
+        check_room(before, middle, np.asarray(counts), np.asarray(asked), handles, num_drafts)
         self.check_pages(counts)
         self.state, drawn = self.stages.compute(self.state, counts)
         self.state, _ = self.stages.end(self.state, drawn)
         self.num_steps += 1
         self.see()
-        check_commit(middle, self.host, np.asarray(counts))
+        check_commit(middle, self.host, np.asarray(counts), num_drafts)
 
     # ---- what is checked --------------------------------------------------------------------------------------
 
@@ -330,10 +363,11 @@ def mapped(seen: Seen, group: int, row: int) -> list[int]:
     return table.pages[row, max(first, int(table.first_column[row])) : -(-length // S)].tolist()
 
 
-def check_room(before, middle, counts, asked, handles) -> None:
+def check_room(before, middle, counts, asked, handles, num_drafts: int) -> None:
     """What a plan and a reservation may do."""
     rows, counters, old, new, active = before.rows, before.counters, before.lengths, middle.lengths, before.rows.active
-    assert np.all((asked >= 0) & (asked <= behind(before))) and np.sum(asked) <= TOKEN_COUNTS[-1], "the plan"
+    most = behind(before) + np.where(behind(before) == 1, num_drafts, 0)
+    assert np.all((asked >= 0) & (asked <= most)) and np.sum(asked) <= TOKEN_COUNTS[-1], "the plan"
     assert np.all((counts == asked) | (counts == 0)), "all that a row asked for, or nothing"
     lost = np.where(counts > 0, old + counts - new, old - new)
     assert np.all(lost >= 0) and np.all(lost[counts > 0] == 0)
@@ -399,17 +433,23 @@ def _check_kept(seen, owners, row: int, new, lost, rows) -> None:
     assert new[row] >= min(kept * S, int(seen.lengths[row]) // S * S), "gives up shared pages"
 
 
-def check_commit(before, after, counts) -> None:
+def check_commit(before, after, counts, num_drafts: int) -> None:
     """What computing, sharing and committing may do."""
     (_, _, old, rows, counters), (_, _, new, now, now_counters) = before, after
-    draws = (counts > 0) & (old == rows.num_known)
-    assert np.array_equal(now.num_known, rows.num_known + draws), "who has caught up draws, nobody else"
+    draws = (counts > 0) & (old >= rows.num_known)
+    num_drawn, drafted = now.num_known - rows.num_known, np.where(draws, old - rows.num_known, 0)
+    assert np.array_equal(num_drawn > 0, draws), "who has caught up draws, nobody else"
+    assert np.all((num_drawn <= 1 + drafted) & (drafted <= num_drafts)), "a token, and one for each draft"
     source = np.maximum(rows.source, 0)
     is_ready = rows.active & (rows.source != NO_ROW) & (old[source] >= rows.num_prompt - 1)
     assert np.array_equal(now.source, np.where(is_ready, NO_ROW, rows.source))
     released = rows.active & ~now.active & ~rows.keeps
-    assert np.array_equal(new, np.select([released, is_ready], [0 * old, rows.num_prompt - 1], old))
+    kept = np.where(draws, np.minimum(old, now.num_known - 1), old)
+    assert np.array_equal(new, np.select([released, is_ready], [0 * old, rows.num_prompt - 1], kept))
     assert now_counters.computed_tokens - counters.computed_tokens == np.sum(counts) <= TOKEN_COUNTS[-1]
-    assert now_counters.drawn_tokens - counters.drawn_tokens == np.sum(draws)
+    assert now_counters.drawn_tokens - counters.drawn_tokens == np.sum(num_drawn)
+    assert now_counters.drafted_tokens - counters.drafted_tokens == np.sum(drafted)
+    assert now_counters.accepted_tokens - counters.accepted_tokens == np.sum(num_drawn[draws] - 1)
     steps = now_counters.steps - counters.steps
-    assert np.array_equal(steps, [np.sum(counts) <= TOKEN_COUNTS[0], np.sum(counts) > TOKEN_COUNTS[0]])
+    smallest = np.searchsorted(TOKEN_COUNTS, np.sum(counts))
+    assert np.array_equal(steps, np.arange(len(TOKEN_COUNTS)) == smallest)

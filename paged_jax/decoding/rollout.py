@@ -41,6 +41,7 @@ class _Queue:
     prompt_lens: Int32[Array, " Q"]
     limits: Int32[Array, " Q"]  # tokens that a sample may draw
     sampling: SamplingState  # of Q rows
+    hints: Int32[Array, "Q H"]
     next: Int32[Array, ""]  # the next sample that gets a row
     sample: Int32[Array, " B"]  # the sample in each row; its total number where the row is free
     # The pages of the one prompt of which only some samples have rows: the others will share them.
@@ -61,6 +62,7 @@ def rollout(
     sampling: SamplingParams | SamplingState = SamplingParams(temperature=1.0),  # noqa: B008  frozen
     limits: Int32[Array, " Q"] | None = None,
     prefix: Handles | None = None,
+    hints: Int32[Array, "Q H"] | None = None,
 ) -> tuple[Rollout, KVCache]:
     """Draw samples of many prompts, through a batch of fixed size, in one XLA program.
 
@@ -91,6 +93,8 @@ def rollout(
             (seed, i).
         limits: the most tokens of each prompt's samples, 0 to X; None: X for all.
         prefix: handles to the first tokens of all prompts, which were computed before; the prompts repeat these tokens.
+        hints: texts that each prompt's samples may repeat, such as those that it drew before, for the stepper's drafter
+            (`Lookup`); -1 between two texts, and after the last. They change the speed, not what is drawn.
 
     Returns:
         What was drawn, and the cache, with all rows empty.
@@ -103,13 +107,15 @@ def rollout(
     _check_sizes(stepper, cache, num_samples, max_new_tokens, num_prompts)
     num_all = num_prompts * num_samples
     limits = jnp.full(num_prompts, max_new_tokens, jnp.int32) if limits is None else limits
-    state = _idle_state(stepper, cache, width + max_new_tokens, _each_prompt(sampling, num_prompts))
+    hints = jnp.zeros((num_prompts, 0), jnp.int32) if hints is None else hints
+    state = _idle_state(stepper, cache, width + max_new_tokens, _each_prompt(sampling, num_prompts), hints.shape[1])
     tables, handles = cache.tables.publish(0, 0)  # of no tokens: only their shapes matter
     queue = _Queue(
         prompts=prompts,
         prompt_lens=prompt_lens,
         limits=limits,
         sampling=_each_prompt(sampling, num_prompts),
+        hints=hints,
         next=jnp.int32(0),
         sample=jnp.full(tables.num_rows, num_all, jnp.int32),
         handles=handles,
@@ -183,11 +189,13 @@ def _each_prompt(sampling: SamplingParams | SamplingState, num_prompts: int) -> 
     return dataclasses.replace(every, seed=jnp.asarray(seeds))
 
 
-def _idle_state(stepper: Stepper, cache: KVCache, capacity: int, sampling: SamplingState) -> DecodeState:
+def _idle_state(
+    stepper: Stepper, cache: KVCache, capacity: int, sampling: SamplingState, num_hints: int
+) -> DecodeState:
     """A batch of empty rows, which can be sampled as the prompts are."""
     num_rows = cache.tables.num_rows
     idle = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (num_rows, *x.shape[1:])), sampling)
-    rows = Rows.create(num_rows, capacity, idle, stepper.num_logprobs or 0)
+    rows = Rows.create(num_rows, capacity, idle, stepper.num_logprobs or 0, num_hints)
     return DecodeState(cache, rows, Counters.create(len(stepper.token_counts)))
 
 
@@ -236,6 +244,7 @@ def _admit(
         active=jnp.ones(num_rows, bool),
         finish=jnp.zeros(num_rows, jnp.int32),
         source=_find_source(state, queue, sample, takes, num_samples),
+        hints=queue.hints[prompt],
         sampling=dataclasses.replace(sampling, sample=sample % num_samples),
     )
     state = start(state, takes, new)

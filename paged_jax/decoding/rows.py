@@ -15,6 +15,8 @@ from paged_jax.cache.mesh import everywhere
 from paged_jax.sampling import SamplingState
 
 NO_ROW = -1
+NO_TOKEN = -1
+FIRST_TRUST = 2.0  # drafts that a row asks for when it starts
 
 
 class Finish(IntEnum):
@@ -48,10 +50,14 @@ class Rows:
     keeps: Bool[Array, " B"]  # when it ends, its pages stay until somebody needs them
     source: Int32[Array, " B"]  # the row that computes this row's prompt, and is forked then; NO_ROW: it does so itself
     finish: Int32[Array, " B"]  # of Finish
+    hints: Int32[Array, "B H"]  # texts that the row may repeat, with NO_TOKEN between and after them; H is often 0
+    trust: Float[Array, " B"]  # how many drafts the row asks for
     sampling: SamplingState
 
     @classmethod
-    def create(cls, num_rows: int, capacity: int, sampling: SamplingState, num_logprobs: int = 0) -> "Rows":
+    def create(
+        cls, num_rows: int, capacity: int, sampling: SamplingState, num_logprobs: int = 0, num_hints: int = 0
+    ) -> "Rows":
         """Empty rows.
 
         Args:
@@ -59,6 +65,7 @@ class Rows:
             capacity: C, tokens that a row can know.
             sampling: of these rows.
             num_logprobs: k, the most likely tokens that a row keeps beside each drawn one.
+            num_hints: H, tokens of the texts that a row may repeat.
         """
 
         def zeros(*shape: int, dtype=jnp.int32) -> Array:  # distinct buffers: each is donated
@@ -77,6 +84,8 @@ class Rows:
             keeps=zeros(num_rows, dtype=jnp.bool_),
             source=zeros(num_rows) + NO_ROW,
             finish=zeros(num_rows),
+            hints=zeros(num_rows, num_hints) + NO_TOKEN,
+            trust=zeros(num_rows, dtype=jnp.float32) + FIRST_TRUST,
             sampling=sampling,
         )
 
@@ -93,10 +102,12 @@ class Counters(NamedTuple):
     drawn_tokens: Int32[Array, ""]
     preemptions: Int32[Array, ""]  # times that a row gave up its pages
     recomputed_tokens: Int32[Array, ""]  # cached tokens that were given up so
+    drafted_tokens: Int32[Array, ""]  # drafts that were computed
+    accepted_tokens: Int32[Array, ""]  # those of them that were drawn
 
     @classmethod
     def create(cls, num_token_counts: int) -> "Counters":
-        zero = [jnp.zeros((), jnp.int32) for _ in range(4)]
+        zero = [jnp.zeros((), jnp.int32) for _ in range(6)]
         return cls(jnp.zeros(num_token_counts, jnp.int32), *zero)
 
 

@@ -1,7 +1,7 @@
 """One step for everything: plan, reserve, forward, draw, commit.
 
 A row knows tokens and caches some of them. A step computes some of the tokens between the two, of any number of rows
-at once, and a row that has caught up draws its next token.
+at once, and a row that has caught up draws its next token; with drafts (`paged_jax.decoding.draft`) several of them.
 """
 
 import dataclasses
@@ -19,9 +19,10 @@ from paged_jax.attention import find_sharing, sharing_pays
 from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.cache.pool import PagePool
+from paged_jax.decoding.draft import Drafter, add_drafts, settle_drafts
 from paged_jax.decoding.plan import Plan, first_come_first_served
 from paged_jax.decoding.room import reserve
-from paged_jax.decoding.rows import NO_ROW, DecodeState, Finish, Rows
+from paged_jax.decoding.rows import FIRST_TRUST, NO_ROW, DecodeState, Finish, Rows
 from paged_jax.forward import Forward
 from paged_jax.sampling import Processor, SamplingState, draw
 
@@ -41,6 +42,8 @@ class Stepper:
             `SHORT` tokens runs the smallest that holds what it computes. Any other, such as one that prefills, runs the
             largest: that is the budget of a step, and must hold a token of every row.
         plan: how many tokens each row computes.
+        drafter: proposes tokens that a step verifies, such as `Lookup`; it changes the speed, never what is drawn.
+            Drafts fill the largest pass but one, since the largest is for steps that prefill.
         processor: changes the logits of every row before they are drawn from; see `paged_jax.sampling.Processor`.
         num_logprobs: of how many of the most likely tokens `Rows` keeps the log-probabilities, beside that of the drawn
             one; None computes none at all.
@@ -52,6 +55,7 @@ class Stepper:
     forward: Forward
     token_counts: tuple[int, ...] = TOKEN_COUNTS
     plan: Plan = first_come_first_served
+    drafter: Drafter | None = None
     processor: Processor | None = None
     num_logprobs: int | None = 0
     processed_logprobs: bool = False
@@ -63,32 +67,53 @@ class Stepper:
             raise ValueError(f"token_counts must be numbers of at least 1 in ascending order, got {counts}")
         if self.num_logprobs is not None and self.num_logprobs < 0:
             raise ValueError(f"num_logprobs must be None or at least 0, got {self.num_logprobs}")
+        if self.drafter is not None and not 1 <= self.num_drafts < SHORT:
+            raise ValueError(f"num_drafts of the drafter must be from 1 to {SHORT - 1}, got {self.num_drafts}")
+
+    @property
+    def num_drafts(self) -> int:
+        """D, the most drafts of a row in a step."""
+        return 0 if self.drafter is None else self.drafter.num_drafts
+
+    def verifies(self, num_tokens: int) -> bool:
+        """Whether the pass of so many tokens may have drafts in it."""
+        return self.drafter is not None and num_tokens in self.token_counts[: max(len(self.token_counts) - 1, 1)]
 
 
 class Drawn(NamedTuple):
-    """What a step drew, for each row; anything where `drew` is False."""
+    """What a step drew, for each row one token after the other, X = D + 1; anything where `drew` is False."""
 
-    drew: Bool[Array, " B"]
-    tokens: Int32[Array, " B"]
-    logprobs: Float[Array, " B"]
-    top_tokens: Int32[Array, "B k"]
-    top_logprobs: Float[Array, "B k"]
+    drew: Bool[Array, "B X"]
+    tokens: Int32[Array, "B X"]
+    logprobs: Float[Array, "B X"]
+    top_tokens: Int32[Array, "B X k"]
+    top_logprobs: Float[Array, "B X k"]
     processor: Any
 
 
-def token_counts_for(num_rows: int, budget: int = TOKEN_COUNTS[-1]) -> tuple[int, ...]:
+def token_counts_for(num_rows: int, budget: int = TOKEN_COUNTS[-1], *, num_drafts: int = 0) -> tuple[int, ...]:
     """The token counts for a batch of so many rows: for a few that decode, for all of them, for a step that prefills.
+
+    With drafts also for all rows and half of their drafts.
 
     Not many: each pass takes as long to compile as a small decoder.
 
     Args:
         num_rows: B.
         budget: the most tokens that a step computes; at least B.
+        num_drafts: D, the most drafts of a row.
     """
     if budget < num_rows:
         raise ValueError(f"a budget of {budget} tokens a step does not hold one of each of {num_rows} rows: raise it")
     few = [count for count in (8, 32, 128, 512) if 2 * count <= num_rows]
-    return tuple(sorted({*few, min(max(num_rows, 8), budget), budget}))
+    drafting = num_rows + -(-num_rows * num_drafts // 2)
+    if num_drafts and drafting >= budget:
+        raise ValueError(
+            f"a budget of {budget} tokens a step is too small for {num_rows} rows with {num_drafts} drafts each: raise "
+            f"it to {2 * drafting}"
+        )
+    drafts = {max(drafting, 16)} if num_drafts else set()
+    return tuple(sorted({*few, *drafts, min(max(num_rows, 8), budget), budget}))
 
 
 def step(stepper: Stepper, params: Any, state: DecodeState) -> tuple[DecodeState, Bool[Array, " B"]]:
@@ -99,20 +124,40 @@ def step(stepper: Stepper, params: Any, state: DecodeState) -> tuple[DecodeState
     Returns:
         The state, and which rows ended in this step.
     """
-    budget = stepper.token_counts[-1]
-    if budget < len(state.rows.active):
+    num_rows = len(state.rows.active)
+    if stepper.token_counts[-1] < num_rows:
         raise ValueError(
-            f"token_counts={stepper.token_counts} for a batch of {len(state.rows.active)} rows: the largest must hold "
+            f"token_counts={stepper.token_counts} for a batch of {num_rows} rows: the largest must hold "
             "one token of each"
+        )
+    if stepper.drafter is not None and (most := max(filter(stepper.verifies, stepper.token_counts))) <= num_rows:
+        raise ValueError(
+            f"token_counts={stepper.token_counts} for a batch of {num_rows} rows with drafts: the largest but one, "
+            f"{most}, must hold more than one token of each; token_counts_for({num_rows}, num_drafts="
+            f"{stepper.num_drafts}) gives some that do"
         )
     if (kept := state.rows.top_tokens.shape[2]) != (stepper.num_logprobs or 0):
         raise ValueError(
             f"num_logprobs={stepper.num_logprobs} of the stepper, but the rows keep {kept} of the most likely tokens: "
             f"create the state with num_logprobs={stepper.num_logprobs or 0}"
         )
-    state, counts = reserve(state, stepper.plan(state, budget))
+    state, counts = reserve(*ask(stepper, state))
     state, drawn = compute(stepper, params, state, counts)
     return commit(share_prompts(state), drawn)
+
+
+def ask(stepper: Stepper, state: DecodeState) -> tuple[DecodeState, Int32[Array, " B"]]:
+    """How many tokens each row is to compute: what the plan gives it, and drafts, in a step that does not prefill.
+
+    Returns:
+        The state, with drafts in the rows' token buffers, and the tokens of each row.
+    """
+    counts = stepper.plan(state, stepper.token_counts[-1])
+    if stepper.drafter is None:
+        return state, counts
+    largest = max(filter(stepper.verifies, stepper.token_counts))
+    is_short = (jnp.max(counts) <= SHORT) | (largest == stepper.token_counts[-1])
+    return add_drafts(stepper.drafter, state, counts, jnp.where(is_short, largest, 0))
 
 
 def release(state: DecodeState, rows: Bool[Array, " B"]) -> DecodeState:
@@ -124,12 +169,14 @@ def release(state: DecodeState, rows: Bool[Array, " B"]) -> DecodeState:
 def compute(stepper: Stepper, params: Any, state: DecodeState, counts: Int32[Array, " B"]) -> tuple[DecodeState, Drawn]:
     """Run the decoder on the next `counts[b]` tokens of each row, for which there are pages, and draw.
 
-    Only rows that compute something take part, at most T of them in a step of T tokens. Token counts for which as many
-    rows can take part share the drawing, which takes as long to compile as a small decoder.
+    Tokens past those that a row knows are drafts. Only rows that compute something take part, at most T of them in a
+    step of T tokens. Token counts for which as many rows can take part share the drawing, which takes as long to
+    compile as a small decoder, but not where they verify drafts.
     """
     total = jnp.sum(counts, dtype=jnp.int32)
     num_rows = len(counts)
-    by_rows = [(n, tuple(group)) for n, group in itertools.groupby(stepper.token_counts, lambda t: min(t, num_rows))]
+    alike = itertools.groupby(stepper.token_counts, lambda t: (min(t, num_rows), t if stepper.verifies(t) else 0))
+    by_rows = [(n, tuple(group)) for (n, _), group in alike]
     branches = [functools.partial(_forward_and_draw, stepper, *sizes) for sizes in by_rows]
     which = _choose_pass(stepper.token_counts, counts)
     ends = jnp.cumsum(jnp.array([len(token_counts) for _, token_counts in by_rows], jnp.int32), dtype=jnp.int32)
@@ -168,34 +215,81 @@ def _forward_and_draw(
     logits, pool = lax.switch(which, branches, params, state, row, query_lens)
 
     mine = jax.tree.map(lambda x: x.at[row].get(mode="clip"), rows)
-    drew = (query_lens > 0) & (lengths.at[row].get(mode="clip") == mine.num_known)
-    result = draw(
-        logits,
-        mine.sampling,
-        mine.tokens,
-        mine.num_prompt,
-        mine.num_known,
-        active=drew,
-        processor=stepper.processor,
-        num_logprobs=stepper.num_logprobs,
-        processed_logprobs=stepper.processed_logprobs,
-    )
+    length = lengths.at[row].get(mode="clip")
+    num_drafts = jnp.maximum(length - mine.num_known, 0)
+    if stepper.verifies(token_counts[0]):  # there are logits of every token
+        first_logits = jnp.cumsum(query_lens, dtype=jnp.int32) - 1 - num_drafts
+    else:
+        first_logits = jnp.arange(num_taking, dtype=jnp.int32)
+    drawn = _draw(stepper, logits, first_logits, mine, (query_lens > 0) & (length >= mine.num_known), num_drafts)
 
     def spread(x: Array, like: Array) -> Array:
         """From the rows that take part to all rows."""
         return like.at[row].set(x, mode="drop")
 
-    zeros = jnp.zeros(num_rows, jnp.int32)
-    logprobs = zeros.astype(jnp.float32)
-    top_zeros = jnp.zeros((num_rows, result.top_tokens.shape[1]), jnp.int32)
-    return pool, Drawn(
-        drew=spread(drew, jnp.zeros(num_rows, bool)),
-        tokens=spread(result.tokens, zeros),
-        logprobs=logprobs if result.logprobs is None else spread(result.logprobs, logprobs),
-        top_tokens=spread(result.top_tokens, top_zeros),
-        top_logprobs=spread(result.top_logprobs, top_zeros.astype(jnp.float32)),
-        processor=jax.tree.map(spread, result.processor, rows.sampling.processor),
-    )
+    def spread_over_zeros(x: Array) -> Array:
+        return spread(x, jnp.zeros((num_rows, *x.shape[1:]), x.dtype))
+
+    processor = jax.tree.map(spread, drawn.processor, rows.sampling.processor)
+    return pool, Drawn._make((*map(spread_over_zeros, drawn[:-1]), processor))
+
+
+def _draw(
+    stepper: Stepper,
+    logits: Float[Array, "Z V"],
+    first_logits: Int32[Array, " R"],
+    rows: Rows,
+    draws: Bool[Array, " R"],
+    num_drafts: Int32[Array, " R"],
+) -> Drawn:
+    """What some rows draw: one token, and another one for each draft that they draw.
+
+    Args:
+        stepper: says what is drawn.
+        logits: after the last known token of each row, and after each of its drafts.
+        first_logits: where those of a row begin.
+        rows: with drafts in their token buffers after what they know.
+        draws: which rows have caught up.
+        num_drafts: of each row.
+    """
+    num_rows, most = len(draws), stepper.num_drafts + 1
+    row = jnp.arange(num_rows, dtype=jnp.int32)
+
+    def draw_at(i: int | Array, draws: Array, processor: Any) -> tuple:
+        result = draw(
+            logits.at[first_logits + i].get(mode="clip"),
+            dataclasses.replace(rows.sampling, processor=processor),
+            rows.tokens,
+            rows.num_prompt,
+            rows.num_known + i,
+            active=draws,
+            processor=stepper.processor,
+            num_logprobs=stepper.num_logprobs,
+            processed_logprobs=stepper.processed_logprobs,
+        )
+        logprobs = jnp.zeros(num_rows, jnp.float32) if result.logprobs is None else result.logprobs
+        return draws, result.tokens, logprobs, result.top_tokens, result.top_logprobs, result.processor
+
+    if stepper.drafter is None:
+        *parts, processor = draw_at(0, draws, rows.sampling.processor)
+        return Drawn._make((*(x[:, None] for x in parts), processor))
+
+    def goes_on(carry: tuple[Array, Array, Drawn]) -> Array:
+        return jnp.any(carry[1])
+
+    def draw_next(carry: tuple[Array, Array, Drawn]) -> tuple[Array, Array, Drawn]:
+        i, draws, drawn = carry
+        *parts, processor = draw_at(i, draws, drawn.processor)
+        token = parts[1]
+        columns = [old.at[:, i].set(new) for old, new in zip(drawn[:-1], parts, strict=True)]
+        is_drafted = (i < num_drafts) & (token == rows.tokens.at[row, rows.num_known + i].get(mode="clip"))
+        has_ended = rows.sampling.is_stop(token) | (rows.num_known + i + 1 >= rows.limit)
+        return i + 1, draws & is_drafted & ~has_ended, Drawn._make((*columns, processor))
+
+    *shapes, _ = jax.eval_shape(draw_at, 0, draws, rows.sampling.processor)
+    nothing = (jnp.zeros((num_rows, most, *x.shape[1:]), x.dtype) for x in shapes)
+    start = jnp.int32(0), draws, Drawn._make((*nothing, rows.sampling.processor))
+    return lax.while_loop(goes_on, draw_next, start)[2]
 
 
 def _forward(
@@ -205,14 +299,19 @@ def _forward(
     state: DecodeState,
     row: Int32[Array, " R"],
     query_lens: Int32[Array, " R"],
-) -> tuple[Float[Array, "R V"], PagePool]:
-    """Logits at the last of the next tokens of some rows, computed in a pass of T = `num_tokens`."""
+) -> tuple[Float[Array, "Z V"], PagePool]:
+    """Logits at the last of the next tokens of some rows, computed in a pass of T = `num_tokens`.
+
+    In a pass that verifies drafts, logits of every token.
+    """
     num_rows, capacity = state.rows.tokens.shape
     longest = num_tokens if num_tokens == stepper.token_counts[-1] else min(SHORT, num_tokens)
     metadata = AttentionMetadata.ragged(state.cache.tables, query_lens, num_tokens, rows=row, max_query_len=longest)
     sharing = stepper.sharing
     if sharing is None:
         sharing = longest <= SHORT and sharing_pays(len(row))
+    if stepper.verifies(num_tokens):
+        metadata = dataclasses.replace(metadata, logits_at=jnp.arange(num_tokens, dtype=jnp.int32))
     if sharing:
         metadata = find_sharing(metadata, state.cache.pool)
     token = jnp.arange(num_tokens, dtype=jnp.int32)
@@ -249,11 +348,15 @@ def commit(state: DecodeState, drawn: Drawn) -> tuple[DecodeState, Bool[Array, "
     """
     rows = state.rows
     capacity = rows.tokens.shape[1]
-    row = jnp.arange(len(rows.active), dtype=jnp.int32)
-    place = row, jnp.where(drawn.drew, rows.num_known, capacity)
-    num_known = rows.num_known + drawn.drew.astype(jnp.int32)
+    num_drawn = jnp.sum(drawn.drew, axis=1, dtype=jnp.int32)
+    drew = num_drawn > 0
+    row = jnp.arange(len(drew), dtype=jnp.int32)
+    i = jnp.arange(drawn.drew.shape[1], dtype=jnp.int32)[None, :]
+    place = row[:, None], jnp.where(drawn.drew, rows.num_known[:, None] + i, capacity + i)
+    num_known = rows.num_known + num_drawn
+    last = drawn.tokens[row, jnp.maximum(num_drawn - 1, 0)]
     finish = jnp.select(
-        [drawn.drew & rows.sampling.is_stop(drawn.tokens), drawn.drew & (num_known >= rows.limit)],
+        [drew & rows.sampling.is_stop(last), drew & (num_known >= rows.limit)],
         [jnp.int32(Finish.STOP_TOKEN), jnp.int32(Finish.MAX_TOKENS)],
         rows.finish,
     )
@@ -270,7 +373,9 @@ def commit(state: DecodeState, drawn: Drawn) -> tuple[DecodeState, Bool[Array, "
         finish=finish,
         sampling=sampling,
     )
-    return dataclasses.replace(state, rows=rows), ended
+    state = dataclasses.replace(state, rows=rows)
+    num_drafts = drawn.drew.shape[1] - 1
+    return (settle_drafts(state, num_drawn, num_drafts) if num_drafts else state), ended
 
 
 def start(state: DecodeState, mask: Bool[Array, " B"], rows: Rows) -> DecodeState:
@@ -291,6 +396,7 @@ def start(state: DecodeState, mask: Bool[Array, " B"], rows: Rows) -> DecodeStat
             limit=jnp.where(mask, jnp.minimum(rows.limit, longest + 1), rows.limit),
             active=rows.active & (fits & draws | ~mask),
             finish=jnp.where(mask, finish, rows.finish),
+            trust=jnp.where(mask, FIRST_TRUST, rows.trust),
         ),
     )
 

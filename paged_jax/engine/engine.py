@@ -17,6 +17,7 @@ from paged_jax.cache.config import CacheConfig
 from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.cache.page_tables import PageTables
+from paged_jax.decoding.draft import Drafter
 from paged_jax.decoding.step import Stepper, token_counts_for
 from paged_jax.engine.core import Core
 from paged_jax.engine.intake import Intake, Prompt, as_batch, find_folder
@@ -55,7 +56,8 @@ class Engine:
         tokenizer: from text to tokens and back; None: prompts are token ids, and pieces have no text.
         stop_tokens: end every sample, beside those of its request.
         token_counts: of the steps, see `Stepper`; longer prompts are cut at the largest. None: some for so many rows.
-        visit_steps: the most steps between two looks of the host, and so the most tokens of a piece.
+        visit_steps: the most steps between two looks of the host, and so, without drafts, the most tokens of a piece.
+        drafter: proposes tokens that a step verifies, such as `Lookup`; see `Stepper`.
         processor: changes the logits of every row, see `paged_jax.sampling.Processor`.
         processor_state: of all rows before their first token, where the processor has one.
         num_logprobs: how many of the most likely tokens come with each token; None: no log-probabilities at all.
@@ -84,6 +86,7 @@ class Engine:
         stop_tokens: Sequence[int] = (),
         token_counts: tuple[int, ...] | None = None,
         visit_steps: int = 8,
+        drafter: Drafter | None = None,
         processor: Processor | None = None,
         processor_state: Any = None,
         num_logprobs: int | None = 0,
@@ -96,8 +99,9 @@ class Engine:
     ):
         if visit_steps < 1:
             raise ValueError(f"Engine(visit_steps={visit_steps}): visit_steps must be at least 1")
-        counts = token_counts or token_counts_for(config.max_sequences)
-        stepper = Stepper(forward, counts, processor=processor, num_logprobs=num_logprobs)
+        num_drafts = 0 if drafter is None else drafter.num_drafts
+        counts = token_counts or token_counts_for(config.max_sequences, num_drafts=num_drafts)
+        stepper = Stepper(forward, counts, drafter=drafter, processor=processor, num_logprobs=num_logprobs)
         if counts[-1] < config.max_sequences:
             raise ValueError(
                 f"Engine(token_counts={counts}): the largest must hold a token of each of {config.max_sequences} rows"

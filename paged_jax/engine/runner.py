@@ -42,7 +42,7 @@ def _count_traces(function: Callable) -> Callable:
 
 
 class Snapshot(NamedTuple):
-    """What a visit did; X is the most steps of a visit, k `Stepper.num_logprobs`, G the groups of layers."""
+    """What a visit did; X is the most tokens of a row in it, k `Stepper.num_logprobs`, G the groups of layers."""
 
     tokens: Int32[Array, "B X"]  # drawn in this visit, from the first column on
     logprobs: Float[Array, "B X"]
@@ -73,7 +73,7 @@ class Runner:
         stepper: what is static about a step.
         params: the decoder's parameters.
         config: sizes of the cache.
-        visit_steps: X.
+        visit_steps: the most steps of a visit.
         keeps: rows that end keep their pages until they are stopped, or somebody needs them.
         processor_state: of all rows, for the stepper's processor.
         widths: `max_stop_tokens` and `max_bias_tokens` of a row.
@@ -167,7 +167,7 @@ class Runner:
             self._state = _drop(self.state, some)
 
     def visit(self, key: Any, num_steps: int, until_one_ends: bool) -> None:
-        """Make up to `num_steps` steps, at most X; until a row ends, if that is asked for."""
+        """Make up to `num_steps` steps, at most `visit_steps`; until a row ends, if that is asked for."""
         sizes = np.int32(num_steps), np.bool_(until_one_ends)
         self._state, snapshot = _visit(self.stepper, self.visit_steps, self.params, self.state, *sizes)
         for array in jax.tree.leaves(snapshot):
@@ -218,7 +218,8 @@ def _visit(
     before = state.rows.num_known
     state = run(stepper, params, state, num_steps, until_one_ends=until_one_ends)
     rows, tables = state.rows, state.cache.tables
-    place = before[:, None] + jnp.arange(visit_steps, dtype=jnp.int32)[None, :]
+    most = visit_steps * (1 + stepper.num_drafts)
+    place = before[:, None] + jnp.arange(most, dtype=jnp.int32)[None, :]
     row = jnp.arange(len(before), dtype=jnp.int32)[:, None]
 
     def new(x: Array) -> Array:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from batch_model import HYBRID, PLAIN, SAMPLING, B, Batch, M, Request, S, Stages, stages_of
+from batch_model import HYBRID, PLAIN, SAMPLING, B, Batch, M, Request, S, Stages, Told, stages_of
 from hash_decoder import VOCAB
 from state_machine import run_machine
 
@@ -119,6 +119,8 @@ class StepMachine(RuleBasedStateMachine):
         COUNTS["steps"] += int(np.sum(counters.steps))
         COUNTS["preemptions"] += int(counters.preemptions)
         COUNTS["recomputed tokens"] += int(counters.recomputed_tokens)
+        COUNTS["accepted drafts"] += int(counters.accepted_tokens)
+        COUNTS["rejected drafts"] += int(counters.drafted_tokens - counters.accepted_tokens)
 
 
 def machine_of(windows, stages: Stages | None = None, check_at_the_end: bool = True) -> type[StepMachine]:
@@ -140,6 +142,18 @@ def test_random_batches(windows):
     run_machine(machine_of(windows), num_examples=25, num_steps=25)
     assert COUNTS["steps"] >= 500 and COUNTS["preemptions"] >= 5, COUNTS
     assert stages_of(windows).num_traces == 1
+
+
+@pytest.mark.parametrize(
+    "windows", [pytest.param(PLAIN, id="plain"), pytest.param(HYBRID, id="hybrid", marks=pytest.mark.long)]
+)
+def test_random_batches_with_drafts(windows):
+    """Drafts of which some are right change nothing that is drawn, and rejected ones leave no trace."""
+    COUNTS.clear()
+    stages = Stages(windows, drafter=Told(3))
+    run_machine(machine_of(windows, stages), num_examples=25, num_steps=25)
+    assert COUNTS["preemptions"] >= 5 and COUNTS["accepted drafts"] >= 50 and COUNTS["rejected drafts"] >= 50, COUNTS
+    assert stages.num_traces == 1
 
 
 @pytest.mark.long

@@ -64,11 +64,11 @@ MUTANTS = {
         "lengths[source] >= rows.num_prompt - 3",
     ),
     "a row ends one token late": (step, "num_known >= rows.limit", "num_known > rows.limit"),
-    "a stop token ends nothing": (step, "drawn.drew & rows.sampling.is_stop(drawn.tokens)", "drawn.drew & ~drawn.drew"),
+    "a stop token ends nothing": (step, "drew & rows.sampling.is_stop(last)", "drew & ~drew"),
     "a token is learnt at the wrong place": (
         step,
-        "jnp.where(drawn.drew, rows.num_known, capacity)",
-        "jnp.where(drawn.drew, rows.num_known - 1, capacity)",
+        "jnp.where(drawn.drew, rows.num_known[:, None] + i,",
+        "jnp.where(drawn.drew, rows.num_known[:, None] + i - 1,",
     ),
 }
 ONLY_WITH_WINDOWS = {"windows slide after pages are taken"}

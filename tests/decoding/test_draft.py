@@ -1,0 +1,208 @@
+"""Drafts: what is proposed, what is accepted, and that nothing which is drawn depends on them."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hash_decoder as decoder
+from batch_model import Told
+from paged_jax import Engine, KVCache, Lookup, Rollout, SamplingParams, SamplingState, Stepper, rollout
+from paged_jax.decoding.draft import update_trust
+from paged_jax.decoding.rows import NO_TOKEN, DecodeState, Rows
+from paged_jax.decoding.step import step, token_counts_for
+
+
+def rows_with(*texts: list[int], hints=None, seeds=None) -> Rows:
+    num_rows, capacity = len(texts), 32
+    sampling = SamplingState.of([(SamplingParams(seed=seed), 0) for seed in seeds or range(num_rows)])
+    rows = Rows.create(num_rows, capacity, sampling, num_hints=16)
+    tokens = np.zeros((num_rows, capacity), np.int32)
+    told = np.full((num_rows, 16), NO_TOKEN, np.int32)
+    for row, text in enumerate(texts):
+        tokens[row, : len(text)] = text
+        told[row, : len(hints[row]) if hints else 0] = hints[row] if hints else []
+    num_known = jnp.array([len(text) for text in texts])
+    return dataclasses.replace(
+        rows, tokens=jnp.asarray(tokens), hints=jnp.asarray(told), num_known=num_known, active=num_known > 0
+    )
+
+
+def proposals(rows: Rows, **options) -> list[list[int]]:
+    drafts = Lookup(**options).propose(rows)
+    return [np.asarray(tokens[:count]).tolist() for tokens, count in zip(drafts.tokens, drafts.counts, strict=True)]
+
+
+def test_a_lookup_continues_the_latest_earlier_occurrence():
+    assert proposals(rows_with([1, 2, 3, 4, 5, 9, 1, 2, 3, 6, 7, 1, 2, 3]), num_drafts=3) == [[6, 7, 1]]
+    assert proposals(rows_with([1, 2, 3, 4, 5, 9, 1, 2, 3]), num_drafts=3, num_matched=2) == [[4, 5, 9]]
+
+
+def test_a_lookup_finds_nothing_in_a_text_without_repetition_and_in_rows_that_are_short_or_idle():
+    assert proposals(rows_with([1, 2, 3, 4, 5, 6], [1, 1], [], [0, 0, 0])) == [[], [], [], []]
+
+
+def test_a_text_that_repeats_is_taken_to_go_on_so():
+    assert proposals(rows_with([5, 5, 5, 5], [1, 2, 3, 1, 2, 3, 1, 2, 3])) == [[5, 5, 5, 5], [1, 2, 3, 1]]
+
+
+def test_a_lookup_prefers_hints_and_does_not_read_past_their_end():
+    text = [1, 2, 3, 4, 1, 2, 3]
+    told = [1, 2, 3, 5, 6, 7, 8, NO_TOKEN, 1, 2, 3, 9, 9]
+    assert proposals(rows_with(text, text, hints=[told, []]), num_drafts=2) == [[9, 9], [4, 1]]
+    assert proposals(rows_with(text, hints=[told[7:]])) == [[4, 1, 2, 3]], "the longer continuation"
+    assert proposals(rows_with([4, 1, 2, 3], hints=[told[7:]])) == [[9, 9]]
+
+
+def test_a_lookup_takes_an_earlier_occurrence_that_goes_on_for_longer():
+    assert proposals(rows_with([0, 1, 2, 3], hints=[[1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 8]])) == [[4, 5, 6, 7]]
+
+
+def test_a_lookup_reads_the_sibling_that_has_come_farthest():
+    texts = [7, 1, 2, 3], [7, 1, 2, 3, 4, 5, 6], [7, 1, 2, 3, 8], [7, 1, 2, 3]
+    assert proposals(rows_with(*texts, seeds=[5, 5, 5, 6])) == [[4, 5, 6], [], [], []]
+
+
+def test_trust_doubles_while_drafts_are_right_and_recovers_slowly_after_they_were_not():
+    proposed, accepted = jnp.array([2, 4, 4, 1, 0]), jnp.array([2, 3, 0, 0, 0])
+    after = update_trust(jnp.array([2.0, 4.0, 4.0, 1.0, 0.5]), proposed, accepted, num_drafts=7)
+    assert after.tolist() == [4.0, 5.0, 2.0, 0.5, 0.515625]
+    assert update_trust(after, jnp.array([4, 4, 0, 0, 0]), jnp.array([4, 4, 0, 0, 0]), 7)[0] == 7
+
+
+def test_drafters_that_no_pass_can_hold_are_refused():
+    with pytest.raises(ValueError, match="num_drafts of the drafter must be from 1 to 7, got 8"):
+        Stepper(decoder.forward, drafter=Lookup(num_drafts=8))
+    with pytest.raises(ValueError, match="a budget of 32 tokens a step is too small for 16 rows with 4 drafts each"):
+        token_counts_for(16, 32, num_drafts=4)
+    state = DecodeState.create(decoder.config(9), 8, (4, 16))
+    with pytest.raises(ValueError, match=r"4 rows with drafts: the largest but one, 4, must hold more than one token"):
+        step(Stepper(decoder.forward, (4, 16), drafter=Lookup()), None, state)
+    with pytest.raises(ValueError, match="num_matched must be at least 1, got 0"):
+        Lookup(num_matched=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class NoRepeat:
+    """Never a token that was drawn an odd number of tokens ago: its state is all that a draft's rejection undoes."""
+
+    def process(self, state, logits, tokens, num_known):
+        return jnp.where(state, -jnp.inf, logits)
+
+    def advance(self, state, drawn, drew):
+        now = ~state & jax.nn.one_hot(drawn, state.shape[1], dtype=bool)
+        return jnp.where(drew[:, None], now, state)
+
+
+NUM_SAMPLES, NUM_NEW = 300, 5
+
+
+TEMPERATURE, STOP = 0.06, 6
+PROMPTS = [3, 1, 4, 1], [2, 7, 1, 8]
+
+
+@functools.cache
+def sampled(drafter) -> Rollout:
+    """Many samples of two prompts under a processor with a state; hints say what would be drawn greedily."""
+    stepper = Stepper(decoder.forward, (16, 48, 64), drafter=drafter, processor=NoRepeat())
+    params = SamplingParams(temperature=TEMPERATURE, seed=2, stop_tokens=(STOP,))
+    state = jnp.zeros((len(PROMPTS), decoder.VOCAB), bool)
+    sampling = SamplingState.of([(params, 0)] * len(PROMPTS), processor=state)
+    hints = jnp.array([[*[NO_TOKEN] * 4, *decoder.dense_greedy(prompt, NUM_NEW)] for prompt in PROMPTS])
+
+    @jax.jit
+    def run(cache):
+        return rollout(
+            stepper, jnp.int32(0), jnp.array(PROMPTS), jnp.array([4, 4]), cache,
+            max_new_tokens=NUM_NEW, num_samples=NUM_SAMPLES, sampling=sampling, hints=hints,
+        )  # fmt: skip
+
+    result, cache = run(KVCache.create(decoder.config(1 + 80, max_sequences=16)))
+    assert cache.tables.num_free.tolist() == [80]
+    return jax.device_get(result)
+
+
+def test_sampled_tokens_are_those_without_drafts_whatever_is_rejected():
+    plain, drafted = sampled(None), sampled(Told(3))
+    assert drafted.counters.accepted_tokens > 50
+    assert drafted.counters.drafted_tokens - drafted.counters.accepted_tokens > 50
+    for name in ("tokens", "lengths", "finish", "logprobs"):
+        assert np.array_equal(getattr(plain, name), getattr(drafted, name)), name
+
+
+def test_sampled_tokens_follow_the_decoder_s_distribution():
+    """Pearson's chi-square of the second token, which is the first that may have been drafted."""
+    drafted = sampled(Told(3))
+    observed, expected = np.zeros(decoder.VOCAB), np.zeros(decoder.VOCAB)
+    firsts = drafted.tokens[0, :, 0]
+    for first in set(firsts.tolist()) - {STOP}:
+        same = firsts == first
+        logits = decoder.dense_logits([*PROMPTS[0], first]).astype(np.float64) / TEMPERATURE
+        logits[first] = -np.inf  # the processor's rule
+        weights = np.exp(logits - np.max(logits))
+        expected += np.sum(same) * weights / np.sum(weights)
+        observed += np.bincount(drafted.tokens[0, same, 1], minlength=decoder.VOCAB)
+    frequent = expected >= 5
+    seen = np.array([*observed[frequent], np.sum(observed[~frequent])])
+    likely = np.array([*expected[frequent], np.sum(expected[~frequent])])
+    chi_square, freedom = np.sum((seen - likely) ** 2 / likely), len(seen) - 1
+    assert freedom >= 10 and chi_square < freedom + 4 * np.sqrt(2 * freedom), (chi_square, freedom)
+
+
+FEW_TOKENS = {5: 100.0, 7: 107.0}
+
+
+@functools.cache
+def rollout_with(drafter):
+    """A rollout of four prompts at once: its biases and its hints are arguments."""
+    stepper = Stepper(decoder.forward, (4, 16, 32), drafter=drafter)
+    prompts, lengths = jnp.arange(16, dtype=jnp.int32).reshape(4, 4), jnp.array([4, 3, 2, 1])
+
+    @jax.jit
+    def run(cache, sampling, hints):
+        options = {"max_new_tokens": 48, "sampling": sampling, "hints": hints}
+        return rollout(stepper, jnp.int32(0), prompts, lengths, cache, **options)[0]
+
+    def start(bias: dict[int, float], hints=None) -> Rollout:
+        params = [SamplingParams(temperature=1.0, seed=seed, logit_bias=bias) for seed in range(3, 7)]
+        sampling = SamplingState.of([(p, 0) for p in params], max_bias_tokens=len(FEW_TOKENS))
+        hints = np.full((4, 48), NO_TOKEN, np.int32) if hints is None else hints
+        return jax.device_get(run(KVCache.create(decoder.config(1 + 64)), sampling, hints))
+
+    return start
+
+
+def num_steps(result: Rollout) -> int:
+    return int(np.sum(result.counters.steps))
+
+
+def test_a_text_that_repeats_itself_takes_fewer_steps():
+    plain, drafted = (rollout_with(drafter)(FEW_TOKENS) for drafter in (None, Lookup()))
+    assert np.array_equal(plain.tokens, drafted.tokens)
+    assert num_steps(plain) >= 1.3 * num_steps(drafted)
+
+
+def test_what_was_drawn_before_takes_a_third_of_the_steps():
+    first = rollout_with(Lookup())({})
+    second = rollout_with(Lookup())({}, first.tokens[:, 0])
+    assert np.array_equal(first.tokens, second.tokens)
+    assert num_steps(first) >= 3 * num_steps(second)
+
+
+def test_the_engine_hands_out_the_same_tokens_in_fewer_pieces():
+    params = [SamplingParams(max_new_tokens=n, temperature=1.0, seed=n, logit_bias=FEW_TOKENS) for n in (40, 17, 3)]
+    prompts, pieces, tokens = [[1, 2, 3], [4, 5], [6]], [], []
+    for drafter in (None, Lookup()):
+        engine = Engine(
+            decoder.forward, jnp.int32(0), decoder.config(1 + 64), token_counts=(4, 16, 32), drafter=drafter,
+            visit_steps=4, max_bias_tokens=2,
+        )  # fmt: skip
+        ids = [engine.add_request(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+        drawn = list(engine.stream())
+        tokens.append([[t for piece in drawn if piece.request == i for t in piece.tokens] for i in ids])
+        pieces.append(len(drawn))
+    assert tokens[0] == tokens[1] and list(map(len, tokens[0])) == [40, 17, 3]
+    assert pieces[1] < pieces[0]
