@@ -13,6 +13,7 @@ from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.cache.page_tables import PageTables
 from paged_jax.cache.pool import LayerPlace, PagePool
+from paged_jax.decoding.beam import Beams, beam_search
 from paged_jax.decoding.rollout import Rollout, rollout
 from paged_jax.decoding.rows import Finish
 from paged_jax.decoding.score import Score, score
@@ -26,6 +27,7 @@ from paged_jax.sampling import Processor, SamplingParams, SamplingState
 __version__ = "0.1.0"
 __all__ = [
     "AttentionMetadata",
+    "Beams",
     "CacheConfig",
     "CacheReport",
     "Completion",
@@ -47,6 +49,7 @@ __all__ = [
     "SamplingState",
     "Score",
     "Stepper",
+    "beam_search",
     "paged_attention",
     "rollout",
     "score",

@@ -7,7 +7,7 @@ at once, and a row that has caught up draws its next token.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -76,6 +76,30 @@ class Drawn(NamedTuple):
     processor: Any
 
 
+Choose = Callable[[Stepper, Float[Array, "R V"], Rows, Bool[Array, " R"]], Any]
+"""(stepper, logits, rows, drew) -> what is made of the logits of some rows: a pytree whose leaves have the rows first.
+
+`drew` says which of these rows have caught up; the logits of the others mean nothing.
+"""
+
+
+def draw_next(stepper: Stepper, logits: Float[Array, "R V"], rows: Rows, drew: Bool[Array, " R"]) -> Drawn:
+    """The `Choose` of rollouts and of the engine: each row draws for itself."""
+    drawn = draw(
+        logits,
+        rows.sampling,
+        rows.tokens,
+        rows.num_prompt,
+        rows.num_known,
+        active=drew,
+        processor=stepper.processor,
+        num_logprobs=stepper.num_logprobs,
+        processed_logprobs=stepper.processed_logprobs,
+    )
+    logprobs = jnp.zeros(len(drew), jnp.float32) if drawn.logprobs is None else drawn.logprobs
+    return Drawn(drew, drawn.tokens, logprobs, drawn.top_tokens, drawn.top_logprobs, drawn.processor)
+
+
 def token_counts_for(num_rows: int, budget: int = TOKEN_COUNTS[-1]) -> tuple[int, ...]:
     """The token counts for a batch of so many rows: for a few that decode, for all of them, for a step that prefills.
 
@@ -121,27 +145,40 @@ def release(state: DecodeState, rows: Bool[Array, " B"]) -> DecodeState:
     return dataclasses.replace(state, cache=dataclasses.replace(state.cache, tables=tables))
 
 
-def compute(stepper: Stepper, params: Any, state: DecodeState, counts: Int32[Array, " B"]) -> tuple[DecodeState, Drawn]:
+def compute(
+    stepper: Stepper, params: Any, state: DecodeState, counts: Int32[Array, " B"], choose: Choose = draw_next
+) -> tuple[DecodeState, Any]:
     """Run the decoder on the next `counts[b]` tokens of each row, for which there are pages, and draw.
 
     Only rows that compute something take part, at most T of them in a step of T tokens. Token counts for which as many
     rows can take part share the drawing, which takes as long to compile as a small decoder.
+
+    Args:
+        stepper: what is static about a step.
+        params: the decoder's parameters.
+        state: the batch, after `reserve`.
+        counts: tokens that each row computes.
+        choose: what is made of the logits.
+
+    Returns:
+        The state, and what was chosen, with all rows first: zeros where a row computed nothing.
     """
     total = jnp.sum(counts, dtype=jnp.int32)
     num_rows = len(counts)
+    drew = (counts > 0) & (state.cache.tables.lengths == state.rows.num_known)
     by_rows = [(n, tuple(group)) for n, group in itertools.groupby(stepper.token_counts, lambda t: min(t, num_rows))]
-    branches = [functools.partial(_forward_and_draw, stepper, *sizes) for sizes in by_rows]
+    branches = [functools.partial(_forward_and_choose, stepper, choose, *sizes) for sizes in by_rows]
     which = _choose_pass(stepper.token_counts, counts)
     ends = jnp.cumsum(jnp.array([len(token_counts) for _, token_counts in by_rows], jnp.int32), dtype=jnp.int32)
     branch = jnp.sum(ends <= which, dtype=jnp.int32)
-    pool, drawn = lax.switch(branch, branches, params, state, counts)
+    pool, chosen = lax.switch(branch, branches, params, state, counts, drew)
     counters = state.counters
     counters = counters._replace(
         steps=counters.steps.at[which].add(1),
         computed_tokens=counters.computed_tokens + total,
-        drawn_tokens=counters.drawn_tokens + jnp.sum(drawn.drew, dtype=jnp.int32),
+        drawn_tokens=counters.drawn_tokens + jnp.sum(drew, dtype=jnp.int32),
     )
-    return dataclasses.replace(state, cache=KVCache(state.cache.tables, pool), counters=counters), drawn
+    return dataclasses.replace(state, cache=KVCache(state.cache.tables, pool), counters=counters), chosen
 
 
 def _choose_pass(token_counts: Sequence[int], counts: Int32[Array, " B"]) -> Int32[Array, ""]:
@@ -150,16 +187,17 @@ def _choose_pass(token_counts: Sequence[int], counts: Int32[Array, " B"]) -> Int
     return jnp.where(jnp.max(counts) <= SHORT, smallest, len(token_counts) - 1).astype(jnp.int32)
 
 
-def _forward_and_draw(
+def _forward_and_choose(
     stepper: Stepper,
+    choose: Choose,
     num_taking: int,
     token_counts: tuple[int, ...],
     params: Any,
     state: DecodeState,
     counts: Int32[Array, " B"],
-) -> tuple[PagePool, Drawn]:
+    drew: Bool[Array, " B"],
+) -> tuple[PagePool, Any]:
     """A step of one of some token counts, in which up to R = `num_taking` rows take part."""
-    rows, lengths = state.rows, state.cache.tables.lengths
     num_rows = len(counts)
     row = jnp.flatnonzero(counts > 0, size=num_taking, fill_value=num_rows).astype(jnp.int32)
     query_lens = counts.at[row].get(mode="fill", fill_value=0)
@@ -167,35 +205,14 @@ def _forward_and_draw(
     which = _choose_pass(stepper.token_counts, counts) - stepper.token_counts.index(token_counts[0])
     logits, pool = lax.switch(which, branches, params, state, row, query_lens)
 
-    mine = jax.tree.map(lambda x: x.at[row].get(mode="clip"), rows)
-    drew = (query_lens > 0) & (lengths.at[row].get(mode="clip") == mine.num_known)
-    result = draw(
-        logits,
-        mine.sampling,
-        mine.tokens,
-        mine.num_prompt,
-        mine.num_known,
-        active=drew,
-        processor=stepper.processor,
-        num_logprobs=stepper.num_logprobs,
-        processed_logprobs=stepper.processed_logprobs,
-    )
+    mine = jax.tree.map(lambda x: x.at[row].get(mode="clip"), state.rows)
+    chosen = choose(stepper, logits, mine, drew.at[row].get(mode="fill", fill_value=False))
 
-    def spread(x: Array, like: Array) -> Array:
+    def spread(x: Array) -> Array:
         """From the rows that take part to all rows."""
-        return like.at[row].set(x, mode="drop")
+        return jnp.zeros((num_rows, *x.shape[1:]), x.dtype).at[row].set(x, mode="drop")
 
-    zeros = jnp.zeros(num_rows, jnp.int32)
-    logprobs = zeros.astype(jnp.float32)
-    top_zeros = jnp.zeros((num_rows, result.top_tokens.shape[1]), jnp.int32)
-    return pool, Drawn(
-        drew=spread(drew, jnp.zeros(num_rows, bool)),
-        tokens=spread(result.tokens, zeros),
-        logprobs=logprobs if result.logprobs is None else spread(result.logprobs, logprobs),
-        top_tokens=spread(result.top_tokens, top_zeros),
-        top_logprobs=spread(result.top_logprobs, top_zeros.astype(jnp.float32)),
-        processor=jax.tree.map(spread, result.processor, rows.sampling.processor),
-    )
+    return pool, jax.tree.map(spread, chosen)
 
 
 def _forward(
@@ -258,7 +275,12 @@ def commit(state: DecodeState, drawn: Drawn) -> tuple[DecodeState, Bool[Array, "
         rows.finish,
     )
     ended = rows.active & (finish != Finish.UNFINISHED)
-    sampling: SamplingState = dataclasses.replace(rows.sampling, processor=drawn.processor)
+
+    def advance(new: Array, old: Array) -> Array:
+        return jnp.where(drawn.drew.reshape(drawn.drew.shape + (1,) * (new.ndim - 1)), new, old)
+
+    processor = jax.tree.map(advance, drawn.processor, rows.sampling.processor)
+    sampling: SamplingState = dataclasses.replace(rows.sampling, processor=processor)
     rows = dataclasses.replace(
         rows,
         tokens=rows.tokens.at[place].set(drawn.tokens, mode="drop", unique_indices=True),
