@@ -45,7 +45,7 @@ class Beams(NamedTuple):
     lengths: Int32[Array, "Q n"]  # tokens, a stop token included; 0 where there are fewer sequences
     scores: Float[Array, "Q n"]  # sum of the logprobs / lengths ** length_penalty; -inf where there are fewer
     finish: Int32[Array, "Q n"]  # of Finish; UNFINISHED where there are fewer, because no more were allowed
-    peak_pages: Int32[Array, " G"]  # the most pages of each group of layers that were held at once
+    peak_pages: Int32[Array, " G"]  # the most pages of each group of layers that the beams held at once
     counters: Counters
 
 
@@ -71,7 +71,7 @@ class _Search:
     widths: Int32[Array, " U"]  # beams of each
     scores: Float[Array, "U W"]  # log-probabilities of the running beams, the best first; -inf where there is none
     finished: Hypotheses
-    peak_pages: Int32[Array, " G"]
+    least_free: Int32[Array, " G"]  # the fewest pages of each group of layers that were free
 
     @property
     def is_taken(self) -> Bool[Array, " U"]:
@@ -164,7 +164,7 @@ def beam_search(
         widths=jnp.ones(num_groups, jnp.int32),
         scores=jnp.full((num_groups, width), NOTHING, jnp.float32),
         finished=Hypotheses.create(num_groups, width, max_new_tokens),
-        peak_pages=jnp.zeros_like(cache.tables.num_free),
+        least_free=cache.tables.num_free,
     )
     out = Hypotheses.create(num_prompts, width, max_new_tokens), jnp.zeros((num_prompts, width), jnp.int32)
     carry = state, search, out
@@ -181,8 +181,16 @@ def beam_search(
         return state.settle(), search, out
 
     state, search, (found, why) = lax.while_loop(unfinished, body, carry)
-    found, why = jax.tree.map(lambda x: x[:, :num_return], (found, why))
-    return Beams(*found[:4], why, search.peak_pages, state.counters), state.cache
+    beams = Beams(
+        tokens=found.tokens[:, :num_return],
+        logprobs=found.logprobs[:, :num_return],
+        lengths=found.lengths[:, :num_return],
+        scores=found.scores[:, :num_return],
+        finish=why[:, :num_return],
+        peak_pages=cache.tables.num_free - search.least_free,
+        counters=state.counters,
+    )
+    return beams, state.cache
 
 
 def _check_sizes(
@@ -320,9 +328,7 @@ def _step(
     """
     width, num_stop = search.scores.shape[1], state.rows.sampling.stop_tokens.shape[1]
     state, counts = reserve(state, stepper.plan(state, stepper.token_counts[-1]))
-    held = jnp.array([table.num_pages - 1 for table in state.cache.tables.groups], jnp.int32)
-    held -= state.cache.tables.num_free
-    search = dataclasses.replace(search, peak_pages=jnp.maximum(search.peak_pages, held))
+    search = dataclasses.replace(search, least_free=jnp.minimum(search.least_free, state.cache.tables.num_free))
     state, counts, is_ready = _wait_for_each_other(state, search, counts)
     state, found = compute(stepper, params, state, counts, find_candidates(num_candidates(width, num_stop)))
     state, search = lax.cond(
@@ -371,8 +377,8 @@ def _choose(
     def add(finished: Hypotheses) -> Hypotheses:
         at = jnp.arange(finished.tokens.shape[2], dtype=jnp.int32)[None, None, :] + num_prompt[:, None, None]
         at = jnp.minimum(at, rows.tokens.shape[1] - 1)
-        drawn = (jnp.take_along_axis(search.of_groups(x), at, axis=2) for x in (rows.tokens, rows.logprobs))
-        return finished.merge(finish(choice, *drawn, num_drawn, search.widths, rules), search.widths)
+        tokens, logprobs = (jnp.take_along_axis(search.of_groups(x), at, axis=2) for x in (rows.tokens, rows.logprobs))
+        return finished.merge(finish(choice, tokens, logprobs, num_drawn, search.widths, rules), search.widths)
 
     may_finish = is_ready[:, None] & choice.ends
     added = lax.cond(jnp.any(may_finish), add, lambda finished: finished, search.finished)

@@ -22,6 +22,7 @@ def search(
     penalty: float = 1.0,
     early: bool | str = False,
     stop: tuple[int, ...] = (),
+    see: Callable[[list[Sequence]], object] = len,
 ) -> list[Sequence]:
     """The finished sequences, the best first.
 
@@ -32,9 +33,11 @@ def search(
         penalty: the length penalty.
         early: the rule of stopping.
         stop: tokens that end a sequence.
+        see: called with the running beams of every step.
     """
     running, finished = [Sequence((), 0.0)], []
     for length in range(1, limit + 1):
+        see(running)
         found = []
         for beam in running:
             logprobs = logprobs_after(beam.tokens)
