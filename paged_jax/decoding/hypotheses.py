@@ -168,7 +168,7 @@ def rank(
 
 def num_candidates(width: int, num_stop_tokens: int) -> int:
     """Continuations among which there are `width` that do not end: a beam has one for each stop token that does."""
-    return width * (1 + max(num_stop_tokens, 1))
+    return width * (1 + num_stop_tokens)
 
 
 def go_on(choice: Choice, width: int, widths: Int32[Array, " U"]) -> Choice:
