@@ -131,8 +131,11 @@ class Automaton:
             )
         bitmap, bitmaps = _bitmaps(sources, tokens, degrees, vocab_size)
         first = np.concatenate([[0], np.cumsum(degrees)])
-        first, tokens, targets, bitmap = (jnp.asarray(x.astype(np.int32)) for x in (first, tokens, targets, bitmap))
-        return cls(first, tokens, targets, bitmap, jnp.asarray(bitmaps), vocab_size)
+
+        def array(x: np.ndarray) -> Array:
+            return jnp.asarray(x.astype(np.int32))
+
+        return cls(array(first), array(tokens), array(targets), array(bitmap), jnp.asarray(bitmaps), vocab_size)
 
     def start(self, num_rows: int) -> Int32[Array, " R"]:
         """The state of rows that have drawn nothing, for `SamplingState.processor`."""
