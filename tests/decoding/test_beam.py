@@ -100,7 +100,11 @@ def check_prompt(found: Beams, q: int, expected: list[plain_beams.Sequence], sto
         assert found.finish[q, i] == (Finish.STOP_TOKEN if stopped else Finish.MAX_TOKENS)
 
 
-@pytest.mark.parametrize("windows", [PLAIN, HYBRID], ids=["plain", "hybrid"])
+@pytest.mark.parametrize(
+    "windows",
+    # With windows it is another program; in the short run a checkpoint that has some is compared with transformers.
+    [pytest.param(PLAIN, id="plain"), pytest.param(HYBRID, id="hybrid", marks=pytest.mark.long)],
+)
 def test_every_prompt_finds_what_plain_python_finds_with_plenty_of_pages_and_with_few(windows):
     prompts, lens = queue(0)
     for penalty, held in ((1.0, ()), (0.5, (64, 64, 40)), (2.0, (64, 64, 44))):  # the largest tree has 13 pages
@@ -167,9 +171,9 @@ def test_a_prompt_whose_beams_need_more_pages_than_there_are_ends_with_what_it_h
 
 def test_one_compilation_served_all_searches_without_a_host_callback():
     prompts, lens = queue(4)
-    for windows in (PLAIN, HYBRID):
-        run(prompts, lens, windows=windows)
-        assert TRACES[windows] == 1
+    run(prompts, lens)
+    run(prompts, lens, penalty=0.5, widths=np.full(Q, 2, np.int32))
+    assert TRACES[PLAIN] == 1
     options = STOPS, WIDTHS, LIMITS, np.float32(1)
     text = program(PLAIN).lower(empty_cache(PLAIN), prompts, lens, *options).as_text()
     assert "callback" not in text and "infeed" not in text
