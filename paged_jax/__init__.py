@@ -13,6 +13,7 @@ from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.cache.page_tables import PageTables
 from paged_jax.cache.pool import LayerPlace, PagePool
+from paged_jax.decoding.beam import Beams, beam_search
 from paged_jax.decoding.draft import Drafter, Drafts, Lookup
 from paged_jax.decoding.rollout import Rollout, rollout
 from paged_jax.decoding.rows import Finish
@@ -22,11 +23,13 @@ from paged_jax.engine import Completion, Engine, Piece
 from paged_jax.forward import Forward
 from paged_jax.memory import CacheReport, MemoryReport
 from paged_jax.prefix.prefix_cache import PrefixCache
-from paged_jax.sampling import Processor, SamplingParams, SamplingState
+from paged_jax.sampling import Automaton, Processor, SamplingParams, SamplingState
 
 __version__ = "0.1.0"
 __all__ = [
     "AttentionMetadata",
+    "Automaton",
+    "Beams",
     "CacheConfig",
     "CacheReport",
     "Completion",
@@ -51,6 +54,7 @@ __all__ = [
     "SamplingState",
     "Score",
     "Stepper",
+    "beam_search",
     "paged_attention",
     "rollout",
     "score",

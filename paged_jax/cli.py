@@ -2,18 +2,28 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.console import Console
 
+from paged_jax.cache.kv_cache import KVCache
+from paged_jax.decoding.beam import Beams, beam_search
+from paged_jax.decoding.rows import Finish
+from paged_jax.decoding.step import Stepper, token_counts_for
 from paged_jax.engine import Completion, Engine, Piece
 from paged_jax.engine.intake import Prompt, find_folder, prompt_tokens
-from paged_jax.engine.output import Tokenizer
+from paged_jax.engine.output import Output, Tokenizer
 from paged_jax.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from paged_jax.models import Model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--json", action="store_true", help="print an object a line for each sample")
     _add_model_options(generate)
+    beams = generate.add_argument_group("beam search", "the --num-samples best sequences, instead of drawn samples")
+    beams.add_argument("--beams", type=int, metavar="N", help="search with so many beams")
+    beams.add_argument("--length-penalty", type=float, default=1.0, help="a score is logprob / length ** penalty")
+    beams.add_argument("--early-stopping", choices=["false", "true", "never"], default="false")
 
     chat = commands.add_parser("chat", help="talk with a chat model; Ctrl-C cuts an answer, Ctrl-D ends")
     chat.set_defaults(command=_chat)
@@ -141,6 +155,8 @@ def _generate(options: argparse.Namespace) -> None:
 
     folder = find_folder(options.model or models.DEMO)
     asked = [_Asked.read(line, options) for line in _read_prompts(options)]
+    if options.beams is not None:
+        return _search(folder, asked, options)
     tokenizer = models.Tokenizer.load(folder)
     sizes = [len(one.encode(tokenizer)) + one.params.max_new_tokens for one in asked]
     num_samples = sum(options.best_of or one.params.num_samples for one in asked)
@@ -155,6 +171,70 @@ def _generate(options: argparse.Namespace) -> None:
             printer.push(piece)
     finally:
         printer.finish()
+
+
+def _search(folder: pathlib.Path, asked: Sequence["_Asked"], options: argparse.Namespace) -> None:
+    """Print the best sequences that a beam search finds for each prompt."""
+    from paged_jax import models
+
+    params, drawing = _sampling(options), SamplingParams()
+    fits = "max_new_tokens", "num_samples", "stop_tokens"
+    others = [f.name for f in dataclasses.fields(params) if f.name not in fits]
+    wrong = [name for name in others if getattr(params, name) != getattr(drawing, name)]
+    wrong += [name for name in ("best_of", "json_input") if getattr(options, name)]
+    if wrong:
+        raise ValueError(f"--beams finds the likeliest sequences: leave out --{wrong[0].replace('_', '-')}")
+    if params.num_samples > options.beams:
+        raise ValueError(
+            f"--num-samples {params.num_samples} of --beams {options.beams}: ask for no more than there are"
+        )
+    model = models.load(folder, options.dtype)
+    prompts = [one.encode(model.tokenizer) for one in asked]
+    found = _find(model, prompts, params, options)
+    for q, one in enumerate(asked):
+        if np.any(found.finish[q] == Finish.TOO_LONG):
+            raise ValueError(f"the beams of {one.text[:40]!r} need more pages: raise --num-pages")
+        for i in range(params.num_samples):
+            tokens = found.tokens[q, i, : found.lengths[q, i]].tolist()
+            text = Output(model.tokenizer, prompts[q], params).push(tokens, is_last=True).text
+            if not options.json:
+                print(one.text + text)
+                continue
+            reason = "stop" if found.finish[q, i] == Finish.STOP_TOKEN else "length"
+            fields = {"prompt": one.text, "sample": i, "text": text, "finish_reason": reason}
+            fields |= {"logprob": float(np.sum(found.logprobs[q, i])), "score": float(found.scores[q, i])}
+            print(json.dumps(fields))
+
+
+def _find(model: "Model", prompts: list[list[int]], params: SamplingParams, options: argparse.Namespace) -> Beams:
+    """The search in one program, of coarse sizes, so that another call of about this size finds it compiled."""
+    import jax
+
+    longest, width = -(-max(map(len, prompts)) // 64) * 64, options.beams
+    padded = np.zeros((len(prompts), longest), np.int32)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)] = prompt
+    num_groups = min(len(prompts), 4)
+    columns = -(-(longest + params.max_new_tokens) // options.page_size)
+    config = model.cache_config(
+        num_pages=options.num_pages or 1 + num_groups * width * columns,
+        max_sequences=num_groups * width,
+        max_pages_per_sequence=columns,
+        page_size=options.page_size,
+    )
+    search = functools.partial(
+        beam_search,
+        Stepper(model.forward, token_counts_for(num_groups * width, max(num_groups * width, 64))),
+        width=width,
+        max_new_tokens=params.max_new_tokens,
+        num_return=params.num_samples,
+        length_penalty=options.length_penalty,
+        early_stopping={"false": False, "true": True}.get(options.early_stopping, "never"),
+        stop_tokens=(*params.stop_tokens, *model.stop_tokens),
+    )
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    found, _ = jax.jit(search, donate_argnums=3)(model.params, padded, lengths, KVCache.create(config))
+    return jax.device_get(found)
 
 
 def _engine(folder, options: argparse.Namespace, of: Sequence["_Asked"], **sizes) -> Engine:

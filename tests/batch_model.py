@@ -323,7 +323,9 @@ class Batch:
         expected = alone(self.windows, request)
         assert tuple(rows.tokens[row, :known].tolist()) == expected.tokens[:known], f"row {row} draws other tokens"
         drawn = slice(len(request.prompt), known)
-        assert np.array_equal(rows.logprobs[row, drawn], expected.logprobs[drawn]), f"row {row} has other logprobs"
+        rounding = 0 if self.stages.stepper.drafter is None else 1e-5  # with drafts another program computes them
+        difference = np.abs(rows.logprobs[row, drawn] - expected.logprobs[drawn])
+        assert np.all(difference <= rounding), f"row {row} has other logprobs"
         assert is_active == (known < len(expected.tokens)), f"row {row} ends too late or too early"
         assert rows.finish[row] == (Finish.UNFINISHED if is_active else expected.finish)
         if not is_active:

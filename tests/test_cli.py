@@ -66,6 +66,16 @@ def test_generate_reads_prompts_from_a_file_and_from_stdin(capsys, tmp_path, mon
     assert all(s["logprob"] < 0 for s in samples)
 
 
+def test_generate_with_one_beam_is_greedy_and_says_what_it_is_worth(capsys, continuation):
+    options = ["--beams", "1", "--max-new-tokens", "6", "--length-penalty", "0.5", "--json"]
+    assert main(["generate", "import ", "def main(", *options]) == 0
+    for text, line in zip(("import ", "def main("), capsys.readouterr().out.splitlines(), strict=True):
+        found = json.loads(line)
+        assert found["prompt"] == text and found["text"] == continuation(text, 6)
+        assert found["finish_reason"] == "length" and found["logprob"] < 0
+        assert abs(found["score"] - found["logprob"] / 6**0.5) < 1e-4
+
+
 @pytest.fixture
 def chat_folder(tmp_path):
     """The demo model with a chat template of its own."""
@@ -190,6 +200,8 @@ def test_every_command_keeps_compiled_programs(monkeypatch):
         (["generate", "x", "--page-size", "0"], "page_size must be a whole number of at least 1, got 0"),
         (["generate", "x", "--num-pages", "2"], "needs 5 pages, but the pool has 1 besides the null page"),
         (["generate", "x", "--top-p", "2"], r"top_p must be in"),
+        (["generate", "x", "--beams", "2", "--top-k", "3"], "--beams finds the likeliest sequences: leave out --top-k"),
+        (["generate", "x", "--beams", "2", "--num-samples", "3"], "--num-samples 3 of --beams 2: ask for no more than"),
         (["demo", "--num-samples", "0"], "num_samples must be at least 1"),
     ],
 )

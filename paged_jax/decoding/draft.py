@@ -216,6 +216,7 @@ def settle_drafts(state: DecodeState, num_drawn: Int32[Array, " B"], num_drafts:
     tables = lax.cond(jnp.any(kept < tables.lengths), lambda t: t.truncate(kept), lambda t: t, tables)
     trust = jnp.where(drew, update_trust(rows.trust, proposed, accepted, num_drafts), rows.trust)
     counters = counters._replace(
+        drawn_tokens=counters.drawn_tokens + jnp.sum(accepted, dtype=jnp.int32),
         drafted_tokens=counters.drafted_tokens + jnp.sum(proposed, dtype=jnp.int32),
         accepted_tokens=counters.accepted_tokens + jnp.sum(accepted, dtype=jnp.int32),
     )

@@ -7,7 +7,7 @@ at once, and a row that has caught up draws its next token; with drafts (`paged_
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -91,6 +91,70 @@ class Drawn(NamedTuple):
     processor: Any
 
 
+class Logits(NamedTuple):
+    """Of the rows that take part in a step: after the tokens that each knows, and after each of its drafts."""
+
+    values: Float[Array, "Z V"]
+    first: Int32[Array, " R"] | None  # where those of each row begin; None: one of each row, and no drafts
+    num_drafts: Int32[Array, " R"]
+
+    def after(self, num_drafts: int | Int32[Array, ""]) -> Float[Array, "R V"]:
+        """Those after so many drafts of each row; anything for rows that have fewer."""
+        if self.first is None:
+            return self.values
+        return self.values.at[self.first + num_drafts].get(mode="clip")
+
+
+Choose = Callable[[Stepper, Logits, Rows, Bool[Array, " R"]], Any]
+"""(stepper, logits, rows, draws) -> what is made of the logits of some rows: a pytree whose leaves have the rows first.
+
+`draws` says which of these rows have caught up; the logits of the others mean nothing.
+"""
+
+
+def draw_next(stepper: Stepper, logits: Logits, rows: Rows, draws: Bool[Array, " R"]) -> Drawn:
+    """The `Choose` of rollouts and of the engine: each row draws a token, and another one for each draft it draws."""
+
+    def draw_at(i: int | Array, draws: Array, processor: Any) -> tuple:
+        drawn = draw(
+            logits.after(i),
+            dataclasses.replace(rows.sampling, processor=processor),
+            rows.tokens,
+            rows.num_prompt,
+            rows.num_known + i,
+            active=draws,
+            processor=stepper.processor,
+            num_logprobs=stepper.num_logprobs,
+            processed_logprobs=stepper.processed_logprobs,
+        )
+        logprobs = jnp.zeros(len(draws), jnp.float32) if drawn.logprobs is None else drawn.logprobs
+        return draws, drawn.tokens, logprobs, drawn.top_tokens, drawn.top_logprobs, drawn.processor
+
+    if stepper.drafter is None:
+        *columns, processor = draw_at(0, draws, rows.sampling.processor)
+        return Drawn._make((*(x[:, None] for x in columns), processor))
+
+    def goes_on(carry: tuple[Array, Array, Drawn]) -> Array:
+        return jnp.any(carry[1])
+
+    def draw_one_more(carry: tuple[Array, Array, Drawn]) -> tuple[Array, Array, Drawn]:
+        i, draws, drawn = carry
+        *columns, processor = draw_at(i, draws, drawn.processor)
+        token = columns[1]
+        columns = [old.at[:, i].set(new) for old, new in zip(drawn[:-1], columns, strict=True)]
+        row = jnp.arange(len(draws), dtype=jnp.int32)
+        drafted = rows.tokens.at[row, rows.num_known + i].get(mode="clip")
+        is_drafted = (i < logits.num_drafts) & (token == drafted)
+        has_ended = rows.sampling.is_stop(token) | (rows.num_known + i + 1 >= rows.limit)
+        return i + 1, draws & is_drafted & ~has_ended, Drawn._make((*columns, processor))
+
+    *shapes, _ = jax.eval_shape(draw_at, 0, draws, rows.sampling.processor)
+    most = stepper.num_drafts + 1
+    nothing = (jnp.zeros((len(draws), most, *x.shape[1:]), x.dtype) for x in shapes)
+    start = jnp.int32(0), draws, Drawn._make((*nothing, rows.sampling.processor))
+    return lax.while_loop(goes_on, draw_one_more, start)[2]
+
+
 def token_counts_for(num_rows: int, budget: int = TOKEN_COUNTS[-1], *, num_drafts: int = 0) -> tuple[int, ...]:
     """The token counts for a batch of so many rows: for a few that decode, for all of them, for a step that prefills.
 
@@ -166,29 +230,42 @@ def release(state: DecodeState, rows: Bool[Array, " B"]) -> DecodeState:
     return dataclasses.replace(state, cache=dataclasses.replace(state.cache, tables=tables))
 
 
-def compute(stepper: Stepper, params: Any, state: DecodeState, counts: Int32[Array, " B"]) -> tuple[DecodeState, Drawn]:
+def compute(
+    stepper: Stepper, params: Any, state: DecodeState, counts: Int32[Array, " B"], choose: Choose = draw_next
+) -> tuple[DecodeState, Any]:
     """Run the decoder on the next `counts[b]` tokens of each row, for which there are pages, and draw.
 
     Tokens past those that a row knows are drafts. Only rows that compute something take part, at most T of them in a
     step of T tokens. Token counts for which as many rows can take part share the drawing, which takes as long to
     compile as a small decoder, but not where they verify drafts.
+
+    Args:
+        stepper: what is static about a step.
+        params: the decoder's parameters.
+        state: the batch, after `reserve`.
+        counts: tokens that each row computes.
+        choose: what is made of the logits.
+
+    Returns:
+        The state, and what was chosen, with all rows first: zeros where a row computed nothing.
     """
     total = jnp.sum(counts, dtype=jnp.int32)
     num_rows = len(counts)
+    draws = (counts > 0) & (state.cache.tables.lengths >= state.rows.num_known)
     alike = itertools.groupby(stepper.token_counts, lambda t: (min(t, num_rows), t if stepper.verifies(t) else 0))
     by_rows = [(n, tuple(group)) for (n, _), group in alike]
-    branches = [functools.partial(_forward_and_draw, stepper, *sizes) for sizes in by_rows]
+    branches = [functools.partial(_forward_and_choose, stepper, choose, *sizes) for sizes in by_rows]
     which = _choose_pass(stepper.token_counts, counts)
     ends = jnp.cumsum(jnp.array([len(token_counts) for _, token_counts in by_rows], jnp.int32), dtype=jnp.int32)
     branch = jnp.sum(ends <= which, dtype=jnp.int32)
-    pool, drawn = lax.switch(branch, branches, params, state, counts)
+    pool, chosen = lax.switch(branch, branches, params, state, counts, draws)
     counters = state.counters
     counters = counters._replace(
         steps=counters.steps.at[which].add(1),
         computed_tokens=counters.computed_tokens + total,
-        drawn_tokens=counters.drawn_tokens + jnp.sum(drawn.drew, dtype=jnp.int32),
+        drawn_tokens=counters.drawn_tokens + jnp.sum(draws, dtype=jnp.int32),
     )
-    return dataclasses.replace(state, cache=KVCache(state.cache.tables, pool), counters=counters), drawn
+    return dataclasses.replace(state, cache=KVCache(state.cache.tables, pool), counters=counters), chosen
 
 
 def _choose_pass(token_counts: Sequence[int], counts: Int32[Array, " B"]) -> Int32[Array, ""]:
@@ -197,16 +274,17 @@ def _choose_pass(token_counts: Sequence[int], counts: Int32[Array, " B"]) -> Int
     return jnp.where(jnp.max(counts) <= SHORT, smallest, len(token_counts) - 1).astype(jnp.int32)
 
 
-def _forward_and_draw(
+def _forward_and_choose(
     stepper: Stepper,
+    choose: Choose,
     num_taking: int,
     token_counts: tuple[int, ...],
     params: Any,
     state: DecodeState,
     counts: Int32[Array, " B"],
-) -> tuple[PagePool, Drawn]:
+    draws: Bool[Array, " B"],
+) -> tuple[PagePool, Any]:
     """A step of one of some token counts, in which up to R = `num_taking` rows take part."""
-    rows, lengths = state.rows, state.cache.tables.lengths
     num_rows = len(counts)
     row = jnp.flatnonzero(counts > 0, size=num_taking, fill_value=num_rows).astype(jnp.int32)
     query_lens = counts.at[row].get(mode="fill", fill_value=0)
@@ -214,82 +292,19 @@ def _forward_and_draw(
     which = _choose_pass(stepper.token_counts, counts) - stepper.token_counts.index(token_counts[0])
     logits, pool = lax.switch(which, branches, params, state, row, query_lens)
 
-    mine = jax.tree.map(lambda x: x.at[row].get(mode="clip"), rows)
-    length = lengths.at[row].get(mode="clip")
-    num_drafts = jnp.maximum(length - mine.num_known, 0)
+    mine = jax.tree.map(lambda x: x.at[row].get(mode="clip"), state.rows)
+    num_drafts = jnp.maximum(state.cache.tables.lengths.at[row].get(mode="clip") - mine.num_known, 0)
+    first = None
     if stepper.verifies(token_counts[0]):  # there are logits of every token
-        first_logits = jnp.cumsum(query_lens, dtype=jnp.int32) - 1 - num_drafts
-    else:
-        first_logits = jnp.arange(num_taking, dtype=jnp.int32)
-    drawn = _draw(stepper, logits, first_logits, mine, (query_lens > 0) & (length >= mine.num_known), num_drafts)
+        first = jnp.cumsum(query_lens, dtype=jnp.int32) - 1 - num_drafts
+    logits = Logits(logits, first, num_drafts)
+    chosen = choose(stepper, logits, mine, draws.at[row].get(mode="fill", fill_value=False))
 
-    def spread(x: Array, like: Array) -> Array:
+    def spread(x: Array) -> Array:
         """From the rows that take part to all rows."""
-        return like.at[row].set(x, mode="drop")
+        return jnp.zeros((num_rows, *x.shape[1:]), x.dtype).at[row].set(x, mode="drop")
 
-    def spread_over_zeros(x: Array) -> Array:
-        return spread(x, jnp.zeros((num_rows, *x.shape[1:]), x.dtype))
-
-    processor = jax.tree.map(spread, drawn.processor, rows.sampling.processor)
-    return pool, Drawn._make((*map(spread_over_zeros, drawn[:-1]), processor))
-
-
-def _draw(
-    stepper: Stepper,
-    logits: Float[Array, "Z V"],
-    first_logits: Int32[Array, " R"],
-    rows: Rows,
-    draws: Bool[Array, " R"],
-    num_drafts: Int32[Array, " R"],
-) -> Drawn:
-    """What some rows draw: one token, and another one for each draft that they draw.
-
-    Args:
-        stepper: says what is drawn.
-        logits: after the last known token of each row, and after each of its drafts.
-        first_logits: where those of a row begin.
-        rows: with drafts in their token buffers after what they know.
-        draws: which rows have caught up.
-        num_drafts: of each row.
-    """
-    num_rows, most = len(draws), stepper.num_drafts + 1
-    row = jnp.arange(num_rows, dtype=jnp.int32)
-
-    def draw_at(i: int | Array, draws: Array, processor: Any) -> tuple:
-        result = draw(
-            logits.at[first_logits + i].get(mode="clip"),
-            dataclasses.replace(rows.sampling, processor=processor),
-            rows.tokens,
-            rows.num_prompt,
-            rows.num_known + i,
-            active=draws,
-            processor=stepper.processor,
-            num_logprobs=stepper.num_logprobs,
-            processed_logprobs=stepper.processed_logprobs,
-        )
-        logprobs = jnp.zeros(num_rows, jnp.float32) if result.logprobs is None else result.logprobs
-        return draws, result.tokens, logprobs, result.top_tokens, result.top_logprobs, result.processor
-
-    if stepper.drafter is None:
-        *parts, processor = draw_at(0, draws, rows.sampling.processor)
-        return Drawn._make((*(x[:, None] for x in parts), processor))
-
-    def goes_on(carry: tuple[Array, Array, Drawn]) -> Array:
-        return jnp.any(carry[1])
-
-    def draw_next(carry: tuple[Array, Array, Drawn]) -> tuple[Array, Array, Drawn]:
-        i, draws, drawn = carry
-        *parts, processor = draw_at(i, draws, drawn.processor)
-        token = parts[1]
-        columns = [old.at[:, i].set(new) for old, new in zip(drawn[:-1], parts, strict=True)]
-        is_drafted = (i < num_drafts) & (token == rows.tokens.at[row, rows.num_known + i].get(mode="clip"))
-        has_ended = rows.sampling.is_stop(token) | (rows.num_known + i + 1 >= rows.limit)
-        return i + 1, draws & is_drafted & ~has_ended, Drawn._make((*columns, processor))
-
-    *shapes, _ = jax.eval_shape(draw_at, 0, draws, rows.sampling.processor)
-    nothing = (jnp.zeros((num_rows, most, *x.shape[1:]), x.dtype) for x in shapes)
-    start = jnp.int32(0), draws, Drawn._make((*nothing, rows.sampling.processor))
-    return lax.while_loop(goes_on, draw_next, start)[2]
+    return pool, jax.tree.map(spread, chosen)
 
 
 def _forward(
@@ -361,7 +376,12 @@ def commit(state: DecodeState, drawn: Drawn) -> tuple[DecodeState, Bool[Array, "
         rows.finish,
     )
     ended = rows.active & (finish != Finish.UNFINISHED)
-    sampling: SamplingState = dataclasses.replace(rows.sampling, processor=drawn.processor)
+
+    def advance(new: Array, old: Array) -> Array:
+        return jnp.where(drew.reshape(drew.shape + (1,) * (new.ndim - 1)), new, old)
+
+    processor = jax.tree.map(advance, drawn.processor, rows.sampling.processor)
+    sampling: SamplingState = dataclasses.replace(rows.sampling, processor=processor)
     rows = dataclasses.replace(
         rows,
         tokens=rows.tokens.at[place].set(drawn.tokens, mode="drop", unique_indices=True),

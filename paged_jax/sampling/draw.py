@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.random import threefry2x32_p
@@ -76,7 +75,7 @@ def draw(
     _check(logits, state, num_logprobs)
     active = jnp.ones(len(logits), bool) if active is None else active
     plain = logits.astype(jnp.float32)
-    allowed = plain if processor is None else _process(processor, state.processor, plain, tokens, num_known)
+    allowed = plain if processor is None else processors.apply(processor, state.processor, plain, tokens, num_known)
     sampled = active & (state.temperature > 0)
     biased = active & _uses_bias(state, num_known - num_prompt)
     penalised = active & _uses_penalties(state)
@@ -114,7 +113,7 @@ def draw(
     drawn, final = lax.cond(jnp.any(sampled | biased | penalised), choose_with_features, choose_greedily)
     measured = plain if final is None else final
     logprobs, top_tokens, top_logprobs = _measure(measured, drawn, num_logprobs)
-    advanced = state.processor if processor is None else _advance(processor, state.processor, drawn, active)
+    advanced = state.processor if processor is None else processors.advance(processor, state.processor, drawn, active)
     return Draw(drawn, logprobs, top_tokens, top_logprobs, advanced)
 
 
@@ -194,24 +193,3 @@ def _check(logits: Array, state: SamplingState, num_logprobs: int | None) -> Non
         raise ValueError(
             f"num_logprobs={num_logprobs} must be None or from 0 to the {logits.shape[1]} tokens of the vocabulary"
         )
-
-
-def _process(processor: Processor, state: Any, logits: Array, tokens: Array, num_known: Array) -> Array:
-    result = processor.process(state, logits, tokens, num_known)
-    if (result.shape, result.dtype) != (logits.shape, logits.dtype):
-        raise ValueError(
-            f"{type(processor).__name__}.process returned {result.dtype}{list(result.shape)}: return the "
-            f"{logits.dtype}{list(logits.shape)} logits that it was given, changed"
-        )
-    return result
-
-
-def _advance(processor: Processor, state: Any, drawn: Array, active: Array) -> Any:
-    result = processor.advance(state, drawn, active)
-    given, returned = (jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree) for tree in (state, result))
-    if given != returned:
-        raise ValueError(
-            f"{type(processor).__name__}.advance returned a state of {returned}, but was given {given}: keep the "
-            "structure, shapes and dtypes, because a compiled loop carries the state from step to step"
-        )
-    return result

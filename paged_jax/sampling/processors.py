@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
@@ -65,6 +66,31 @@ class Processor(Protocol):
             drew: which rows drew one; the others must keep their state.
         """
         ...
+
+
+def apply(
+    processor: Processor, state: Any, logits: Float32[Array, "R V"], tokens: Array, num_known: Array
+) -> Float32[Array, "R V"]:
+    """What a user's processor makes of the logits; ValueError at trace time for another shape or dtype."""
+    result = processor.process(state, logits, tokens, num_known)
+    if (result.shape, result.dtype) != (logits.shape, logits.dtype):
+        raise ValueError(
+            f"{type(processor).__name__}.process returned {result.dtype}{list(result.shape)}: return the "
+            f"{logits.dtype}{list(logits.shape)} logits that it was given, changed"
+        )
+    return result
+
+
+def advance(processor: Processor, state: Any, drawn: Int32[Array, " R"], active: Bool[Array, " R"]) -> Any:
+    """The state of a user's processor after a draw; ValueError at trace time for another structure, shape or dtype."""
+    result = processor.advance(state, drawn, active)
+    given, returned = (jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree) for tree in (state, result))
+    if given != returned:
+        raise ValueError(
+            f"{type(processor).__name__}.advance returned a state of {returned}, but was given {given}: keep the "
+            "structure, shapes and dtypes, because a compiled loop carries the state from step to step"
+        )
+    return result
 
 
 def bias(

@@ -129,8 +129,9 @@ def test_sampled_tokens_are_those_without_drafts_whatever_is_rejected():
     plain, drafted = sampled(None), sampled(Told(3))
     assert drafted.counters.accepted_tokens > 50
     assert drafted.counters.drafted_tokens - drafted.counters.accepted_tokens > 50
-    for name in ("tokens", "lengths", "finish", "logprobs"):
+    for name in ("tokens", "lengths", "finish"):
         assert np.array_equal(getattr(plain, name), getattr(drafted, name)), name
+    assert np.allclose(plain.logprobs, drafted.logprobs, rtol=0, atol=1e-5)  # two programs round differently
 
 
 def test_sampled_tokens_follow_the_decoder_s_distribution():

@@ -210,22 +210,29 @@ def prompts(seed: int, vocab_size: int) -> list[list[int]]:
     ]
 
 
-def compute(case: str, seed: int) -> dict[str, np.ndarray]:
-    """Config, tensor shapes, logits at the last token of every prompt, and greedy continuations."""
+def write_model(case: str, seed: int, folder: str) -> tuple:
+    """Writes a case's checkpoint to a folder: its config, the shapes of its tensors, and the model that was read."""
     import torch  # pyright: ignore[reportMissingImports]  own environment
     from transformers import AutoConfig, AutoModelForCausalLM  # pyright: ignore[reportMissingImports]  own environment
 
     model_type, changes = CASES[case]
     config = AutoConfig.for_model(model_type, **(changes if "text_config" in changes else COMMON | changes))
+    # The names and shapes are those of a folder that transformers writes, and it reads the weights from there
+    file = f"{folder}/model.safetensors"
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    with safe_open(file, "np") as stored:
+        shapes = {name: list(stored.get_slice(name).get_shape()) for name in stored.keys()}
+    save_file(fill(seed, shapes, model_type.startswith("gemma")), file, metadata={"format": "pt"})
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    return config, shapes, AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def compute(case: str, seed: int) -> dict[str, np.ndarray]:
+    """Config, tensor shapes, logits at the last token of every prompt, and greedy continuations."""
+    import torch  # pyright: ignore[reportMissingImports]  own environment
+
     with tempfile.TemporaryDirectory() as folder:
-        # The names and shapes are those of a folder that transformers writes, and it reads the weights from there
-        file = f"{folder}/model.safetensors"
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-        with safe_open(file, "np") as stored:
-            shapes = {name: list(stored.get_slice(name).get_shape()) for name in stored.keys()}
-        save_file(fill(seed, shapes, model_type.startswith("gemma")), file, metadata={"format": "pt"})
-        options = {"dtype": torch.float32, "attn_implementation": "eager"}
-        model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+        config, shapes, model = write_model(case, seed, folder)
     all_logits, greedy = [], []
     with torch.no_grad():
         for prompt in prompts(seed, VOCAB_SIZE):

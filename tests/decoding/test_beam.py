@@ -1,0 +1,204 @@
+"""Beam search over pages finds what plain Python finds, whatever runs short, and holds each page once."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import plain_beams
+import pytest
+
+import hash_decoder as decoder
+from paged_jax import Beams, Finish, KVCache, Stepper, beam_search
+from paged_jax.cache.invariants import check
+from paged_jax.decoding.hypotheses import Rules
+
+PLAIN, HYBRID = (None, None), (None, 6)
+Q, LONGEST, W, NEW = 6, 20, 4, 10  # prompts, and two groups of rows for them: one program for most tests
+STOPS, NO_STOPS = np.array([5, 9, 60, 61, 62, 63], np.int32), np.full(6, -1, np.int32)
+WIDTHS, LIMITS = np.array([4, 1, 3, 2, 4, 4], np.int32), np.array([10, 10, 5, 10, 10, 1], np.int32)
+TRACES = {PLAIN: 0, HYBRID: 0}
+
+
+def queue(seed: int):
+    rng = np.random.default_rng(seed)
+    lens = rng.integers(1, LONGEST + 1, Q).astype(np.int32)
+    return rng.integers(0, decoder.VOCAB, (Q, LONGEST)).astype(np.int32), lens
+
+
+@functools.cache
+def program(windows):
+    def forward(*arguments):
+        TRACES[windows] += 1
+        return decoder.forward(*arguments, windows=windows)
+
+    def search(cache, prompts, lens, stops, widths, limits, penalty):
+        return beam_search(
+            Stepper(forward, (16,)), jnp.int32(0), prompts, lens, cache, width=W, max_new_tokens=NEW,
+            stop_tokens=stops, widths=widths, limits=limits, length_penalty=penalty,
+        )  # fmt: skip
+
+    return jax.jit(search)
+
+
+@functools.cache
+def empty_cache(windows) -> KVCache:
+    return KVCache.create(decoder.config(1 + 56, 2 * W + 1, windows=windows))  # the last row is of no group
+
+
+@jax.jit
+def hold(cache: KVCache, lens) -> tuple[KVCache, list]:
+    """Publish so many tokens of each row, which keeps their pages from whoever comes."""
+    cache, _ = cache.reserve(lens)
+    tables, handles = cache.tables, []
+    for row in range(4):
+        tables, handle = tables.publish(row, lens[row])
+        handles.append(handle)
+    return KVCache(tables.release(lens > 0), cache.pool), handles
+
+
+@jax.jit
+def drop(tables, handles):
+    return functools.reduce(lambda tables, handle: tables.drop(handle), handles, tables)
+
+
+def run(prompts, lens, *, windows=PLAIN, stops=STOPS, widths=WIDTHS, limits=LIMITS, penalty=1.0, held=()) -> Beams:
+    """A search while handles hold the pages of so many tokens."""
+    holding = np.zeros(2 * W + 1, np.int32)
+    holding[: len(held)] = held
+    cache, handles = hold(empty_cache(windows), holding)
+    result, cache = program(windows)(cache, prompts, lens, stops, widths, limits, np.float32(penalty))
+    tables = drop(cache.tables, handles)
+    for table in tables.groups:
+        check(table)
+        assert table.num_free == table.num_pages - 1 and not np.any(table.lengths) and table.fault & ~1 == 0
+    return jax.device_get(result)
+
+
+def plain(prompt, windows=PLAIN, **options):
+    """The sequences of one prompt."""
+
+    def logprobs_after(drawn):
+        logits = decoder.dense_logits([*prompt.tolist(), *drawn], windows).astype(np.float64)
+        return logits - np.log(np.sum(np.exp(logits)))
+
+    return plain_beams.search(logprobs_after, **options)
+
+
+def check_prompt(found: Beams, q: int, expected: list[plain_beams.Sequence], stops=STOPS):
+    for i in range(W):
+        length = found.lengths[q, i]
+        if i >= len(expected):
+            assert found.scores[q, i] == -np.inf and length == 0 and found.finish[q, i] == Finish.UNFINISHED
+            continue
+        assert tuple(found.tokens[q, i, :length].tolist()) == expected[i].tokens, f"sequence {i} of prompt {q}"
+        assert not np.any(found.tokens[q, i, length:]) and not np.any(found.logprobs[q, i, length:])
+        assert np.isclose(found.scores[q, i], expected[i].score, atol=1e-5, rtol=0)
+        assert np.isclose(np.sum(found.logprobs[q, i]), expected[i].total, atol=1e-5, rtol=0)
+        stopped = expected[i].tokens[-1] in stops
+        assert found.finish[q, i] == (Finish.STOP_TOKEN if stopped else Finish.MAX_TOKENS)
+
+
+@pytest.mark.parametrize(
+    "windows",
+    # With windows it is another program; in the short run a checkpoint that has some is compared with transformers.
+    [pytest.param(PLAIN, id="plain"), pytest.param(HYBRID, id="hybrid", marks=pytest.mark.long)],
+)
+def test_every_prompt_finds_what_plain_python_finds_with_plenty_of_pages_and_with_few(windows):
+    prompts, lens = queue(0)
+    for penalty, held in ((1.0, ()), (0.5, (64, 64, 40)), (2.0, (64, 64, 44))):  # the largest tree has 13 pages
+        found = run(prompts, lens, windows=windows, penalty=penalty, held=held)
+        for q in range(Q):
+            options = dict(width=int(WIDTHS[q]), limit=int(LIMITS[q]), stop=tuple(STOPS.tolist()), penalty=penalty)
+            check_prompt(found, q, plain(prompts[q, : lens[q]], windows, **options))
+        assert found.peak_pages[0] <= 56 - sum(held) // 4
+        if not held:
+            plenty = found.counters
+    assert plenty.preemptions == 0 < found.counters.preemptions and found.counters.recomputed_tokens > 0
+
+
+def test_a_prompt_whose_beams_are_in_the_way_of_older_ones_begins_again_and_finds_the_same():
+    prompts, lens = queue(0)
+    lens[:] = LONGEST  # five pages that all beams of a prompt share, so that none of them gives them up
+    options: dict[str, Any] = dict(stops=NO_STOPS, widths=np.full(Q, W, np.int32), limits=np.full(Q, 8, np.int32))
+    plenty = run(prompts, lens, **options)
+    short = run(prompts, lens, **options, held=(64, 64, 40))
+    computed = short.counters.computed_tokens - short.counters.recomputed_tokens
+    assert computed >= plenty.counters.computed_tokens + LONGEST, "a prompt was computed again"
+    assert np.array_equal(short.tokens, plenty.tokens) and np.array_equal(short.scores, plenty.scores)
+    for q in range(Q):
+        check_prompt(short, q, plain(prompts[q], width=W, limit=8), NO_STOPS)
+
+
+def test_a_prompt_is_computed_once_for_all_its_beams():
+    prompts, lens = queue(1)
+    found = run(prompts, lens, stops=NO_STOPS)
+    assert found.counters.computed_tokens == np.sum(lens) + np.sum(WIDTHS * (LIMITS - 1))
+    assert found.counters.drawn_tokens == Q + np.sum(WIDTHS * (LIMITS - 1))
+
+
+def test_beams_hold_a_page_once_for_all_that_begin_alike_and_no_other_page():
+    prompts, lens = queue(2)
+    limits = np.ones(Q, np.int32)
+    limits[0] = NEW
+    found, trees = run(prompts, lens, stops=NO_STOPS, limits=limits, widths=np.full(Q, W, np.int32)), []
+    prompt, size = prompts[0, : lens[0]].tolist(), decoder.PAGE_SIZE
+
+    def see(beams):
+        sequences = [tuple(prompt) + beam.tokens for beam in beams]
+        trees.append({s[: min(start + size, len(s))] for s in sequences for start in range(0, len(s), size)})
+
+    plain(prompts[0, : lens[0]], width=W, limit=NEW, see=see)
+    # While the first prompt's tree grows, the other group holds at most a prompt.
+    tree, others = max(map(len, trees)), -(-int(np.max(lens[1:])) // size)
+    assert tree <= found.peak_pages[0] <= tree + others < W * -(-(int(lens[0]) + NEW - 1) // size)
+    limits[1:] = 0  # clipped to 1
+    alone = run(prompts, np.where(np.arange(Q) == 0, lens, 0).astype(np.int32), stops=NO_STOPS, limits=limits)
+    assert alone.peak_pages[0] == tree
+    assert np.all(alone.finish[1:] == Finish.TOO_LONG) and np.all(alone.lengths[1:] == 0)
+
+
+def test_a_prompt_whose_beams_need_more_pages_than_there_are_ends_with_what_it_has_and_the_others_are_served():
+    prompts, lens = queue(3)
+    lens[2], limits = 20, np.full(Q, 3, np.int32)
+    limits[2] = NEW
+    found = run(prompts, lens, limits=limits, stops=NO_STOPS, widths=np.full(Q, W, np.int32), held=(64, 64, 60))
+    for q in set(range(Q)) - {2}:  # 9 pages are free
+        check_prompt(found, q, plain(prompts[q, : lens[q]], width=W, limit=3), NO_STOPS)
+    assert np.all(found.finish[2] == Finish.TOO_LONG) and np.all(found.scores[2] == -np.inf)
+
+
+def test_one_compilation_served_all_searches_without_a_host_callback():
+    prompts, lens = queue(4)
+    run(prompts, lens)
+    run(prompts, lens, penalty=0.5, widths=np.full(Q, 2, np.int32))
+    assert TRACES[PLAIN] == 1
+    options = STOPS, WIDTHS, LIMITS, np.float32(1)
+    text = program(PLAIN).lower(empty_cache(PLAIN), prompts, lens, *options).as_text()
+    assert "callback" not in text and "infeed" not in text
+
+
+def test_sizes_that_do_not_fit_together_are_named():
+    prompts, lens = map(jnp.asarray, queue(5))
+
+    def start(stepper=None, width=W, num_return=None):
+        beam_search(
+            stepper or Stepper(decoder.forward, (16,)), jnp.int32(0), prompts, lens, empty_cache(PLAIN),
+            width=width, max_new_tokens=4, num_return=num_return,
+        )  # fmt: skip
+
+    with pytest.raises(
+        ValueError, match="width=10 beams need a row each, but the cache has 9: raise max_sequences to 10"
+    ):
+        start(width=10)
+    with pytest.raises(ValueError, match="width must be at least 1, got 0"):
+        start(width=0)
+    with pytest.raises(ValueError, match="num_return=5 sequences of width=4 beams: ask for at most 4"):
+        start(num_return=5)
+    with pytest.raises(ValueError, match=r"token_counts=\(4,\) for a batch of 9 rows: the largest must hold one token"):
+        start(Stepper(decoder.forward, (4,)))
+    with pytest.raises(ValueError, match="num_logprobs and processed_logprobs of the stepper are for tokens that are"):
+        start(Stepper(decoder.forward, (16,), num_logprobs=1))
+    with pytest.raises(ValueError, match="early_stopping='soon' must be True, False or \"never\""):
+        Rules(early_stopping="soon")
