@@ -15,10 +15,11 @@ from paged_jax.cache.page_tables import PageTables
 from paged_jax.cache.pool import LayerPlace, PagePool
 from paged_jax.decoding.beam import Beams, beam_search
 from paged_jax.decoding.draft import Drafter, Drafts, Lookup
+from paged_jax.decoding.draft_model import DraftModel
 from paged_jax.decoding.rollout import Rollout, rollout
 from paged_jax.decoding.rows import Finish
 from paged_jax.decoding.score import Score, score
-from paged_jax.decoding.step import Stepper
+from paged_jax.decoding.step import Stepper, token_counts_for
 from paged_jax.engine import Completion, Engine, Piece
 from paged_jax.forward import Forward
 from paged_jax.memory import CacheReport, MemoryReport
@@ -33,6 +34,7 @@ __all__ = [
     "CacheConfig",
     "CacheReport",
     "Completion",
+    "DraftModel",
     "Drafter",
     "Drafts",
     "Engine",
@@ -58,4 +60,5 @@ __all__ = [
     "paged_attention",
     "rollout",
     "score",
+    "token_counts_for",
 ]

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from paged_jax.cache.kv_cache import KVCache
 from paged_jax.decoding.beam import Beams, beam_search
+from paged_jax.decoding.draft import Lookup
 from paged_jax.decoding.rows import Finish
 from paged_jax.decoding.step import Stepper, token_counts_for
 from paged_jax.engine import Completion, Engine, Piece
@@ -98,6 +99,13 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default=None, help="of weights and pages; default: the checkpoint's")
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--num-pages", type=int, help="default: enough for all rows")
+    parser.add_argument(
+        "--drafts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="verify up to N (1 to 7) drafts a step, looked up in the text",
+    )
     sampling = parser.add_argument_group("sampling", "fields of paged_jax.SamplingParams")
     for field in dataclasses.fields(SamplingParams):
         option = "--" + field.name.replace("_", "-")
@@ -245,6 +253,7 @@ def _engine(folder, options: argparse.Namespace, of: Sequence["_Asked"], **sizes
         dtype=options.dtype,
         max_stop_tokens=max(len(one.params.stop_tokens) for one in of),
         max_bias_tokens=max(len(one.params.logit_bias) + len(one.params.forbidden_tokens) for one in of),
+        drafter=Lookup(options.drafts) if options.drafts else None,
         **sizes,
     )
 

@@ -93,12 +93,12 @@ class Told:
 
     num_drafts: int
 
-    def propose(self, rows: Rows) -> Drafts:
+    def propose(self, state, rows: Rows, asks) -> tuple[Drafts, Any]:
         place = rows.num_known[:, None] + jnp.arange(self.num_drafts, dtype=jnp.int32)[None, :]
         row = jnp.arange(len(rows.active), dtype=jnp.int32)[:, None]
         tokens = rows.hints.at[row, place].get(mode="fill", fill_value=NO_TOKEN)
         is_told = jnp.cumprod((tokens != NO_TOKEN).astype(jnp.int32), axis=1)
-        return Drafts(tokens, jnp.sum(is_told, axis=1, dtype=jnp.int32))
+        return Drafts(tokens, jnp.sum(is_told, axis=1, dtype=jnp.int32)), state
 
 
 @jax.jit

@@ -9,7 +9,7 @@ tokens, each is accepted with the probability that the decoder gives it, as in s
 """
 
 import dataclasses
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import lax
@@ -27,15 +27,27 @@ class Drafts(NamedTuple):
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Proposes drafts. A frozen, hashable value, static under jit; its wrong proposals cost time, and nothing else."""
+    """Proposes drafts. A frozen, hashable value, static under jit; its wrong proposals cost time, and nothing else.
+
+    What it must remember is its state, a pytree, kept in `DecodeState.drafter`.
+    """
 
     @property
     def num_drafts(self) -> int:
         """D, the most drafts of a row in a step."""
         ...
 
-    def propose(self, rows: Rows) -> Drafts:
-        """Drafts for the rows, from what they know; a pure function."""
+    def propose(self, state: Any, rows: Rows, asks: Int32[Array, " B"]) -> tuple[Drafts, Any]:
+        """Drafts for the rows, from what they know; a pure function.
+
+        Args:
+            state: of the drafter.
+            rows: of the batch.
+            asks: the most drafts that each row can use now, often 0.
+
+        Returns:
+            The drafts, and the state, of the same structure, shapes and dtypes.
+        """
         ...
 
 
@@ -54,7 +66,7 @@ class Lookup:
         >>> rows = Rows.create(1, capacity=12, sampling=SamplingState.create(1))
         >>> tokens = jnp.array([[7, 1, 2, 3, 8, 9, 1, 2, 3, 0, 0, 0]])
         >>> rows = dataclasses.replace(rows, tokens=tokens, num_known=jnp.array([9]), active=jnp.array([True]))
-        >>> Lookup(num_drafts=3).propose(rows)
+        >>> Lookup(num_drafts=3).propose(None, rows, asks=jnp.array([3]))[0]
         Drafts(tokens=Array([[8, 9, 1]], dtype=int32), counts=Array([3], dtype=int32))
     """
 
@@ -65,7 +77,7 @@ class Lookup:
         if self.num_matched < 1:
             raise ValueError(f"num_matched must be at least 1, got {self.num_matched}")
 
-    def propose(self, rows: Rows) -> Drafts:
+    def propose(self, state: Any, rows: Rows, asks: Int32[Array, " B"]) -> tuple[Drafts, Any]:
         row, n = jnp.arange(len(rows.active), dtype=jnp.int32), self.num_matched
         place = rows.num_known[:, None] - n + jnp.arange(n, dtype=jnp.int32)[None, :]
         last = rows.tokens.at[row[:, None], jnp.maximum(place, 0)].get(mode="clip")
@@ -82,7 +94,7 @@ class Lookup:
             best = Drafts(
                 jnp.where(has_it[:, None], best.tokens, other.tokens), jnp.where(has_it, best.counts, other.counts)
             )
-        return best._replace(counts=jnp.where(rows.active & (rows.num_known >= n), best.counts, 0))
+        return best._replace(counts=jnp.where(rows.active & (rows.num_known >= n), best.counts, 0)), state
 
     def _continue(
         self, text: Int32[Array, "B W"], ends: Int32[Array, " B"], last: Int32[Array, "B n"], repeats: bool = False
@@ -168,14 +180,15 @@ def add_drafts(
     asks = jnp.clip(asks, 0, most)
 
     def propose(state: DecodeState) -> tuple[DecodeState, Array]:
-        drafts = drafter.propose(rows)
+        drafts, kept = drafter.propose(state.drafter, rows, asks)
         wanted = _divide(jnp.clip(asks, 0, drafts.counts), max_tokens - jnp.sum(counts, dtype=jnp.int32))
         wanted = jnp.where(_fit(state, counts + wanted), wanted, 0)
         i = jnp.arange(drafts.tokens.shape[1], dtype=jnp.int32)[None, :]
         place = jnp.where(i < wanted[:, None], rows.num_known[:, None] + i, rows.tokens.shape[1] + i)
         row = jnp.arange(len(wanted), dtype=jnp.int32)[:, None]
         tokens = rows.tokens.at[row, place].set(drafts.tokens, mode="drop", unique_indices=True)
-        return dataclasses.replace(state, rows=dataclasses.replace(rows, tokens=tokens)), counts + wanted
+        rows_now = dataclasses.replace(rows, tokens=tokens)
+        return dataclasses.replace(state, rows=rows_now, drafter=kept), counts + wanted
 
     return lax.cond(jnp.any(asks > 0) & (max_tokens > 0), propose, lambda state: (state, counts), state)
 

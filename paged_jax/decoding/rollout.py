@@ -63,6 +63,7 @@ def rollout(
     limits: Int32[Array, " Q"] | None = None,
     prefix: Handles | None = None,
     hints: Int32[Array, "Q H"] | None = None,
+    drafter_state: Any = None,
 ) -> tuple[Rollout, KVCache]:
     """Draw samples of many prompts, through a batch of fixed size, in one XLA program.
 
@@ -95,6 +96,7 @@ def rollout(
         prefix: handles to the first tokens of all prompts, which were computed before; the prompts repeat these tokens.
         hints: texts that each prompt's samples may repeat, such as those that it drew before, for the stepper's drafter
             (`Lookup`); -1 between two texts, and after the last. They change the speed, not what is drawn.
+        drafter_state: of the stepper's drafter, if it has one (`DraftModel`).
 
     Returns:
         What was drawn, and the cache, with all rows empty.
@@ -109,6 +111,7 @@ def rollout(
     limits = jnp.full(num_prompts, max_new_tokens, jnp.int32) if limits is None else limits
     hints = jnp.zeros((num_prompts, 0), jnp.int32) if hints is None else hints
     state = _idle_state(stepper, cache, width + max_new_tokens, _each_prompt(sampling, num_prompts), hints.shape[1])
+    state = dataclasses.replace(state, drafter=drafter_state)
     tables, handles = cache.tables.publish(0, 0)  # of no tokens: only their shapes matter
     queue = _Queue(
         prompts=prompts,

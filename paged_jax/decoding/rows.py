@@ -2,7 +2,7 @@
 
 import dataclasses
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +119,7 @@ class DecodeState:
     cache: KVCache
     rows: Rows
     counters: Counters
+    drafter: Any = None  # the state of the stepper's drafter
 
     @classmethod
     def create(
@@ -129,6 +130,7 @@ class DecodeState:
         sampling: SamplingState | None = None,
         mesh: Mesh | None = None,
         num_logprobs: int = 0,
+        drafter: Any = None,
     ) -> "DecodeState":
         """An empty batch.
 
@@ -139,10 +141,11 @@ class DecodeState:
             sampling: that of all rows, whose sizes are those of the rows to come; None: greedy.
             mesh: splits the pool as in `PagePool.create`; each device holds all else.
             num_logprobs: that of the steps; see `Stepper`.
+            drafter: the state of the stepper's drafter, if it has one.
         """
         num_rows = config.max_sequences
         rows = Rows.create(num_rows, capacity, sampling or SamplingState.create(num_rows), num_logprobs)
-        return cls(KVCache.create(config, mesh), rows, Counters.create(len(token_counts))).settle()
+        return cls(KVCache.create(config, mesh), rows, Counters.create(len(token_counts)), drafter).settle()
 
     @property
     def behind(self) -> Int32[Array, " B"]:
@@ -162,4 +165,4 @@ class DecodeState:
         """All but the pages on every device of their mesh, whatever the decoder split; nothing without a mesh."""
         pool = self.cache.pool
         tables, rows, counters = everywhere((self.cache.tables, self.rows, self.counters), pool)
-        return DecodeState(KVCache(tables, pool), rows, counters)
+        return DecodeState(KVCache(tables, pool), rows, counters, self.drafter)

@@ -58,6 +58,7 @@ class Engine:
         token_counts: of the steps, see `Stepper`; longer prompts are cut at the largest. None: some for so many rows.
         visit_steps: the most steps between two looks of the host, and so, without drafts, the most tokens of a piece.
         drafter: proposes tokens that a step verifies, such as `Lookup`; see `Stepper`.
+        drafter_state: before anything is drafted, where the drafter has one.
         processor: changes the logits of every row, see `paged_jax.sampling.Processor`.
         processor_state: of all rows before their first token, where the processor has one.
         num_logprobs: how many of the most likely tokens come with each token; None: no log-probabilities at all.
@@ -87,6 +88,7 @@ class Engine:
         token_counts: tuple[int, ...] | None = None,
         visit_steps: int = 8,
         drafter: Drafter | None = None,
+        drafter_state: Any = None,
         processor: Processor | None = None,
         processor_state: Any = None,
         num_logprobs: int | None = 0,
@@ -120,6 +122,7 @@ class Engine:
             visit_steps,
             keeps=prefix_cache,
             processor_state=processor_state,
+            drafter_state=drafter_state,
             max_stop_tokens=max_stop_tokens + len(stop_tokens),
             max_bias_tokens=max_bias_tokens,
         )

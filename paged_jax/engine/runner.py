@@ -76,6 +76,7 @@ class Runner:
         visit_steps: the most steps of a visit.
         keeps: rows that end keep their pages until they are stopped, or somebody needs them.
         processor_state: of all rows, for the stepper's processor.
+        drafter_state: for the stepper's drafter.
         widths: `max_stop_tokens` and `max_bias_tokens` of a row.
     """
 
@@ -87,10 +88,11 @@ class Runner:
         visit_steps: int,
         keeps: bool = False,
         processor_state: Any = None,
+        drafter_state: Any = None,
         **widths: int,
     ):
         self.stepper, self.params, self.config, self.visit_steps = stepper, params, config, visit_steps
-        self._keeps, self._processor, self._widths = keeps, processor_state, widths
+        self._keeps, self._processor, self._drafter, self._widths = keeps, processor_state, drafter_state, widths
         self._unread: collections.deque[tuple[Any, Any]] = collections.deque()
         self._published: list[tuple[Any, Handles]] = []
         self._state: DecodeState | None = None
@@ -103,7 +105,8 @@ class Runner:
             sampling = self.sampling([None] * self.config.max_sequences)
             sizes = self.config, self.config.max_length + 1, self.stepper.token_counts
             mesh, num_logprobs = find_mesh(self.params), self.stepper.num_logprobs or 0
-            self._state = DecodeState.create(*sizes, sampling, mesh, num_logprobs)
+            drafter = jax.tree.map(jnp.copy, self._drafter)  # it is donated
+            self._state = DecodeState.create(*sizes, sampling, mesh, num_logprobs, drafter)
         return self._state
 
     def reset(self) -> None:

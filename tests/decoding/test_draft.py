@@ -10,7 +10,7 @@ import pytest
 
 import hash_decoder as decoder
 from batch_model import Told
-from paged_jax import Engine, KVCache, Lookup, Rollout, SamplingParams, SamplingState, Stepper, rollout
+from paged_jax import DraftModel, Engine, KVCache, Lookup, Rollout, SamplingParams, SamplingState, Stepper, rollout
 from paged_jax.decoding.draft import update_trust
 from paged_jax.decoding.rows import NO_TOKEN, DecodeState, Rows
 from paged_jax.decoding.step import step, token_counts_for
@@ -32,7 +32,8 @@ def rows_with(*texts: list[int], hints=None, seeds=None) -> Rows:
 
 
 def proposals(rows: Rows, **options) -> list[list[int]]:
-    drafts = Lookup(**options).propose(rows)
+    lookup = Lookup(**options)
+    drafts, _ = lookup.propose(None, rows, jnp.full(len(rows.active), lookup.num_drafts))
     return [np.asarray(tokens[:count]).tolist() for tokens, count in zip(drafts.tokens, drafts.counts, strict=True)]
 
 
@@ -207,3 +208,40 @@ def test_the_engine_hands_out_the_same_tokens_in_fewer_pieces():
         pieces.append(len(drawn))
     assert tokens[0] == tokens[1] and list(map(len, tokens[0])) == [40, 17, 3]
     assert pieces[1] < pieces[0]
+
+
+@functools.cache
+def drafted_by_model(windows=(None, None), max_new: int = 40):
+    """A rollout in which a decoder drafts that adds another number to its hash; the cache it drafts with is small."""
+    drafter = DraftModel(decoder.forward_with(windows), num_tokens=8)
+    stepper = Stepper(decoder.forward, (4, 16, 32), drafter=drafter)
+    prompts, lengths = jnp.arange(60, dtype=jnp.int32).reshape(6, 10), jnp.array([10, 3, 7, 1, 9, 4])
+    config = decoder.config(1 + 40, windows=windows)
+
+    @jax.jit
+    def run(cache, offset, temperature):
+        state = drafter.create(offset, KVCache.create(config), 10 + max_new)
+        sampling = SamplingState.of([(SamplingParams(seed=q), q % 2) for q in range(6)])
+        sampling = dataclasses.replace(sampling, temperature=sampling.temperature + temperature)
+        options = {"max_new_tokens": max_new, "num_samples": 2, "sampling": sampling, "drafter_state": state}
+        return rollout(stepper, jnp.int32(0), prompts, lengths, cache, **options)
+
+    def start(offset: int, temperature: float) -> Rollout:
+        result, cache = run(KVCache.create(decoder.config(1 + 40)), jnp.int32(offset), jnp.float32(temperature))
+        assert cache.tables.num_free.tolist() == [40]
+        return jax.device_get(result)
+
+    return start
+
+
+@pytest.mark.parametrize("windows", [(None, None), (None, 6)], ids=["plain", "hybrid"])
+def test_a_draft_model_changes_nothing_that_is_drawn(windows):
+    good, bad = (drafted_by_model(windows)(offset, 1.0) for offset in (0, 1))
+    assert np.array_equal(good.tokens, bad.tokens)
+    for q, prompt in enumerate(np.arange(60).reshape(6, 10).tolist()):
+        greedy = drafted_by_model(windows)(q % 2, 0.0).tokens[q, 0].tolist()
+        assert greedy == decoder.dense_greedy(prompt[: (10, 3, 7, 1, 9, 4)[q]], 40)
+    assert bad.counters.drafted_tokens - bad.counters.accepted_tokens > 50
+    if windows == (None, None):
+        assert good.counters.accepted_tokens == good.counters.drafted_tokens, "it is the decoder itself"
+        assert num_steps(bad) >= 2 * num_steps(good)

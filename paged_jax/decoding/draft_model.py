@@ -1,0 +1,135 @@
+"""Drafts of a smaller decoder, with a cache of its own."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+from paged_jax.cache.kv_cache import KVCache
+from paged_jax.cache.metadata import AttentionMetadata
+from paged_jax.decoding.draft import Drafts
+from paged_jax.decoding.rows import Rows
+from paged_jax.forward import Forward
+from paged_jax.sampling import draw
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DraftState:
+    """What a `DraftModel` keeps: its parameters, and for each row of the batch the tokens that it has cached."""
+
+    params: Any
+    cache: KVCache
+    tokens: Int32[Array, "B C"]  # of row b, the first `cache.tables.lengths[b]` are cached
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftModel:
+    """Drafts what a smaller decoder of the same vocabulary would draw in the place of the row (Leviathan et al. 2023).
+
+    It draws with the row's own parameters and noise. So where both decoders give a token much the same probability, a
+    draft is accepted more often than if they drew independently (Daliri et al. 2024), and a decoder that drafts for
+    itself is always right.
+
+    A row of its cache follows the tokens of the same row of the batch: what they have in common stays, whatever became
+    of the row in between, and the rest is computed, in passes of at most `num_tokens`. A row without drafts, because it
+    is far behind or short of pages, tries again in the next step.
+
+    Args:
+        forward: the decoder that drafts.
+        num_drafts: D, from 1 to 7.
+        num_tokens: T of the pass in which rows catch up; at least one token a row.
+    """
+
+    forward: Forward
+    num_drafts: int = 4
+    num_tokens: int = 64
+
+    def create(self, params: Any, cache: KVCache, capacity: int) -> DraftState:
+        """The state before anything is drafted.
+
+        Args:
+            params: of the decoder that drafts.
+            cache: its own, empty, with as many rows as the batch.
+            capacity: C, tokens that a row of the batch can know.
+
+        Example:
+            >>> drafter = DraftModel(small.forward)
+            >>> stepper = Stepper(large.forward, token_counts_for(8, num_drafts=4), drafter=drafter)
+            >>> state = drafter.create(small.params, KVCache.create(small_config), capacity=prompts.shape[1] + 64)
+            >>> rollout(stepper, large.params, prompts, lengths, cache, max_new_tokens=64, drafter_state=state)
+        """
+        num_rows = cache.tables.num_rows
+        if self.num_tokens < num_rows:
+            raise ValueError(f"num_tokens={self.num_tokens} must hold a token of each of {num_rows} rows: raise it")
+        return DraftState(params, cache, jnp.zeros((num_rows, capacity), jnp.int32))
+
+    def propose(self, state: DraftState, rows: Rows, asks: Int32[Array, " B"]) -> tuple[Drafts, DraftState]:
+        if state.tokens.shape != rows.tokens.shape:
+            raise ValueError(
+                f"the draft model's state is for rows and tokens of {state.tokens.shape}, the batch has "
+                f"{rows.tokens.shape}: create it with its rows and its capacity"
+            )
+        cache, counts = self._follow(state, rows, asks > 0)
+        logits, pool = self._catch_up(state.params, cache, rows, counts)
+        caught_up = (asks > 0) & (cache.tables.lengths == rows.num_known)
+        drafts = jnp.zeros((len(asks), self.num_drafts), jnp.int32)
+        tokens, drafts = self._draw(logits, rows, rows.tokens, drafts, jnp.int32(0), caught_up)
+
+        def draw_next(i: Array, carry: tuple[KVCache, Array, Array]) -> tuple[KVCache, Array, Array]:
+            cache, tokens, drafts = carry
+            goes_on = caught_up & (i < asks) & (cache.tables.lengths == rows.num_known + i - 1)
+            cache, granted = cache.reserve(goes_on.astype(jnp.int32))
+            metadata = AttentionMetadata.decode(cache.tables, granted & goes_on)
+            logits, pool = self.forward(state.params, drafts[:, i - 1], cache.pool, metadata)
+            tokens, drafts = self._draw(logits, rows, tokens, drafts, i, granted & goes_on)
+            return KVCache(cache.tables, pool), tokens, drafts
+
+        carry = KVCache(cache.tables, pool), tokens, drafts
+        most = jnp.max(jnp.where(caught_up, asks, 0))
+        cache, tokens, drafts = lax.fori_loop(1, most, draw_next, carry)
+        num_drafts = jnp.where(caught_up, cache.tables.lengths - rows.num_known + 1, 0)
+        return Drafts(drafts, num_drafts), DraftState(state.params, cache, tokens)
+
+    def _follow(self, state: DraftState, rows: Rows, wants: Bool[Array, " B"]) -> tuple[KVCache, Int32[Array, " B"]]:
+        """Keep what the cache has in common with the rows, and make room for what it lacks of those that want drafts.
+
+        Returns:
+            The cache, and how many tokens each row computes.
+        """
+        place = jnp.arange(rows.tokens.shape[1], dtype=jnp.int32)[None, :]
+        differs = (state.tokens != rows.tokens) | (place >= rows.num_known[:, None] - 1)
+        common = jnp.argmax(differs, axis=1).astype(jnp.int32)
+        tables = state.cache.tables
+        kept = jnp.where(rows.active, jnp.minimum(tables.lengths, common), 0)
+        kept = jnp.where(tables.can_cut(kept), kept, 0)
+        cache = KVCache(tables.truncate(kept).slide(), state.cache.pool)
+        lacks = jnp.where(wants, rows.num_known - kept, 0)
+        left = self.num_tokens - (jnp.cumsum(lacks, dtype=jnp.int32) - lacks)
+        counts = jnp.minimum(jnp.clip(left, 0, lacks), cache.tables.max_length - kept)
+        cache, granted = cache.reserve(counts)
+        return cache, jnp.where(granted, counts, 0)
+
+    def _catch_up(
+        self, params: Any, cache: KVCache, rows: Rows, counts: Int32[Array, " B"]
+    ) -> tuple[Float[Array, "B V"], Any]:
+        """Logits after the next tokens of each row."""
+        metadata = AttentionMetadata.ragged(cache.tables, counts, self.num_tokens)
+        token = jnp.arange(self.num_tokens, dtype=jnp.int32)
+        row = jnp.searchsorted(metadata.query_starts[1:], token, side="right").astype(jnp.int32)
+        tokens = rows.tokens.at[row, metadata.positions].get(mode="clip")
+        return self.forward(params, tokens, cache.pool, metadata)
+
+    def _draw(
+        self, logits: Array, rows: Rows, tokens: Array, drafts: Array, i: Int32[Array, ""], draws: Bool[Array, " B"]
+    ) -> tuple[Int32[Array, "B C"], Int32[Array, "B D"]]:
+        """Draft i of each row that draws one, in its token buffer and among the drafts."""
+        at = rows.num_known + i
+        drawn = draw(logits, rows.sampling, tokens, rows.num_prompt, at, active=draws).tokens
+        row = jnp.arange(len(drawn), dtype=jnp.int32)
+        place = jnp.where(draws, at, tokens.shape[1])
+        tokens = tokens.at[row, place].set(drawn, mode="drop", unique_indices=True)
+        return tokens, drafts.at[:, i].set(drawn)
