@@ -1,14 +1,31 @@
 """What a trie allows is what plain Python finds in the sequences, in masks and in all drivers."""
 
+import dataclasses
 import functools
+import json
+import re
+import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jsonschema
 import numpy as np
 import pytest
 
 import hash_decoder as decoder
-from paged_jax import Automaton, Engine, KVCache, SamplingParams, SamplingState, Stepper, beam_search, rollout
+from paged_jax import (
+    Automaton,
+    Engine,
+    Finish,
+    KVCache,
+    SamplingParams,
+    SamplingState,
+    Stepper,
+    beam_search,
+    models,
+    rollout,
+)
 from paged_jax.sampling.automaton import FREE, NO_BITMAP
 
 V, END = decoder.VOCAB, 0
@@ -145,6 +162,78 @@ def test_beams_find_the_likeliest_sequences_of_the_trie_and_no_more_than_there_a
     )
 
 
+CHARACTERS = (b"", *(bytes([byte]) for byte in range(32, 127)), b"tru")  # token 0 is END
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "size": {"enum": ["small", "large"]},
+        "good": {"type": "boolean"},
+        "counts": {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 3},
+    },
+    "required": ["name", "size", "good", "counts"],
+}
+
+
+@pytest.fixture
+def outlines():
+    """What reads expressions and schemas."""
+    return pytest.importorskip("outlines_core", reason="the extra `constraints` is not installed")
+
+
+def test_walks_through_a_regular_expression_write_what_it_matches(outlines):
+    pattern, rng = r"(true|false|[a-c]{2,4}x)[.!]?", np.random.default_rng(3)
+    automaton, seen = Automaton.of_regex(pattern, CHARACTERS, END), set()
+    state, texts, has_ended = automaton.start(64), [b""] * 64, np.zeros(64, bool)
+    for _ in range(12):
+        masked = np.asarray(mask(automaton, state, jnp.zeros((64, V), jnp.float32)))
+        tokens = [rng.choice(np.flatnonzero(row > -np.inf)) for row in masked]
+        assert all((masked[i] > -np.inf).sum() == 1 for i in np.flatnonzero(has_ended))
+        for row, token in enumerate(tokens):
+            may_end = bool(re.fullmatch(pattern, texts[row].decode()))
+            assert (masked[row, END] > -np.inf) == may_end, texts[row]
+            texts[row] += CHARACTERS[token]
+            has_ended[row] |= token == END
+            seen.add(int(token))
+        state = follow(automaton, state, jnp.array(tokens, jnp.int32), jnp.ones(64, bool))
+    assert np.all(has_ended) and CHARACTERS.index(b"tru") in seen and len(set(texts)) > 20
+
+
+def sample_json(forward, params, config, token_bytes, end: int, max_new_tokens: int) -> list:
+    """What 50 samples at temperature 1 say, as Python reads it, held against the schema."""
+    automaton = Automaton.of_json_schema(SCHEMA, token_bytes, end)
+    one = SamplingState.of([(SamplingParams(temperature=1.0, seed=1, stop_tokens=(end,)), 0)])
+
+    @jax.jit
+    def sample(params, automaton, cache):
+        state = dataclasses.replace(one, processor=automaton.start(1))
+        prompt, lens = jnp.array([[11, 12, 13]], jnp.int32), jnp.array([3], jnp.int32)
+        options: dict[str, Any] = dict(max_new_tokens=max_new_tokens, num_samples=50, sampling=state)
+        return rollout(Stepper(forward, (8,), processor=automaton), params, prompt, lens, cache, **options)[0]
+
+    drawn = sample(params, automaton, KVCache.create(config))
+    assert np.all(drawn.finish == Finish.STOP_TOKEN)
+    rows = zip(drawn.tokens[0].tolist(), drawn.lengths[0].tolist(), strict=True)
+    said = [json.loads(b"".join(token_bytes[token] for token in row[: length - 1])) for row, length in rows]
+    for value in said:
+        jsonschema.validate(value, SCHEMA)
+    return said
+
+
+def test_fifty_samples_are_what_a_schema_allows(outlines):
+    config = decoder.config(1 + 8 * 50, 8, 50)
+    said = sample_json(decoder.forward, jnp.int32(0), config, CHARACTERS, END, 190)
+    assert len({value["name"] for value in said}) > 20 and {value["good"] for value in said} == {True, False}
+
+
+@pytest.mark.long  # the same of a model and a tokenizer, which take longer to compile
+def test_fifty_samples_of_the_demo_model_are_what_a_schema_allows(outlines):
+    model = models.load(models.DEMO)
+    config = model.cache_config(num_pages=200, max_sequences=8, max_pages_per_sequence=24)
+    said = sample_json(model.forward, model.params, config, model.tokenizer.token_bytes, model.stop_tokens[0], 190)
+    assert len({value["name"] for value in said}) > 20
+
+
 def test_answers_of_the_engine_are_sequences_of_the_trie():
     trie = Automaton.of_sequences(SEQUENCES, END, V)
     config = decoder.config(**CONFIG)
@@ -155,6 +244,23 @@ def test_answers_of_the_engine_are_sequences_of_the_trie():
     params = SamplingParams(max_new_tokens=8, temperature=1.0, num_samples=8)
     answers = {tuple(sample.tokens) for samples in engine.generate([[1, 2], [3]], params) for sample in samples}
     assert answers <= {(*sequence, END) for sequence in SEQUENCES} and len(answers) > 4
+
+
+def test_patterns_and_schemas_that_cannot_be_followed_are_named(outlines):
+    for pattern, message in (
+        ("[", "no automaton for the pattern '\\['"),
+        ("aé", "no automaton for the pattern 'aé': .*missing tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Automaton.of_regex(pattern, CHARACTERS, END)
+    with pytest.raises(ValueError, match="no regular expression for the schema {.type.: .colour.}"):
+        Automaton.of_json_schema({"type": "colour"}, CHARACTERS, END)
+
+
+def test_the_extra_that_reads_patterns_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "outlines_core", None)
+    with pytest.raises(ImportError, match=r"are read by outlines-core: pip install 'paged_jax\[constraints\]'"):
+        Automaton.of_regex("a", CHARACTERS, END)
 
 
 def test_what_no_automaton_can_be_made_of_is_named():
