@@ -5,7 +5,6 @@ import functools
 import json
 import re
 import sys
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -181,57 +180,65 @@ def outlines():
     return pytest.importorskip("outlines_core", reason="the extra `constraints` is not installed")
 
 
-def test_walks_through_a_regular_expression_write_what_it_matches(outlines):
-    pattern, rng = r"(true|false|[a-c]{2,4}x)[.!]?", np.random.default_rng(3)
-    automaton, seen = Automaton.of_regex(pattern, CHARACTERS, END), set()
-    state, texts, has_ended = automaton.start(64), [b""] * 64, np.zeros(64, bool)
-    for _ in range(12):
-        masked = np.asarray(mask(automaton, state, jnp.zeros((64, V), jnp.float32)))
+def walk(automaton: Automaton, num_rows: int, num_steps: int, see=lambda *_: None) -> list[str]:
+    """Texts that random walks write: at each node any of the allowed tokens; all of them end."""
+    rng, state = np.random.default_rng(3), automaton.start(num_rows)
+    texts, has_ended = [b""] * num_rows, np.zeros(num_rows, bool)
+    for _ in range(num_steps):
+        masked = np.asarray(mask(automaton, state, jnp.zeros((num_rows, V), jnp.float32)))
+        see(texts, masked, has_ended)
         tokens = [rng.choice(np.flatnonzero(row > -np.inf)) for row in masked]
-        assert all((masked[i] > -np.inf).sum() == 1 for i in np.flatnonzero(has_ended))
-        for row, token in enumerate(tokens):
-            may_end = bool(re.fullmatch(pattern, texts[row].decode()))
-            assert (masked[row, END] > -np.inf) == may_end, texts[row]
-            texts[row] += CHARACTERS[token]
-            has_ended[row] |= token == END
-            seen.add(int(token))
-        state = follow(automaton, state, jnp.array(tokens, jnp.int32), jnp.ones(64, bool))
-    assert np.all(has_ended) and CHARACTERS.index(b"tru") in seen and len(set(texts)) > 20
+        texts = [text + CHARACTERS[token] for text, token in zip(texts, tokens, strict=True)]
+        has_ended |= np.array(tokens) == END
+        state = follow(automaton, state, jnp.array(tokens, jnp.int32), jnp.ones(num_rows, bool))
+    assert np.all(has_ended)
+    return [text.decode() for text in texts]
 
 
-def sample_json(forward, params, config, token_bytes, end: int, max_new_tokens: int) -> list:
-    """What 50 samples at temperature 1 say, as Python reads it, held against the schema."""
-    automaton = Automaton.of_json_schema(SCHEMA, token_bytes, end)
+def test_walks_through_a_regular_expression_write_what_it_matches(outlines):
+    pattern = r"(true|false|[a-c]{2,4}x)[.!]?"
+
+    def see(texts, masked, has_ended):
+        for text, row, ended in zip(texts, masked, has_ended, strict=True):
+            assert (row[END] > -np.inf) == bool(re.fullmatch(pattern, text.decode())), text
+            assert not ended or np.sum(row > -np.inf) == 1, "nothing follows an end"
+
+    automaton = Automaton.of_regex(pattern, CHARACTERS, END)
+    texts = walk(automaton, 64, 12, see)
+    assert all(re.fullmatch(pattern, text) for text in texts) and len(set(texts)) > 20
+    masked = mask(automaton, automaton.start(64), jnp.zeros((64, V), jnp.float32))
+    assert masked[0, CHARACTERS.index(b"tru")] == 0, "a token of several characters"
+
+
+def test_what_a_schema_allows_parses_and_validates(outlines):
+    said = [json.loads(text) for text in walk(Automaton.of_json_schema(SCHEMA, CHARACTERS, END), 64, 250)]
+    for value in said:
+        jsonschema.validate(value, SCHEMA)
+    assert len({value["name"] for value in said}) > 20 and {value["good"] for value in said} == {True, False}
+
+
+@pytest.mark.long  # the same in a rollout of the demo model, which takes longer to compile
+def test_fifty_samples_of_the_demo_model_are_what_a_schema_allows(outlines):
+    model = models.load(models.DEMO)
+    token_bytes, end = model.tokenizer.token_bytes, model.stop_tokens[0]
     one = SamplingState.of([(SamplingParams(temperature=1.0, seed=1, stop_tokens=(end,)), 0)])
 
     @jax.jit
     def sample(params, automaton, cache):
-        state = dataclasses.replace(one, processor=automaton.start(1))
+        stepper, state = Stepper(model.forward, (8,), processor=automaton), automaton.start(1)
         prompt, lens = jnp.array([[11, 12, 13]], jnp.int32), jnp.array([3], jnp.int32)
-        options: dict[str, Any] = dict(max_new_tokens=max_new_tokens, num_samples=50, sampling=state)
-        return rollout(Stepper(forward, (8,), processor=automaton), params, prompt, lens, cache, **options)[0]
+        sampling = dataclasses.replace(one, processor=state)
+        return rollout(stepper, params, prompt, lens, cache, max_new_tokens=190, num_samples=50, sampling=sampling)[0]
 
-    drawn = sample(params, automaton, KVCache.create(config))
-    assert np.all(drawn.finish == Finish.STOP_TOKEN)
-    rows = zip(drawn.tokens[0].tolist(), drawn.lengths[0].tolist(), strict=True)
-    said = [json.loads(b"".join(token_bytes[token] for token in row[: length - 1])) for row, length in rows]
-    for value in said:
-        jsonschema.validate(value, SCHEMA)
-    return said
-
-
-def test_fifty_samples_are_what_a_schema_allows(outlines):
-    config = decoder.config(1 + 8 * 50, 8, 50)
-    said = sample_json(decoder.forward, jnp.int32(0), config, CHARACTERS, END, 190)
-    assert len({value["name"] for value in said}) > 20 and {value["good"] for value in said} == {True, False}
-
-
-@pytest.mark.long  # the same of a model and a tokenizer, which take longer to compile
-def test_fifty_samples_of_the_demo_model_are_what_a_schema_allows(outlines):
-    model = models.load(models.DEMO)
     config = model.cache_config(num_pages=200, max_sequences=8, max_pages_per_sequence=24)
-    said = sample_json(model.forward, model.params, config, model.tokenizer.token_bytes, model.stop_tokens[0], 190)
-    assert len({value["name"] for value in said}) > 20
+    drawn = sample(model.params, Automaton.of_json_schema(SCHEMA, token_bytes, end), KVCache.create(config))
+    assert np.all(drawn.finish == Finish.STOP_TOKEN)
+    said = set()
+    for row, length in zip(drawn.tokens[0].tolist(), drawn.lengths[0].tolist(), strict=True):
+        text = b"".join(token_bytes[token] for token in row[: length - 1])
+        jsonschema.validate(json.loads(text), SCHEMA)
+        said.add(text)
+    assert len(said) > 40
 
 
 def test_answers_of_the_engine_are_sequences_of_the_trie():
