@@ -241,6 +241,7 @@ def test_fifty_samples_of_the_demo_model_are_what_a_schema_allows(outlines):
     assert len(said) > 40
 
 
+@pytest.mark.long  # another program; how the engine treats a processor's state is tested beside it, too
 def test_answers_of_the_engine_are_sequences_of_the_trie():
     trie = Automaton.of_sequences(SEQUENCES, END, V)
     config = decoder.config(**CONFIG)
