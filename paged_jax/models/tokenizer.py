@@ -1,6 +1,7 @@
 """Text and conversations to token ids and back, from a checkpoint's tokenizer.json."""
 
 import functools
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,11 @@ from paged_jax.models.special_tokens import CONFIG, SpecialTokens
 
 UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+SPACE = "\u2581"  # stands for a space in SentencePiece vocabularies
+# Byte-level vocabularies write a byte as the character of its number, or of 256 and up if that cannot be printed.
+PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
+BYTE_OF = {chr(byte): byte for byte in PRINTED}
+BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(byte for byte in range(256) if byte not in PRINTED)}
 CONTEXT = 4  # tokens that are decoded again with new ones: one to stand before them, and a character of four bytes
 
 
@@ -157,6 +163,33 @@ class Tokenizer:
         return frozenset(
             number for number in added if number not in shown and decode([number], skip_special_tokens=False)
         )
+
+    @functools.cached_property
+    def token_bytes(self) -> tuple[bytes, ...]:
+        """What each token adds to a text, in UTF-8 of which a token may be a part; nothing for special tokens.
+
+        Raises:
+            ValueError: the tokenizer's tokens are no pieces of text, as those of WordPiece, which depend on neighbours.
+        """
+        decoder = json.dumps(json.loads(self.tokenizer.to_str())["decoder"], ensure_ascii=False)
+        is_byte_level, has_spaces = '"ByteLevel"' in decoder, SPACE in decoder
+        if not is_byte_level and not has_spaces:
+            raise ValueError(f"{self.folder}: tokens of this kind of tokenizer have no bytes of their own: {decoder}")
+        added = self.tokenizer.get_added_tokens_decoder()
+
+        def read(token: int) -> bytes:
+            name = self.tokenizer.id_to_token(token)
+            if name is None or token in self.hidden_tokens:
+                return b""
+            if token in added:
+                return name.encode()
+            if is_byte_level:
+                return bytes(BYTE_OF[character] for character in name)
+            if BYTE_TOKEN.fullmatch(name):
+                return bytes.fromhex(name[3:5])
+            return name.replace(SPACE, " ").encode()
+
+        return tuple(read(token) for token in range(self.vocab_size))
 
 
 class TextStream:

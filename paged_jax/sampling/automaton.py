@@ -2,7 +2,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -92,13 +93,7 @@ class Automaton:
         start = 1 + np.concatenate([[0], np.cumsum(is_edge.sum(axis=0))])
         leads_to = np.cumsum(is_edge, axis=0) - 1 + start[:-1]
         comes_from = np.concatenate([np.zeros((num, 1), np.int64), leads_to[:, :-1]], axis=1)
-        sources, tokens, targets = comes_from[is_edge], table[is_edge], leads_to[is_edge]
-        end = start[-1]  # one node after all ends
-        targets[tokens == end_token] = end
-        sources, tokens, targets = (
-            np.append(x, last) for x, last in ((sources, end), (tokens, end_token), (targets, end))
-        )
-        return cls.of_edges(sources, tokens, targets, vocab_size)
+        return cls._ended(comes_from[is_edge], table[is_edge], leads_to[is_edge], end_token, int(start[-1]), vocab_size)
 
     @classmethod
     def of_edges(cls, sources: np.ndarray, tokens: np.ndarray, targets: np.ndarray, vocab_size: int) -> "Automaton":
@@ -136,6 +131,65 @@ class Automaton:
             return jnp.asarray(x.astype(np.int32))
 
         return cls(array(first), array(tokens), array(targets), array(bitmap), jnp.asarray(bitmaps), vocab_size)
+
+    @classmethod
+    def of_regex(cls, pattern: str, token_bytes: Sequence[bytes], end_token: int) -> "Automaton":
+        """The texts that a regular expression matches as a whole, each followed by the end token.
+
+        The states of the expression's automaton times the tokens of the vocabulary, computed on the host by the
+        library outlines-core (extra `constraints`; Willard and Louf 2023, "Efficient guided generation").
+
+            automaton = Automaton.of_regex(r"(yes|no)[.!]", model.tokenizer.token_bytes, end_token)
+
+        Args:
+            pattern: in the syntax of Rust's regex, which is nearly Python's.
+            token_bytes: what each token adds to a text, [V]; empty for those that are never drawn.
+            end_token: allowed where the text may end, and the only one after it.
+
+        Raises:
+            ImportError: outlines-core is not installed.
+            ValueError: the pattern is none, or the tokens cannot write any text that matches.
+        """
+        outlines = _outlines()
+        numbers: dict[bytes, list[int]] = {}
+        for number, text in enumerate(token_bytes):
+            if text and number != end_token:
+                numbers.setdefault(text, []).append(number)
+        try:
+            index = outlines.Index(pattern, outlines.Vocabulary(end_token, numbers))
+        except ValueError as error:
+            raise ValueError(f"no automaton for the pattern {pattern[:80]!r}: {error}") from error
+        edges = [
+            (source, token, target) for source, out in index.get_transitions().items() for token, target in out.items()
+        ]
+        sources, tokens, targets = np.array(edges, np.int64).T
+        # The library numbers states as it likes; here they are counted, the first as 0.
+        states = np.unique(np.concatenate([sources, targets]))
+        first = np.searchsorted(states, index.get_initial_state())
+        number = np.arange(len(states))
+        number[[0, first]] = number[[first, 0]]
+        sources, targets = (number[np.searchsorted(states, x)] for x in (sources, targets))
+        # The library's end token leads back to where the text may also go on; here nothing follows it.
+        return cls._ended(sources, tokens, targets, end_token, len(states), len(token_bytes))
+
+    @classmethod
+    def of_json_schema(cls, schema: Mapping[str, Any], token_bytes: Sequence[bytes], end_token: int) -> "Automaton":
+        """The JSON texts that a schema allows, with at most one space between their parts; see `of_regex`.
+
+        The schema becomes a regular expression, so it must be finite in depth, and outlines-core passes over what it
+        does not express, such as the bounds of numbers: validate the answers where these matter. A string, a number or
+        an array without a greatest length may become as long as it likes, and be cut by `max_new_tokens`.
+
+        Raises:
+            ImportError: outlines-core is not installed.
+            ValueError: outlines-core does not know what the schema uses, or the tokens cannot write it.
+        """
+        text = json.dumps(schema)
+        try:
+            pattern = _outlines().json_schema.build_regex_from_schema(text)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"no regular expression for the schema {text[:80]}: {error}") from error
+        return cls.of_regex(pattern, token_bytes, end_token)
 
     def start(self, num_rows: int) -> Int32[Array, " R"]:
         """The state of rows that have drawn nothing, for `SamplingState.processor`."""
@@ -181,6 +235,16 @@ class Automaton:
         follows = drew & (state != FREE) & (edge < stop) & (self.tokens.at[edge].get(mode="clip") == drawn)
         return jnp.where(follows, self.targets.at[edge].get(mode="clip"), state)
 
+    @classmethod
+    def _ended(
+        cls, sources: np.ndarray, tokens: np.ndarray, targets: np.ndarray, end_token: int, end: int, vocab_size: int
+    ) -> "Automaton":
+        """An automaton of these edges, whose end tokens all lead to a new node `end`, which allows nothing else."""
+        targets = np.where(tokens == end_token, end, targets)
+        last = (end, end_token, end)
+        sources, tokens, targets = (np.append(x, y) for x, y in zip((sources, tokens, targets), last, strict=True))
+        return cls.of_edges(sources, tokens, targets, vocab_size)
+
     def _keep_listed(self, logits: Array, node: Int32[Array, " R"], rows: Bool[Array, " R"]) -> Array:
         """-inf, but for the tokens on the edges of some rows' nodes: those of all rows in one list, in chunks."""
         degree = jnp.where(rows, self.first[node + 1] - self.first[node], 0)
@@ -201,6 +265,17 @@ class Automaton:
 
 
 _PADDING = -1
+
+
+def _outlines() -> Any:
+    try:
+        import outlines_core  # pyright: ignore[reportMissingImports]  an extra
+        import outlines_core.json_schema  # pyright: ignore[reportMissingImports]  likewise
+    except ImportError as error:
+        raise ImportError(
+            "regular expressions and schemas are read by outlines-core: pip install 'paged_jax[constraints]'"
+        ) from error
+    return outlines_core
 
 
 def _table(sequences: Iterable[Sequence[int]] | np.ndarray, end_token: int, vocab_size: int) -> np.ndarray:

@@ -51,7 +51,7 @@ class Processor(Protocol):
 
         Args:
             state: of these rows.
-            logits: the model's own, in float32.
+            logits: the model's own, in float32; in a beam search log-probabilities, whose sums are the scores.
             tokens: that each row knows, its prompt first; the first `num_known` of each row are valid.
             num_known: how many.
         """

@@ -248,3 +248,22 @@ def test_a_stop_string_ends_the_text_and_is_no_part_of_it(strings, pieces):
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(ValueError, match="a stop string is empty, so it would end every text"):
         StopStrings(["a", ""])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bytes_of_a_token_are_what_it_adds_to_a_text(kind):
+    tokenizer = make(kind)
+    if kind == "wordpiece":
+        with pytest.raises(ValueError, match="tokens of this kind of tokenizer have no bytes of their own.*WordPiece"):
+            _ = tokenizer.token_bytes
+        return
+    assert len(tokenizer.token_bytes) == tokenizer.vocab_size
+    prompt, num_parts = tokenizer.encode("a"), 0
+    for token, written in enumerate(tokenizer.token_bytes):
+        text = written.decode(errors="replace")
+        if "\ufffd" in text:  # part of a character
+            num_parts += 1
+            continue
+        assert tokenizer.decode([token], prompt=prompt) == text
+        assert bool(written) != (token in tokenizer.hidden_tokens)
+    assert num_parts >= 100 or kind == "metaspace"

@@ -1,14 +1,30 @@
 """What a trie allows is what plain Python finds in the sequences, in masks and in all drivers."""
 
+import dataclasses
 import functools
+import json
+import re
+import sys
 
 import jax
 import jax.numpy as jnp
+import jsonschema
 import numpy as np
 import pytest
 
 import hash_decoder as decoder
-from paged_jax import Automaton, Engine, KVCache, SamplingParams, SamplingState, Stepper, beam_search, rollout
+from paged_jax import (
+    Automaton,
+    Engine,
+    Finish,
+    KVCache,
+    SamplingParams,
+    SamplingState,
+    Stepper,
+    beam_search,
+    models,
+    rollout,
+)
 from paged_jax.sampling.automaton import FREE, NO_BITMAP
 
 V, END = decoder.VOCAB, 0
@@ -145,6 +161,87 @@ def test_beams_find_the_likeliest_sequences_of_the_trie_and_no_more_than_there_a
     )
 
 
+CHARACTERS = (b"", *(bytes([byte]) for byte in range(32, 127)), b"tru")  # token 0 is END
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "size": {"enum": ["small", "large"]},
+        "good": {"type": "boolean"},
+        "counts": {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 3},
+    },
+    "required": ["name", "size", "good", "counts"],
+}
+
+
+@pytest.fixture
+def outlines():
+    """What reads expressions and schemas."""
+    return pytest.importorskip("outlines_core", reason="the extra `constraints` is not installed")
+
+
+def walk(automaton: Automaton, num_rows: int, num_steps: int, see=lambda *_: None) -> list[str]:
+    """Texts that random walks write: at each node any of the allowed tokens; all of them end."""
+    rng, state = np.random.default_rng(3), automaton.start(num_rows)
+    texts, has_ended = [b""] * num_rows, np.zeros(num_rows, bool)
+    for _ in range(num_steps):
+        masked = np.asarray(mask(automaton, state, jnp.zeros((num_rows, V), jnp.float32)))
+        see(texts, masked, has_ended)
+        tokens = [rng.choice(np.flatnonzero(row > -np.inf)) for row in masked]
+        texts = [text + CHARACTERS[token] for text, token in zip(texts, tokens, strict=True)]
+        has_ended |= np.array(tokens) == END
+        state = follow(automaton, state, jnp.array(tokens, jnp.int32), jnp.ones(num_rows, bool))
+    assert np.all(has_ended)
+    return [text.decode() for text in texts]
+
+
+def test_walks_through_a_regular_expression_write_what_it_matches(outlines):
+    pattern = r"(true|false|[a-c]{2,4}x)[.!]?"
+
+    def see(texts, masked, has_ended):
+        for text, row, ended in zip(texts, masked, has_ended, strict=True):
+            assert (row[END] > -np.inf) == bool(re.fullmatch(pattern, text.decode())), text
+            assert not ended or np.sum(row > -np.inf) == 1, "nothing follows an end"
+
+    automaton = Automaton.of_regex(pattern, CHARACTERS, END)
+    texts = walk(automaton, 64, 12, see)
+    assert all(re.fullmatch(pattern, text) for text in texts) and len(set(texts)) > 20
+    masked = mask(automaton, automaton.start(64), jnp.zeros((64, V), jnp.float32))
+    assert masked[0, CHARACTERS.index(b"tru")] == 0, "a token of several characters"
+
+
+def test_what_a_schema_allows_parses_and_validates(outlines):
+    said = [json.loads(text) for text in walk(Automaton.of_json_schema(SCHEMA, CHARACTERS, END), 64, 250)]
+    for value in said:
+        jsonschema.validate(value, SCHEMA)
+    assert len({value["name"] for value in said}) > 20 and {value["good"] for value in said} == {True, False}
+
+
+@pytest.mark.long  # the same in a rollout of the demo model, which takes longer to compile
+def test_fifty_samples_of_the_demo_model_are_what_a_schema_allows(outlines):
+    model = models.load(models.DEMO)
+    token_bytes, end = model.tokenizer.token_bytes, model.stop_tokens[0]
+    one = SamplingState.of([(SamplingParams(temperature=1.0, seed=1, stop_tokens=(end,)), 0)])
+
+    @jax.jit
+    def sample(params, automaton, cache):
+        stepper, state = Stepper(model.forward, (8,), processor=automaton), automaton.start(1)
+        prompt, lens = jnp.array([[11, 12, 13]], jnp.int32), jnp.array([3], jnp.int32)
+        sampling = dataclasses.replace(one, processor=state)
+        return rollout(stepper, params, prompt, lens, cache, max_new_tokens=190, num_samples=50, sampling=sampling)[0]
+
+    config = model.cache_config(num_pages=200, max_sequences=8, max_pages_per_sequence=24)
+    drawn = sample(model.params, Automaton.of_json_schema(SCHEMA, token_bytes, end), KVCache.create(config))
+    assert np.all(drawn.finish == Finish.STOP_TOKEN)
+    said = set()
+    for row, length in zip(drawn.tokens[0].tolist(), drawn.lengths[0].tolist(), strict=True):
+        text = b"".join(token_bytes[token] for token in row[: length - 1])
+        jsonschema.validate(json.loads(text), SCHEMA)
+        said.add(text)
+    assert len(said) > 40
+
+
+@pytest.mark.long  # another program; how the engine treats a processor's state is tested beside it, too
 def test_answers_of_the_engine_are_sequences_of_the_trie():
     trie = Automaton.of_sequences(SEQUENCES, END, V)
     config = decoder.config(**CONFIG)
@@ -155,6 +252,23 @@ def test_answers_of_the_engine_are_sequences_of_the_trie():
     params = SamplingParams(max_new_tokens=8, temperature=1.0, num_samples=8)
     answers = {tuple(sample.tokens) for samples in engine.generate([[1, 2], [3]], params) for sample in samples}
     assert answers <= {(*sequence, END) for sequence in SEQUENCES} and len(answers) > 4
+
+
+def test_patterns_and_schemas_that_cannot_be_followed_are_named(outlines):
+    for pattern, message in (
+        ("[", "no automaton for the pattern '\\['"),
+        ("aé", "no automaton for the pattern 'aé': .*missing tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Automaton.of_regex(pattern, CHARACTERS, END)
+    with pytest.raises(ValueError, match="no regular expression for the schema {.type.: .colour.}"):
+        Automaton.of_json_schema({"type": "colour"}, CHARACTERS, END)
+
+
+def test_the_extra_that_reads_patterns_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "outlines_core", None)
+    with pytest.raises(ImportError, match=r"are read by outlines-core: pip install 'paged_jax\[constraints\]'"):
+        Automaton.of_regex("a", CHARACTERS, END)
 
 
 def test_what_no_automaton_can_be_made_of_is_named():
