@@ -104,7 +104,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="verify up to N (1 to 7) drafts a step, looked up in the text",
+        help="verify up to N (1 to 7) looked-up drafts a step",
     )
     sampling = parser.add_argument_group("sampling", "fields of paged_jax.SamplingParams")
     for field in dataclasses.fields(SamplingParams):
