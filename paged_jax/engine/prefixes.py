@@ -14,8 +14,8 @@ from paged_jax.engine.request import Request, Sample
 from paged_jax.engine.runner import Runner
 from paged_jax.engine.scheduler import NoPrefixes, Pages, Scheduler
 from paged_jax.engine.session import Session
+from paged_jax.prefix.digests import Namespace
 from paged_jax.prefix.prefix_cache import Match, PrefixCache, Taken
-from paged_jax.prefix.tree import Namespace
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,10 +24,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from paged_jax.cache.config import CacheConfig
+from paged_jax.prefix.digests import Namespace
 from paged_jax.prefix.ledger import Ledger, Pages
 from paged_jax.prefix.policies import LeastRecentlyUsed, Policy
 from paged_jax.prefix.reach import Reach
-from paged_jax.prefix.tree import TOKEN_BYTES, Namespace, Node, Root, encode, walk
+from paged_jax.prefix.tree import TOKEN_BYTES, Node, Root, encode, walk
 
 Tokens = Sequence[int] | np.ndarray
 
@@ -44,6 +45,16 @@ class Published(Protocol):
 
     @property
     def first_column(self) -> Any: ...
+
+
+class Listener(Protocol):
+    """Whoever keeps pages elsewhere, too."""
+
+    def cached(self, node: Node, group: int) -> None:
+        """A page is cached now, `node.pages[group]`."""
+
+    def evicted(self, node: Node, group: int) -> None:
+        """A page is about to be forgotten, because pages are short."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +121,7 @@ class PrefixCache:
         policy: makes the eviction policy of a group; see `paged_jax.prefix.policies`.
         max_pages: [G], the most pages that it keeps in each group; None: as many as there are.
         max_kept_pages: the most pages, of the layers that see everything, that `keep` pins.
+        listener: hears of the pages that come and of those that are evicted.
 
     Example:
         >>> cache = PrefixCache(config)  # a config with pages of 2 tokens
@@ -126,6 +138,7 @@ class PrefixCache:
         policy: Callable[[], Policy] = LeastRecentlyUsed,
         max_pages: Sequence[int] | None = None,
         max_kept_pages: int = 0,
+        listener: Listener | None = None,
     ):
         self._reach = Reach(config)
         self._groups = self._reach.groups
@@ -134,6 +147,7 @@ class PrefixCache:
         self._num_columns = config.max_pages_per_sequence
         self._max_pages = max_pages
         self._max_kept_pages = max_kept_pages
+        self._listener = listener
         self._roots: dict[Namespace, Root] = {}
         self._ledger = Ledger(policy, len(self._groups))
         self._kept: dict[Taken, None] = {}
@@ -248,7 +262,8 @@ class PrefixCache:
         Args:
             tokens: what the row holds, from its first token on; the handles may be to fewer.
             namespace: only prompts of the same will find them.
-            handles: of `PageTables.publish`, one for each group, on the host; to no tokens where it was refused.
+            handles: of `PageTables.publish`, one for each group, on the host; to no tokens where it was refused. A null
+                page stands for one that this publication does not bring.
             taken: of a row that goes on holding these pages; they are pinned until it is given back.
             is_fork: prompts part where the handles end, so their windows stay when a longer prefix is cached.
 
@@ -292,6 +307,9 @@ class PrefixCache:
             can_go = _is_free if has_window else _is_free_leaf
             while len(drops[group]) < num_pages[group] and self._ledger.num_evictable[group]:
                 node = self._ledger.policies[group].victim(can_go)
+                for also in self._groups if not has_window else [group]:
+                    if node.pages[also] and self._listener is not None:
+                        self._listener.evicted(node, also)
                 self._ledger.drop(node, group, drops, is_chosen=True)
                 if has_window:
                     self._prune(node)
@@ -406,15 +424,16 @@ class PrefixCache:
         for group, handle in enumerate(handles):
             pages = np.asarray(handle.pages).tolist()
             for column in range(len(path) - 1, int(handle.first_column) - 1, -1):
-                node = path[column]
+                node, page = path[column], pages[column]
                 if node.pages[group]:
-                    drops[group].append(pages[column])
                     self._ledger.policies[group].touch(node)
                     node.superseded -= {group}
-                elif goes_on and column == len(path) - 1:
-                    drops[group].append(pages[column])
-                else:
-                    self._ledger.hold(node, group, pages[column])
+                elif page and not (goes_on and column == len(path) - 1):
+                    self._ledger.hold(node, group, page)
+                    if self._listener is not None:
+                        self._listener.cached(node, group)
+                    continue
+                drops[group] += [page] if page else []
 
     def _supersede(self, path: list[Node], num_tokens: int, drops: Pages) -> None:
         """Drop the windows of a branch that ends here now, but for those at its forks."""
