@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Num
@@ -90,7 +90,7 @@ def import_pages(pages: Pages, page_ids: Int32[Array, " n"], contents: PageConte
 def _check(pages: Pages, page_ids: Int32[Array, " n"], contents: PageContents) -> None:
     shape = page_ids.size, pages.page_size, pages.num_kv_heads, pages.head_dim
     scales = None if pages.scales is None else (shape[:3], pages.scales.dtype)
-    wanted = PageContents((shape, pages.data.dtype), (shape, pages.data.dtype), scales, scales)
+    wanted = (shape, pages.data.dtype), (shape, pages.data.dtype), scales, scales
     for name, one, expected in zip(PageContents._fields, contents, wanted, strict=True):
         got = None if one is None else (one.shape, one.dtype)
         if got != expected:
@@ -100,5 +100,5 @@ def _check(pages: Pages, page_ids: Int32[Array, " n"], contents: PageContents) -
             )
 
 
-def _describe(what: tuple | None) -> str:
+def _describe(what: tuple[tuple[int, ...], Any] | None) -> str:
     return "None" if what is None else f"{what[1]}{list(what[0])}"

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +131,7 @@ class PageFormat:
             pages: bytes as `page` returned them, at most `width`.
             width: n.
         """
-        leaves = [np.zeros((width, *shape), dtype) for shape, dtype in self._leaves]
+        leaves: list[Any] = [np.zeros((width, *shape), dtype) for shape, dtype in self._leaves]
         for index, page in enumerate(pages):
             start = 0
             for leaf, (shape, dtype) in zip(leaves, self._leaves, strict=True):

@@ -47,10 +47,11 @@ class Published(Protocol):
     def first_column(self) -> Any: ...
 
 
+@runtime_checkable
 class Listener(Protocol):
     """Whoever keeps pages elsewhere, too."""
 
-    def cached(self, node: Node, group: int) -> None:
+    def cached(self, namespace: Namespace, node: Node, group: int) -> None:
         """A page is cached now, `node.pages[group]`."""
 
     def evicted(self, node: Node, group: int) -> None:
@@ -70,6 +71,7 @@ class Match:
         num_evictable: [G], pages of the match that count as evictable until they are taken.
         num_asked: tokens of the prompt.
         nodes: pages of tokens up to `num_tokens`.
+        path: pages of tokens up to `num_known`.
         fork: where the prompt parts from what is cached.
     """
 
@@ -79,6 +81,7 @@ class Match:
     num_evictable: tuple[int, ...]
     num_asked: int
     nodes: tuple[Node, ...] = dataclasses.field(repr=False)
+    path: tuple[Node, ...] = dataclasses.field(repr=False)
     fork: Node | None = dataclasses.field(repr=False)
 
 
@@ -121,7 +124,6 @@ class PrefixCache:
         policy: makes the eviction policy of a group; see `paged_jax.prefix.policies`.
         max_pages: [G], the most pages that it keeps in each group; None: as many as there are.
         max_kept_pages: the most pages, of the layers that see everything, that `keep` pins.
-        listener: hears of the pages that come and of those that are evicted.
 
     Example:
         >>> cache = PrefixCache(config)  # a config with pages of 2 tokens
@@ -138,7 +140,6 @@ class PrefixCache:
         policy: Callable[[], Policy] = LeastRecentlyUsed,
         max_pages: Sequence[int] | None = None,
         max_kept_pages: int = 0,
-        listener: Listener | None = None,
     ):
         self._reach = Reach(config)
         self._groups = self._reach.groups
@@ -147,12 +148,16 @@ class PrefixCache:
         self._num_columns = config.max_pages_per_sequence
         self._max_pages = max_pages
         self._max_kept_pages = max_kept_pages
-        self._listener = listener
+        self._listener: Listener | None = None
         self._roots: dict[Namespace, Root] = {}
         self._ledger = Ledger(policy, len(self._groups))
         self._kept: dict[Taken, None] = {}
         self._requests = self._asked_tokens = self._hit_tokens = 0
         self._evicted_pages = [0 for _ in self._groups]
+
+    def tell(self, listener: Listener) -> None:
+        """Tell somebody of the pages that come from now on, and of those that are evicted."""
+        self._listener = listener
 
     # ---- what is cached --------------------------------------------------------------------------------------
 
@@ -285,7 +290,7 @@ class PrefixCache:
         if num_tokens == 0:
             return drops
         path = self._grow(data[: num_tokens * TOKEN_BYTES], namespace, drops)
-        self._store(path, num_tokens, handles, drops)
+        self._store(path, namespace, num_tokens, handles, drops)
         path[-1].is_fork |= is_fork
         self._supersede(path, num_tokens, drops)
         if taken is not None:
@@ -370,6 +375,7 @@ class PrefixCache:
             num_evictable=tuple(sum(not node.num_pins and node.pages[g] > 0 for node in nodes) for g in self._groups),
             num_asked=num_asked,
             nodes=nodes,
+            path=tuple(path),
             fork=path[num_whole - 1] if num_whole and not _is_leaf_end(path, num_known, page_size) else None,
         )
 
@@ -417,7 +423,9 @@ class PrefixCache:
             path.append(node)
         return path[1:]
 
-    def _store(self, path: list[Node], num_tokens: int, handles: Sequence[Published], drops: Pages) -> None:
+    def _store(
+        self, path: list[Node], namespace: Namespace, num_tokens: int, handles: Sequence[Published], drops: Pages
+    ) -> None:
         """Put the pages of a publication into the nodes that have none yet, last page first."""
         num_in_last = num_tokens - (len(path) - 1) * self._reach.page_size
         goes_on = len(path[-1]) > num_in_last  # then the last page holds fewer tokens than its node
@@ -431,7 +439,7 @@ class PrefixCache:
                 elif page and not (goes_on and column == len(path) - 1):
                     self._ledger.hold(node, group, page)
                     if self._listener is not None:
-                        self._listener.cached(node, group)
+                        self._listener.cached(namespace, node, group)
                     continue
                 drops[group] += [page] if page else []
 
