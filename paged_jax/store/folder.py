@@ -23,7 +23,7 @@ import shutil
 import sqlite3
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from paged_jax.store.index import Index, Row
@@ -135,16 +135,19 @@ class Store:
                 return 0
             known = self._index.find([page.digest for page in pages])
             new = [page for page in pages if (page.digest, page.group) not in known]
+            if not new:
+                return 0
             with contextlib.ExitStack() as stack:
                 rows = [self._write_file(page, stack) for page in new]
                 with self._index.changing():
                     num_new = sum(self._publish(*row) for row in rows)
+                    self._index.touch([row for row, _ in rows])
                     if any(path is not None for _, path in rows):
                         _sync(self._pages)
                     self._prune(self.max_bytes)
         return num_new
 
-    def touch(self, rows: Iterable[Row]) -> None:
+    def touch(self, rows: Sequence[Row]) -> None:
         """Pages were used."""
         with self._errors("be written"):
             if self._index is not None:

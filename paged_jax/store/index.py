@@ -8,7 +8,7 @@ import contextlib
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS pages (
     digest BLOB NOT NULL,
     grp INTEGER NOT NULL,
+    parent BLOB NOT NULL,
     depth INTEGER NOT NULL,
     name TEXT NOT NULL,
     bytes INTEGER NOT NULL,
@@ -29,7 +30,12 @@ CREATE TABLE IF NOT EXISTS pages (
 CREATE INDEX IF NOT EXISTS by_use ON pages (used, depth, bytes);
 CREATE INDEX IF NOT EXISTS by_name ON pages (name);
 """
-COLUMNS = "digest, grp, depth, name, bytes, fingerprint"
+COLUMNS = "digest, grp, parent, depth, name, bytes, fingerprint"
+ANCESTORS = """
+WITH RECURSIVE up(digest) AS (
+    SELECT ? UNION SELECT pages.parent FROM pages JOIN up ON pages.digest = up.digest
+) SELECT digest FROM up
+"""
 SCHEMA_VERSION = 1
 PATIENCE = 10.0  # seconds that a process waits for the others
 AT_ONCE = 400  # digests in a statement
@@ -41,6 +47,7 @@ class Row(NamedTuple):
     Args:
         digest: of the prefix that ends with it.
         group: of layers.
+        parent: the digest of what it continues.
         depth: pages of the prefix.
         name: of its file, or of its bytes where they are `inline`.
         num_bytes: of the file.
@@ -50,6 +57,7 @@ class Row(NamedTuple):
 
     digest: bytes
     group: int
+    parent: bytes
     depth: int
     name: str
     num_bytes: int
@@ -59,7 +67,7 @@ class Row(NamedTuple):
     @classmethod
     def of(cls, page: StoredPage, name: str, num_bytes: int) -> "Row":
         """The row of a page that has a file."""
-        return cls(page.digest, page.group, page.depth, name, num_bytes, page.fingerprint)
+        return cls(page.digest, page.group, page.parent, page.depth, name, num_bytes, page.fingerprint)
 
 
 class Index:
@@ -75,6 +83,7 @@ class Index:
     def __init__(self, path: Path):
         self._changing, self._reading = threading.Lock(), threading.Lock()  # of the connections
         self._connection = _connect(path)
+        self._stamp = 0  # the time of the change
         try:
             self._open()
             self._reader = _connect(path)  # of its own, so that reading waits for no change
@@ -103,6 +112,7 @@ class Index:
         """Nobody else changes the index or moves files meanwhile; what is done is done whole or not at all."""
         with self._changing:
             self._connection.execute("BEGIN IMMEDIATE")
+            self._stamp = time.time_ns() // 1000
             try:
                 yield
                 self._connection.execute("COMMIT")
@@ -115,8 +125,8 @@ class Index:
 
     def add(self, row: Row) -> None:
         """A page is there now; as of another that ends the same prefix, the first one stays."""
-        values = *row[:6], _now(row.depth), row.inline
-        self._connection.execute("INSERT OR IGNORE INTO pages VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
+        values = *row[:7], self._stamp - row.depth, row.inline
+        self._connection.execute("INSERT OR IGNORE INTO pages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
 
     def has(self, digest: bytes, group: int) -> bool:
         """Whether a page is there."""
@@ -128,10 +138,14 @@ class Index:
         what = row.digest, row.group, row.name
         return self._connection.execute("DELETE FROM pages WHERE digest=? AND grp=? AND name=?", what).rowcount > 0
 
-    def touch(self, rows: Iterable[Row]) -> None:
-        """Pages were used: what continues others leaves before them."""
-        values = [(_now(row.depth), row.digest, row.group) for row in rows]
-        self._connection.executemany("UPDATE pages SET used=? WHERE digest=? AND grp=?", values)
+    def touch(self, rows: Sequence[Row]) -> None:
+        """Pages were used, and with them all that they continue: no page leaves before what continues it."""
+        ours = {row.digest for row in rows}
+        for digest in {row.parent for row in rows} - ours:
+            query = f"UPDATE pages SET used = ? - depth WHERE digest IN ({ANCESTORS})"
+            self._connection.execute(query, (self._stamp, digest))
+        values = [(self._stamp - row.depth, row.digest) for row in rows]
+        self._connection.executemany("UPDATE pages SET used=? WHERE digest=?", values)
 
     def oldest(self, num_bytes: int) -> list[Row]:
         """The pages that were not used for the longest time, of at least so many bytes together."""
@@ -175,7 +189,3 @@ class Index:
 
 def _connect(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(path, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
-
-
-def _now(depth: int) -> int:
-    return time.time_ns() // 1000 - depth
