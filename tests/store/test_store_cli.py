@@ -7,6 +7,12 @@ from paged_jax.cli import main
 from paged_jax.store import Store
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_kept_on_disk(monkeypatch):
+    """Of compiled programs."""
+    monkeypatch.setattr("paged_jax.cli.keep_compiled_programs", lambda: None)
+
+
 def test_info_verify_and_prune(tmp_path, capsys):
     store = Store(tmp_path)
     store.write([*prefix(1), *prefix(2, num_bytes=300)])
