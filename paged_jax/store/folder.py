@@ -144,7 +144,8 @@ class Store:
                     self._index.touch([row for row, _ in rows])
                     if any(path is not None for _, path in rows):
                         _sync(self._pages)
-                    self._prune(self.max_bytes)
+                    old = self._forget_oldest(self.max_bytes)
+                self._unlink(old)
         return num_new
 
     def touch(self, rows: Sequence[Row]) -> None:
@@ -159,7 +160,9 @@ class Store:
         with self._errors("be written"):
             if self._index is not None:
                 with self._index.changing():
-                    return self._prune(max_bytes)
+                    old = self._forget_oldest(max_bytes)
+                self._unlink(old)
+                return len(old)
         return 0
 
     def verify(self) -> tuple[int, int]:
@@ -234,12 +237,9 @@ class Store:
     def _adopt(self) -> None:
         """Files that no row names: their process ended before it could add the row, or the index is new."""
         assert self._index is not None
-        known = self._index.names()
-        strangers = [path for path in self._pages.iterdir() if path.name not in known]
-        if not strangers and self.max_bytes is None:
-            return
         with self._index.changing():
-            for path in strangers:
+            known = self._index.names()
+            for path in [path for path in self._pages.iterdir() if path.name not in known]:
                 try:
                     data = path.read_bytes()
                     page = unpack(data)
@@ -252,7 +252,8 @@ class Store:
                     path.unlink()
                 else:
                     self._index.add(Row.of(page, path.name, len(data)))
-            self._prune(self.max_bytes)
+            old = self._forget_oldest(self.max_bytes)
+        self._unlink(old)
 
     # ---- files -----------------------------------------------------------------------------------------------
 
@@ -282,17 +283,25 @@ class Store:
         self._index.add(row)
         return True
 
-    def _prune(self, max_bytes: int | None) -> int:
-        """Remove the oldest pages above a number of bytes, while the index is being changed."""
+    def _forget_oldest(self, max_bytes: int | None) -> list[Row]:
+        """Forget the oldest pages above a number of bytes, while the index is being changed."""
         assert self._index is not None
         if max_bytes is None:
-            return 0
+            return []
         _, total = self._index.total()
         rows = self._index.oldest(total - max_bytes) if total > max_bytes else []
         for row in rows:
             self._index.remove(row)
-            (self._pages / row.name).unlink(missing_ok=True)
-        return len(rows)
+        return rows
+
+    def _unlink(self, rows: Sequence[Row]) -> None:
+        """Remove the files of pages that were forgotten, after that: no row ever names a file that is gone."""
+        assert self._index is not None
+        if rows:
+            with self._index.changing():
+                for row in rows:
+                    if not self._index.names_file(row.name):  # else it was written again meanwhile
+                        (self._pages / row.name).unlink(missing_ok=True)
 
     def _set_aside(self, row: Row, reason: str) -> None:
         """A page is not what it should be: nobody finds it any more."""

@@ -133,6 +133,10 @@ class Index:
         found = self._connection.execute("SELECT 1 FROM pages WHERE digest=? AND grp=?", (digest, group))
         return found.fetchone() is not None
 
+    def names_file(self, name: str) -> bool:
+        """Whether some page has this file."""
+        return self._connection.execute("SELECT 1 FROM pages WHERE name=?", (name,)).fetchone() is not None
+
     def remove(self, row: Row) -> bool:
         """Forget a page, if it is still that one; returns whether it was."""
         what = row.digest, row.group, row.name

@@ -1,6 +1,6 @@
 """Random traffic and errors at any moment, with pages that go to host memory and to a store and come back.
 
-    pytest -n 0 -m long tests/store/test_tiers_traffic.py -s
+pytest -n 0 -m long tests/store/test_tiers_traffic.py -s
 """
 
 import sys
