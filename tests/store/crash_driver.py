@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from store_cases import SMALL, bytes_on_disk, check, prefix
+from store_cases import LARGE, SMALL, bytes_on_disk, check, prefix
 
 from paged_jax.store import Store
 
@@ -106,7 +106,7 @@ def at_random(folder: Path, count: int) -> int:
         def write(kill=kill, writing=writing) -> None:
             store = Store(folder)
             for number in itertools.count(100 * kill):
-                store.write(prefix(number, num_bytes=chosen.choice((SMALL, 9000))))
+                store.write(small_or_large(number))
                 os.write(writing, number.to_bytes(4, "big"))
 
         child = fork(write)
@@ -119,16 +119,15 @@ def at_random(folder: Path, count: int) -> int:
         numbers = [int.from_bytes(said[i : i + 4], "big") for i in range(0, len(said), 4)]
         store = Store(folder)
         for number in numbers:
-            small, large = (prefix(number, num_bytes=size) for size in (SMALL, 9000))
-            assert check_either(store, small, large) == 3
+            assert check(store, small_or_large(number)) == 3
         assert store.verify()[1] == 0
         store.prune(0)
         store.close()
     return count
 
 
-def check_either(store: Store, small: list, large: list) -> int:
-    return sum(check(store, [one]) or check(store, [two]) for one, two in zip(small, large, strict=True))
+def small_or_large(number: int) -> list:
+    return prefix(number, num_bytes=SMALL if number % 2 else LARGE)
 
 
 def together(folder: Path, seconds: int) -> int:
