@@ -21,7 +21,7 @@ from store_cases import LARGE, SMALL, bytes_on_disk, check, prefix
 
 from paged_jax.store import Store
 
-KILL = 1
+KILL, FAIL = 1, 2
 CAP = 60_000  # bytes, six large pages
 libc = ctypes.CDLL(None)
 
@@ -97,6 +97,36 @@ def at_every_call(folder: Path, opens: bool, cap: int | None) -> int:
     raise AssertionError("never")
 
 
+def failing(folder: Path, number: int) -> int:
+    """From some call that changes a file on, all fail: nothing is raised, one warning of each kind, nothing is left."""
+    warnings: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())
+    logger = logging.getLogger("paged_jax.store")
+    logger.handlers[:] = [handler]
+    pages = [*prefix(3), *prefix(4, num_bytes=SMALL)]
+    for call in itertools.count(1):
+        store = Store(folder / str(call))
+        store.write(prefix(1))
+        libc.fault_arm(FAIL, call, number)
+        for _ in range(3):
+            store.write(pages)
+        num_calls = libc.fault_calls()
+        libc.fault_arm(0, 0, 0)
+        if num_calls < call:
+            assert not warnings
+            return call - 1
+        assert len(warnings) == 1 and "cannot be written" in warnings[0], warnings
+        warnings.clear()
+        assert check(store, prefix(1)) == 3
+        store.write(pages)
+        assert check(store, pages) == len(pages), "it is used again when it can be"
+        store.close()
+        assert_whole(folder / str(call), prefix(1), pages, None)
+        assert not warnings
+    raise AssertionError("never")
+
+
 def at_random(folder: Path, count: int) -> int:
     """Kill a process that writes all the time; what it said it had written is there."""
     chosen = random.Random(0)
@@ -164,6 +194,7 @@ def main() -> None:
         "write": lambda: at_every_call(folder, opens=False, cap=None),
         "prune": lambda: at_every_call(folder, opens=False, cap=CAP // 2),
         "open": lambda: at_every_call(folder, opens=True, cap=None),
+        "failing": lambda: failing(folder, count),
         "random": lambda: at_random(folder, count),
         "together": lambda: together(folder, count),
     }

@@ -41,8 +41,15 @@ WRAP(int, fsync, (int fd), (fd))
 WRAP(int, fdatasync, (int fd), (fd))
 WRAP(int, rename, (const char *from, const char *to), (from, to))
 WRAP(int, renameat, (int a, const char *from, int b, const char *to), (a, from, b, to))
-WRAP(int, unlink, (const char *path), (path))
-WRAP(int, unlinkat, (int fd, const char *path, int flags), (fd, path, flags))
+// A full disk lets go of files.
+#define WRAP_REMOVE(name, parameters, arguments)                       \
+  int name parameters {                                                \
+    if ((mode != FAIL || error_number != ENOSPC) && fault()) return -1; \
+    return REAL(name) arguments;                                       \
+  }
+
+WRAP_REMOVE(unlink, (const char *path), (path))
+WRAP_REMOVE(unlinkat, (int fd, const char *path, int flags), (fd, path, flags))
 WRAP(int, mkdir, (const char *path, mode_t mode), (path, mode))
 WRAP(int, ftruncate, (int fd, off_t size), (fd, size))
 WRAP(int, ftruncate64, (int fd, off64_t size), (fd, size))

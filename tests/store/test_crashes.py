@@ -5,6 +5,7 @@ The long forms: 1,000 kills at random moments, and ten minutes of two processes.
     pytest -n 0 -m long tests/store/test_crashes.py -s
 """
 
+import errno
 import os
 import shutil
 import subprocess
@@ -41,6 +42,12 @@ def test_a_kill_at_any_call_that_changes_a_file(tmp_path, faults, kind, at_least
     num_kills = drive(faults, kind, tmp_path)
     print(f"{kind}: {num_kills} kills")
     assert num_kills >= at_least
+
+
+@compiler
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES], ids=errno.errorcode.get)
+def test_a_disk_that_fails_at_any_call(tmp_path, faults, number):
+    assert drive(faults, "failing", tmp_path, number) >= 20
 
 
 @compiler
