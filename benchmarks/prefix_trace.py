@@ -78,7 +78,8 @@ class HostTier:
 
     def evicted(self, node: Node, group: int) -> None:
         key = PageKey(node.fingerprint, group)
-        self._host.expect(key, len(self._page))
+        assert node.parent is not None
+        self._host.expect(key, node.parent.fingerprint, node.tokens, len(self._page))
         self._host.fill(key, self._page)
 
     def bring(self, cache: PrefixCache, blocks: list[int], next_page: int) -> int:

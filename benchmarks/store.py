@@ -58,10 +58,12 @@ def make_engine(model: models.Model, num_tokens: int, rows: int = 1, **options: 
     """An engine whose pool holds so many tokens."""
     sizes = {"max_sequences": rows, "max_pages_per_sequence": MAX_LENGTH // PAGE_SIZE, "page_size": PAGE_SIZE}
     config = model.cache_config(num_pages=1 + num_tokens // PAGE_SIZE, **sizes)
-    return Engine(model.forward, model.params, config, token_counts=(8, 256), num_logprobs=None, **options)
+    return Engine(model.forward, model.params, config, num_logprobs=None, **options)
 
 
 def first_token(engine: Engine, prompt: list[int]) -> First:
+    """Of a prompt, after a short one for which the engine makes its pool."""
+    engine.generate([[1, 2, 3]], dataclasses.replace(PARAMS, max_new_tokens=1))
     start, cpu = time.perf_counter(), time.process_time()
     request = engine.add_request(prompt, PARAMS)
     stream = engine.stream(request)

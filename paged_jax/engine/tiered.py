@@ -112,7 +112,10 @@ class TieredPrefixes(CachedPrefixes):
     def evicted(self, node: Node, group: int) -> None:
         """A page leaves the pool for host memory."""
         if self._tiers.host is not None:
-            self._outgoing.append(Outgoing(PageKey(node.fingerprint, group), node.pages[group], None))
+            key, num_bytes = PageKey(node.fingerprint, group), self._tiers.formats[group].num_bytes
+            assert node.parent is not None
+            self._tiers.host.expect(key, node.parent.fingerprint, node.tokens, num_bytes)
+            self._outgoing.append(Outgoing(key, node.pages[group], None))
 
     def _export(self) -> None:
         """Dispatch the copies of what leaves, before anything is written to its pages."""
@@ -122,9 +125,6 @@ class TieredPrefixes(CachedPrefixes):
                 some = [one for one in outgoing if one.key.group == group and (one.stored is None) == goes_to_host]
                 for part, contents in self._transfers.export(group, [one.page for one in some]):
                     self._runner.note(some[part], contents)
-        for one in outgoing:
-            if one.stored is None and self._tiers.host is not None:
-                self._tiers.host.expect(one.key, self._tiers.formats[one.key.group].num_bytes)
 
     def _arrived(self, some: list[Outgoing], contents: Any) -> None:
         """Copies of pages are on the host now; all go to the same tier."""

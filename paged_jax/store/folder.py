@@ -99,6 +99,13 @@ class Store:
                 return self._index.find(digests)
         return {}
 
+    def beginning(self, parent: bytes, tokens: bytes) -> bytes | None:
+        """The tokens of a page that continues a prefix, and begins with some tokens."""
+        with self._errors("be read"):
+            if self._index is not None:
+                return self._index.beginning(parent, tokens)
+        return None
+
     def read(self, row: Row, expected: StoredPage) -> StoredPage | None:
         """A page, checked.
 

@@ -19,6 +19,7 @@ CREATE TABLE IF NOT EXISTS pages (
     digest BLOB NOT NULL,
     grp INTEGER NOT NULL,
     parent BLOB NOT NULL,
+    tokens BLOB NOT NULL,
     depth INTEGER NOT NULL,
     name TEXT NOT NULL,
     bytes INTEGER NOT NULL,
@@ -29,8 +30,9 @@ CREATE TABLE IF NOT EXISTS pages (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_use ON pages (used, depth, bytes);
 CREATE INDEX IF NOT EXISTS by_name ON pages (name);
+CREATE INDEX IF NOT EXISTS by_parent ON pages (parent, tokens);
 """
-COLUMNS = "digest, grp, parent, depth, name, bytes, fingerprint"
+COLUMNS = "digest, grp, parent, tokens, depth, name, bytes, fingerprint"
 ANCESTORS = """
 WITH RECURSIVE up(digest) AS (
     SELECT ? UNION SELECT pages.parent FROM pages JOIN up ON pages.digest = up.digest
@@ -48,6 +50,7 @@ class Row(NamedTuple):
         digest: of the prefix that ends with it.
         group: of layers.
         parent: the digest of what it continues.
+        tokens: of the page.
         depth: pages of the prefix.
         name: of its file, or of its bytes where they are `inline`.
         num_bytes: of the file.
@@ -58,6 +61,7 @@ class Row(NamedTuple):
     digest: bytes
     group: int
     parent: bytes
+    tokens: bytes
     depth: int
     name: str
     num_bytes: int
@@ -67,7 +71,7 @@ class Row(NamedTuple):
     @classmethod
     def of(cls, page: StoredPage, name: str, num_bytes: int) -> "Row":
         """The row of a page that has a file."""
-        return cls(page.digest, page.group, page.parent, page.depth, name, num_bytes, page.fingerprint)
+        return cls(page.digest, page.group, page.parent, page.tokens, page.depth, name, num_bytes, page.fingerprint)
 
 
 class Index:
@@ -125,8 +129,8 @@ class Index:
 
     def add(self, row: Row) -> None:
         """A page is there now; as of another that ends the same prefix, the first one stays."""
-        values = *row[:7], self._stamp - row.depth, row.inline
-        self._connection.execute("INSERT OR IGNORE INTO pages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+        values = *row[:8], self._stamp - row.depth, row.inline
+        self._connection.execute("INSERT OR IGNORE INTO pages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
 
     def has(self, digest: bytes, group: int) -> bool:
         """Whether a page is there."""
@@ -178,6 +182,13 @@ class Index:
                 rows = self._reader.execute(query, some).fetchall()
             found |= {(values[0], values[1]): Row(*values) for values in rows}
         return found
+
+    def beginning(self, parent: bytes, tokens: bytes) -> bytes | None:
+        """The tokens of a page that continues a prefix, and begins with some tokens."""
+        query = "SELECT tokens FROM pages WHERE parent=? AND tokens>=? ORDER BY tokens LIMIT 1"
+        with self._reading:
+            found = self._reader.execute(query, (parent, tokens)).fetchone()
+        return found[0] if found is not None and found[0].startswith(tokens) else None
 
     def all(self) -> list[Row]:
         """All pages, the oldest first."""

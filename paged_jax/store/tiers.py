@@ -73,11 +73,12 @@ class Found:
 
 @dataclasses.dataclass
 class _Link:
-    """A page of a prompt's tokens, and which of the groups have it where."""
+    """A page, and which of the groups have it where; the first of its tokens are those of the prompt."""
 
     parent: bytes
     digest: bytes
     tokens: bytes
+    num_tokens: int  # of the prompt
     column: int
     in_pool: tuple[bool, ...]
     host: list[bool]
@@ -220,14 +221,22 @@ class Tiers:
             for parent, digest, tokens in chain(wanted.namespace, wanted.data, self._page_bytes)
         ]
         links = self._held(wanted, pages, 0)
-        if len(links) < len(pages):  # there may be a page that ends before
-            parent, _, tokens = pages[len(links)]
-            shorter = [tokens[:stop] for stop in range(len(tokens) - TOKEN_BYTES, 0, -TOKEN_BYTES)]
-            for one in shorter:
-                last = self._held(wanted, [(parent, page_digest(parent, one), one)], len(links))
-                if last:
-                    return links + last
+        if len(links) == len(pages):
+            return links
+        parent, _, tokens = pages[len(links)]  # there may be a page that begins with these tokens, or that ends before
+        options = [tokens[:stop] for stop in range(len(tokens) - TOKEN_BYTES, 0, -TOKEN_BYTES)]
+        longer = self._beginning(parent, tokens) if len(tokens) < self._page_bytes else None
+        for one in [longer, *options] if longer is not None else options:
+            last = self._held(wanted, [(parent, page_digest(parent, one), one)], len(links))
+            if last:
+                last[0].num_tokens = min(len(one), len(tokens)) // TOKEN_BYTES
+                return links + last
         return links
+
+    def _beginning(self, parent: bytes, tokens: bytes) -> bytes | None:
+        """The tokens of a page that begins with these."""
+        found = self.host.beginning(parent, tokens) if self.host is not None else None
+        return found if found is not None or self.store is None else self.store.beginning(parent, tokens)
 
     def _held(self, wanted: Wanted, pages: Sequence[tuple[bytes, bytes, bytes]], first: int) -> list[_Link]:
         rows = self.store.find([digest for _, digest, _ in pages]) if self.store is not None else {}
@@ -237,6 +246,7 @@ class Tiers:
                 parent,
                 digest,
                 tokens,
+                len(tokens) // TOKEN_BYTES,
                 column,
                 wanted.in_pool.get(digest, (False,) * len(self.formats)),
                 [
@@ -277,8 +287,7 @@ class Tiers:
 
     def _longest(self, links: list[_Link], tiers: Sequence[str]) -> int:
         held = [_Held([int(link.holder(group, tiers) is not None) for group in self._reach.groups]) for link in links]
-        num_known = sum(len(link.tokens) for link in links) // TOKEN_BYTES
-        return self._reach.longest(held, num_known)
+        return self._reach.longest(held, sum(link.num_tokens for link in links))
 
     def _needed(self, links: list[_Link], num_tokens: int, tiers: Sequence[str]) -> list[tuple[_Link, int]]:
         """The pages that are to be brought, so that a prompt can be continued after so many tokens."""
@@ -305,7 +314,7 @@ class Tiers:
             sizes[tier or ""] += len(page)
             if link.column not in counted:
                 counted.add(link.column)
-                tokens[tier or ""] += len(link.tokens) // TOKEN_BYTES
+                tokens[tier or ""] += link.num_tokens
             if tier == STORE:
                 used.append(link.rows[group])
                 self._know(PageKey(link.digest, group))
