@@ -330,6 +330,11 @@ class Engine:
         return cache.pages() if cache is not None else [np.zeros(0, np.int32) for _ in self.config.groups]
 
     @property
+    def tiers(self) -> Tiers | None:
+        """Where pages go that leave the pool, and what they cost to bring back; None: nowhere."""
+        return self._core.tiers
+
+    @property
     def has_work(self) -> bool:
         """Whether some request has not ended, or has pieces that nobody took."""
         return bool(self._core.requests or self._core.pieces)

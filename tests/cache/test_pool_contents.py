@@ -1,5 +1,7 @@
 """Pages of all layers that leave the pool and come back, and free pages that nobody's row holds."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from paged_jax import CacheConfig, PagePool, PageTables
 from paged_jax.cache.contents import PageFormat, export_from_pool, import_to_pool
 
-SIZES = dict(num_layers=3, num_kv_heads=4, head_dim=16, num_pages=9, max_sequences=2, max_pages_per_sequence=6)
+SIZES: Any = dict(num_layers=3, num_kv_heads=4, head_dim=16, num_pages=9, max_sequences=2, max_pages_per_sequence=6)
 export = jax.jit(export_from_pool, static_argnums=1)
 fill = jax.jit(import_to_pool, static_argnums=1, donate_argnums=0)
 

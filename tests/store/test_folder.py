@@ -1,5 +1,6 @@
 """The store: what is written is found, and what is damaged is a miss, said once, and set aside."""
 
+import dataclasses
 import logging
 import random
 import shutil
@@ -37,7 +38,7 @@ def test_what_is_written_is_found_by_every_process(tmp_path, warnings, num_bytes
 
 def test_the_first_of_two_equal_pages_stays_and_leaves_no_file_behind(tmp_path):
     pages, store = prefix(1), Store(tmp_path)
-    others = [page.__class__(**(vars(page) | {"payload": bytes(LARGE)})) for page in pages]
+    others = [dataclasses.replace(page, payload=bytes(LARGE)) for page in pages]
     assert store.write(pages) == 3 and store.write(others) == 0
     assert check(store, pages) == 3 and len(list((tmp_path / "pages").iterdir())) == 3
 
@@ -168,7 +169,8 @@ def test_swapped_files_are_misses(tmp_path, warnings):
     store, pages = Store(tmp_path), prefix(1)
     store.write(pages)
     one, two, _ = files(store)
-    one.rename(tmp_path / "x"), two.rename(one), (tmp_path / "x").rename(two)
+    for old, new in ((one, tmp_path / "x"), (two, one), (tmp_path / "x", two)):
+        old.rename(new)
     assert check(store, pages) == 1 and len(warnings()) == 1
     assert "one of other tokens" in warnings()[0]
 

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,10 @@ WINDOWS = pytest.mark.parametrize("windows", [(None, None), HYBRID], ids=["plain
 
 def make(windows=(None, None), **options):
     return make_engine(windows, tokenizer=None, **options)
+
+
+def tiers_of(engine) -> Any:
+    return engine.tiers
 
 
 def text(seed: int, length: int) -> list[int]:
@@ -88,6 +93,20 @@ def fill(folder, prompt, **options):
     assert engine.stats().saved_pages == {"store": 10}
 
 
+def test_the_same_prompt_computes_nothing_but_its_last_token(tmp_path):
+    prompt = text(0, 35)  # its last page holds drawn tokens, too
+    first = make(store=Store(tmp_path))
+    run(first, [prompt])
+    first.flush()
+    for options in ({"store": Store(tmp_path)}, {"store": Store(tmp_path), "host_cache_bytes": HOST_BYTES}):
+        engine = make(**options)
+        assert run(engine, [prompt]).computed_tokens == 1 + 5
+        run(engine, [text(seed, 33) for seed in range(1, 4)])  # which it makes room for
+        before = engine.stats().computed_tokens
+        assert run(engine, [prompt]).computed_tokens - before == 1 + 5
+    assert engine.stats().loaded_tokens == {"store": 34 + 3 * 32, "host": 34}
+
+
 # ---- a miss, never a wrong token ---------------------------------------------------------------------------------
 
 
@@ -96,7 +115,8 @@ def test_what_was_computed_under_another_key_is_a_miss(tmp_path, warnings, other
     prompt = text(0, 33)
     fill(tmp_path, prompt)
     engine = make(store=Store(tmp_path))
-    engine.generate([prompt], GREEDY, **{other: "x"})
+    options: Any = {other: "x"}
+    engine.generate([prompt], GREEDY, **options)
     assert engine.stats().loaded_tokens == {} and engine.stats().computed_tokens == 38 and warnings() == []
 
 
@@ -172,9 +192,9 @@ def test_a_slow_disk_delays_nobody_for_long(tmp_path, monkeypatch):
     fill(tmp_path, prompts[0])
     engine = make(store=Store(tmp_path))
     run(engine, [text(9, 33)])
-    find = engine._core.tiers.store.find
+    find = tiers_of(engine).store.find
     monkeypatch.setattr("paged_jax.engine.tiered.PATIENCE", 0.1)
-    monkeypatch.setattr(engine._core.tiers.store, "find", lambda digests: time.sleep(1.5) or find(digests))
+    monkeypatch.setattr(tiers_of(engine).store, "find", lambda digests: time.sleep(1.5) or find(digests))
     before = time.monotonic()
     for prompt in prompts:
         stats = run(engine, [prompt])
@@ -189,14 +209,14 @@ def test_what_is_cheaper_to_compute_is_computed(tmp_path):
     prompt = text(0, 33)
     fill(tmp_path, prompt)
     engine = make(store=Store(tmp_path))
-    tiers = engine._core.tiers
+    tiers = tiers_of(engine)
     tiers.prefill.measured(10**9, 1.0)
     tiers.rates["store"].measured(1, 1.0)
     stats = run(engine, [prompt])
     assert stats.loaded_tokens == {} and stats.declined_tokens == {"store": 32}
     assert stats.computed_tokens == 38
     other = make(store=Store(tmp_path))
-    other._core.tiers.prefill.measured(1, 1.0)
+    tiers_of(other).prefill.measured(1, 1.0)
     stats = run(other, [prompt])
     assert stats.loaded_tokens == {"store": 32} and stats.declined_tokens == {}
 
@@ -206,7 +226,7 @@ def test_rates_are_learnt_while_running(tmp_path):
     engine = make(store=Store(tmp_path), host_cache_bytes=1 << 20)
     for seed in (0, 1, 2, 3, 0, 1):
         run(engine, [text(seed, 33)])
-    tiers = engine._core.tiers
+    tiers = tiers_of(engine)
     assert all(rate.per_second > 0 for rate in (tiers.prefill, tiers.rates["store"], tiers.rates["host"]))
 
 
@@ -236,7 +256,7 @@ def test_what_makes_no_sense_is_refused(options, message):
 # ---- traffic -----------------------------------------------------------------------------------------------------
 
 
-def tiers(folder: Path) -> dict:
+def tiers(folder: Path) -> dict[str, Any]:
     return {"host_cache_bytes": HOST_BYTES, "store": Store(folder, max_bytes=1 << 20)}
 
 
