@@ -281,6 +281,8 @@ class Core:
         self._counters = counters
         self.recorder.preempted(int(new.preemptions))
         start, self._last_read = max(visit.dispatched, self._last_read), time.perf_counter()
+        if self.tiers is not None:
+            self.tiers.visits.measured(1, self._last_read - start)
         if self.tiers is not None and new.computed_tokens >= PREFILL_TOKENS * visit.num_steps:
             self.tiers.prefill.measured(int(new.computed_tokens), self._last_read - start)
         counts.update(computed_tokens=int(new.computed_tokens), recomputed_tokens=int(new.recomputed_tokens))

@@ -7,6 +7,8 @@ are read, put into free pages, and cached like a publication; then it finds them
 
 import concurrent.futures
 import dataclasses
+import math
+import operator
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,7 +21,7 @@ from paged_jax.engine.request import Sample
 from paged_jax.engine.runner import Runner
 from paged_jax.engine.scheduler import Pages, Scheduler
 from paged_jax.engine.stats import Recorder
-from paged_jax.engine.transfers import Transfers
+from paged_jax.engine.transfers import WIDTHS, Transfers
 from paged_jax.prefix.digests import Namespace
 from paged_jax.prefix.prefix_cache import PrefixCache, Taken
 from paged_jax.prefix.tree import Node, encode
@@ -27,7 +29,7 @@ from paged_jax.store.host import PageKey
 from paged_jax.store.page_file import StoredPage
 from paged_jax.store.tiers import HOST, Found, Tiers, Wanted
 
-PAGES_AT_ONCE = 32  # of a group, that come back between two visits while others decode
+SHARE = 0.15  # of the time of a visit, that pages which come back may take while others decode
 PATIENCE = 2.0  # seconds that a prompt waits for its pages before it is computed
 PAUSE = 0.02  # seconds that an engine waits which has nothing else to do
 
@@ -43,9 +45,9 @@ class Load:
     found: "concurrent.futures.Future[Found | None]"
     began: float
     brought: Found | None = None  # what was found, once the engine knows
-    claimed: Any = None  # pages for it, on the device, [G, M]
-    num_filled: list[int] = dataclasses.field(default_factory=list)  # of each group
-    is_filled: bool = False
+    due: Pages = ()  # pages of each group that come next
+    num_filled: Pages = ()
+    claimed: list[Any] = dataclasses.field(default_factory=list)  # pages that were filled, on the device, [G, M] each
 
 
 class Outgoing(NamedTuple):
@@ -89,6 +91,7 @@ class TieredPrefixes(CachedPrefixes):
     ):
         super().__init__(config, runner, scheduler, cache, version)
         self._tiers, self._recorder, self._transfers = tiers, recorder, Transfers(runner)
+        self._nothing = (0,) * len(config.groups)
         self._loads: dict[Sample, Load] = {}
         self._tried: set[Sample] = set()  # that wait, and for which was looked
         self._outgoing: list[Outgoing] = []
@@ -166,16 +169,28 @@ class TieredPrefixes(CachedPrefixes):
         return True
 
     def arriving(self) -> Pages:
-        """Pages that are needed for what was read."""
-        needed = [0 for _ in self._config.groups]
+        """Pages that are needed for what comes next of what was read."""
+        needed, at_once = self._nothing, self._at_once()
         for load in list(self._loads.values()):
             if load.brought is None and load.found.done():
-                load.brought = load.found.result()
+                load.brought, load.num_filled = load.found.result(), self._nothing
                 if load.brought is None:
                     self._give_up(load)
-            if load.brought is not None and load.claimed is None:
-                needed = [a + b for a, b in zip(needed, load.brought.num_pages, strict=True)]
-        return tuple(needed)
+            load.due = self._nothing
+            if load.brought is not None and not (self._running and any(needed)):
+                left = map(operator.sub, load.brought.num_pages, load.num_filled)
+                load.due = tuple(min(count, at_once) for count in left)
+                needed = tuple(map(operator.add, needed, load.due))
+        return needed
+
+    def _at_once(self) -> int:
+        """Pages of a group that come at once: all while nothing runs, else as many as delay a visit by little."""
+        if not self._running:
+            return self._config.max_pages_per_sequence
+        few, many = WIDTHS
+        num_bytes = many * sum(form.num_bytes for form in self._tiers.formats)
+        seconds = self._tiers.rates[HOST].seconds(num_bytes, unknown=math.inf)
+        return many if seconds < SHARE * self._tiers.visits.seconds(1, unknown=0.0) else few
 
     # ---- a step of the engine --------------------------------------------------------------------------------
 
@@ -191,33 +206,28 @@ class TieredPrefixes(CachedPrefixes):
         return freed
 
     def restore(self) -> Pages:
-        """Fill free pages with what was brought, some at a time while others decode."""
-        taken = [0 for _ in self._config.groups]
+        """Fill free pages with what comes next; returns how many that takes."""
+        taken = self._nothing
         for load in list(self._loads.values()):
-            if load.brought is None:
-                if time.monotonic() - load.began > PATIENCE:
-                    self._give_up(load)
-                continue
-            if load.claimed is None:
-                load.claimed = self._transfers.claim(load.brought.num_pages)
-                load.num_filled = [0 for _ in self._config.groups]
-                taken = [a + b for a, b in zip(taken, load.brought.num_pages, strict=True)]
-            if not load.is_filled:
+            if load.brought is None and time.monotonic() - load.began > PATIENCE:
+                self._give_up(load)
+            elif load.brought is not None and any(load.due):
+                taken = tuple(map(operator.add, taken, load.due))
                 self._fill(load, load.brought)
-        return tuple(taken)
+        return taken
 
     def _fill(self, load: Load, found: Found) -> None:
         start, num_bytes, is_warm = time.perf_counter(), 0, True
-        for group, pages in enumerate(found.pages):
-            first = load.num_filled[group]
-            some = pages[first : first + PAGES_AT_ONCE] if self._running else pages[first:]
-            is_warm &= self._transfers.fill(group, load.claimed, first, some)
+        claimed = self._transfers.claim(load.due)
+        for group, (pages, first, count) in enumerate(zip(found.pages, load.num_filled, load.due, strict=True)):
+            some = pages[first : first + count]
+            is_warm &= self._transfers.fill(group, claimed, some)
             num_bytes += sum(map(len, some))
-            load.num_filled[group] += len(some)
         if is_warm:
             self._tiers.rates[HOST].measured(num_bytes, time.perf_counter() - start)
-        if tuple(load.num_filled) == found.num_pages:
-            load.is_filled = True
+        load.claimed.append(claimed)
+        load.num_filled, load.due = tuple(map(operator.add, load.num_filled, load.due)), self._nothing
+        if load.num_filled == found.num_pages:
             self._runner.note(load, load.claimed)
 
     def insert(self, published: Sequence[tuple[Any, Any]]) -> None:
@@ -230,23 +240,24 @@ class TieredPrefixes(CachedPrefixes):
                 self._arrived(key, arrays)
         self._export()
 
-    def _restored(self, load: Load, claimed: np.ndarray) -> None:
-        """All pages of a load are filled, unless there were none to claim."""
+    def _restored(self, load: Load, claimed: list[np.ndarray]) -> None:
+        """All pages of a load are filled, or there were not enough to claim."""
         found = load.brought
         assert found is not None
-        handles = []
-        num_tokens = found.num_tokens if np.any(claimed) else 0
-        for group, columns in enumerate(found.columns):
-            pages = np.zeros(self._config.max_pages_per_sequence, np.int32)
-            pages[list(columns)] = claimed[group, : len(columns)]
-            handles.append(Restored(pages, num_tokens, first_column=0))
-        self._keeps_new = False
-        self._runner.drop(self.cache.insert(load.tokens, load.namespace, handles))
-        self._keeps_new = True
-        if num_tokens:
+        ids = [[page for some in claimed for page in some[group].tolist() if page] for group in range(len(found.pages))]
+        if found.num_pages == tuple(map(len, ids)):
+            handles = []
+            for columns, pages in zip(found.columns, ids, strict=True):
+                row = np.zeros(self._config.max_pages_per_sequence, np.int32)
+                row[list(columns)] = pages
+                handles.append(Restored(row, found.num_tokens, first_column=0))
+            self._keeps_new = False
+            ids = self.cache.insert(load.tokens, load.namespace, handles)
+            self._keeps_new = True
             for tier, count in found.tokens.items():
                 self._tiers.counts["loaded"][tier] += count
                 self._recorder.moved("loaded", tier, count, load.sample)
+        self._runner.drop(ids)
         self._give_up(load)
 
     def _give_up(self, load: Load) -> None:

@@ -47,8 +47,8 @@ class Transfers:
         """Take free pages of each group, all or none; returns their ids, on the device."""
         return self._runner.change(_claim, np.asarray(num_pages, np.int32))
 
-    def fill(self, group: int, claimed: Int32[Array, "G M"], first: int, pages: Sequence[bytes | memoryview]) -> bool:
-        """Put the bytes of pages into claimed ones, from the first-th of their group on.
+    def fill(self, group: int, claimed: Int32[Array, "G M"], pages: Sequence[bytes | memoryview]) -> bool:
+        """Put the bytes of pages into the first claimed ones of their group.
 
         Returns:
             Whether that was done by programs that ran before, and so says what it costs.
@@ -58,7 +58,7 @@ class Transfers:
             was_warm &= (group, _width(part)) in self._warm
             self._warm.add((group, _width(part)))
             contents = self._formats[group].contents(pages[part], _width(part))
-            where = np.asarray([first + part.start, part.stop - part.start], np.int32)
+            where = np.asarray([part.start, part.stop - part.start], np.int32)
             self._runner.change(_fill, group, claimed, where, contents)
         return was_warm
 

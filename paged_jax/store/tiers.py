@@ -114,7 +114,7 @@ class Tiers:
         self.store = store
         self.formats = PageFormat.of(config)
         self.rates = {HOST: Rate(), STORE: Rate()}  # bytes
-        self.prefill = Rate()  # tokens
+        self.prefill, self.visits = Rate(), Rate()  # tokens; visits of the engine
         self.counts: dict[str, Counter[str]] = {"loaded": Counter(), "declined": Counter(), "saved": Counter()}
         self._config, self._reach = config, Reach(config)
         self._known: OrderedDict[PageKey, None] = OrderedDict()  # in the store, or soon
