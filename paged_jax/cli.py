@@ -1,4 +1,4 @@
-"""The command line: `paged_jax demo`, `paged_jax generate`, `paged_jax chat` and `paged_jax families`."""
+"""The command line: `paged_jax demo`, `generate`, `chat`, `families` and `store`."""
 
 import argparse
 import dataclasses
@@ -91,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", help="what the model is told first")
     chat.add_argument("--max-length", type=int, default=4096, help="tokens of the whole conversation")
     _add_model_options(chat)
+
+    store = commands.add_parser("store", help="look into a folder of stored pages, check it, make it smaller")
+    store.set_defaults(command=_store)
+    store.add_argument("action", choices=("info", "verify", "prune"))
+    store.add_argument("folder", type=pathlib.Path)
+    store.add_argument("--max-bytes", type=int, help="of `prune`: how many bytes of pages stay")
     return parser
 
 
@@ -156,6 +162,29 @@ def _families(options: argparse.Namespace) -> None:
     width = max(map(len, FAMILIES))
     for model_type, family in sorted(FAMILIES.items()):
         print(f"{model_type:{width}}  {family.title}")
+
+
+def _store(options: argparse.Namespace) -> None:
+    from paged_jax.store import Store
+
+    if not (options.folder / "pages").is_dir():
+        raise ValueError(f"{options.folder} is no store: it has no folder of pages")
+    if (options.action == "prune") != (options.max_bytes is not None):
+        raise ValueError("`prune` needs --max-bytes, and the other actions take none")
+    if options.action == "prune" and options.max_bytes < 0:
+        raise ValueError(f"--max-bytes={options.max_bytes}: give a number of bytes, or 0 to remove all pages")
+    store = Store(options.folder)
+    if options.action == "verify":
+        num_good, num_bad = store.verify()
+        print(f"{num_good} pages are good, {num_bad} were not and were set aside")
+    if options.action == "prune":
+        print(f"{store.prune(options.max_bytes)} pages were removed")
+    contents = store.contents()
+    print(f"{contents.pages} pages, {contents.bytes} bytes, {contents.inline_pages} of them in the index")
+    for fingerprint, count in contents.fingerprints.items():
+        print(f"  {count} of the model {fingerprint[:16]}")
+    print(f"{contents.aside} damaged files were set aside")
+    store.close()
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -158,6 +158,18 @@ def gather_pages(pages: Pages, page_ids: Int32[Array, "*n"]) -> tuple[Array, Arr
     return data, scales.reshape(*page_ids.shape, *pages.scales.shape[1:])
 
 
+def put_pages(pages: Pages, target: Int32[Array, " n"], data: Array, scales: Array | None) -> Pages:
+    """Puts whole pages, as `gather_pages` returns them, in the place of others; a target of P or more is dropped."""
+    data = pages.data.at[target].set(data, mode="drop")
+    if pages.scales is not None and scales is not None:
+        if fill_lanes(scales):
+            scales = pages.scales.at[target].set(scales, mode="drop")
+        else:
+            rows = scale_rows(pages.scales).at[target].set(scale_rows(scales), mode="drop")
+            scales = rows.reshape(pages.scales.shape)
+    return dataclasses.replace(pages, data=data, scales=scales)
+
+
 def fill_lanes(scales: Float[Array, "P K R"]) -> bool:
     """Whether the scales of a page and head are whole registers of a TPU."""
     return scales.shape[2] % LANES == 0

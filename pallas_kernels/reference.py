@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -11,12 +10,11 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.pages import (
     Pages,
-    fill_lanes,
     gather_pages,
     is_mapped,
     numbers,
+    put_pages,
     put_tokens,
-    scale_rows,
     split_kv,
     split_scales,
     token_places,
@@ -74,15 +72,7 @@ def copy_pages(pages: Pages, source: Int32[Array, " C"], target: Int32[Array, " 
     source = jnp.where(both, source, 0)
     target = jnp.where(both, target, pages.num_pages)  # past the end: dropped
 
-    data, scales = gather_pages(pages, source)
-    data = pages.data.at[target].set(data, mode="drop")
-    if pages.scales is not None and scales is not None:
-        if fill_lanes(scales):
-            scales = pages.scales.at[target].set(scales, mode="drop")
-        else:
-            rows = scale_rows(pages.scales).at[target].set(scale_rows(scales), mode="drop")
-            scales = rows.reshape(pages.scales.shape)
-    return dataclasses.replace(pages, data=data, scales=scales)
+    return put_pages(pages, target, *gather_pages(pages, source))
 
 
 def paged_attention(

@@ -17,11 +17,18 @@ LAYERS = [  # from the bottom; a package stands for all its files, longest name 
     ["paged_jax.sampling"],
     ["paged_jax.decoding"],
     ["paged_jax.prefix"],
+    ["paged_jax.store"],
     ["paged_jax.engine"],
     ["paged_jax.memory", "paged_jax.plot", "paged_jax.cli", "paged_jax.__main__", "paged_jax.demo"],
     ["paged_jax"],  # the package's own __init__: the public names
 ]
-MAY_IMPORT_KERNELS = {"paged_jax.attention", "paged_jax.cache.config", "paged_jax.cache.pool", "paged_jax"}
+MAY_IMPORT_KERNELS = {
+    "paged_jax.attention",
+    "paged_jax.cache.config",
+    "paged_jax.cache.contents",
+    "paged_jax.cache.pool",
+    "paged_jax",
+}
 
 
 def module_name(path: pathlib.Path) -> str:

@@ -354,6 +354,23 @@ class PageTable:
         distinct = jnp.where(is_named & is_first & ~is_bad, pages, NULL_PAGE)
         return self._drop_references(distinct, num_times)._next((Fault.BAD_ARGUMENT, jnp.any(is_bad)))
 
+    def claim(self, num_pages: Int32[Array, ""] | int) -> tuple["PageTable", Int32[Array, " M"]]:
+        """Take free pages for whoever owns references without a handle; `drop_pages` gives them back.
+
+        Args:
+            num_pages: how many, at most M.
+
+        Returns:
+            The table, and the ids of the pages, null past the last; all are null where there are fewer free pages.
+        """
+        order = jnp.arange(self.pages.shape[1], dtype=jnp.int32)
+        has_room = (num_pages <= self.num_free) & (num_pages <= len(order))
+        num_pages = jnp.where(has_room, num_pages, 0)
+        taken = self.free_stack.at[self.num_free - 1 - order].get(mode="clip")
+        pages = jnp.where(order < num_pages, taken, NULL_PAGE)
+        refcounts = self._set_refcounts(pages, jnp.ones_like(pages))
+        return self._next(refcounts=refcounts, num_free=self.num_free - num_pages), pages
+
     def clear_fault(self) -> "PageTable":
         """Forget what was refused so far."""
         return dataclasses.replace(self, fault=jnp.zeros_like(self.fault), version=self.version + 1)

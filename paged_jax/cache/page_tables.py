@@ -192,6 +192,21 @@ class PageTables:
         """Give up one reference to each of some pages of each group; see `PageTable.drop_pages`."""
         return self._with(table.drop_pages(ids) for table, ids in zip(self.groups, pages, strict=True))
 
+    def claim(self, num_pages: Int32[Array, " G"]) -> tuple["PageTables", Int32[Array, "G M"]]:
+        """Take free pages of each group, all or none; see `PageTable.claim`.
+
+        Args:
+            num_pages: of each group, at most M.
+
+        Returns:
+            The tables, and the ids of the pages, null past the last of each group.
+        """
+        num_pages = jnp.asarray(num_pages, jnp.int32)
+        most = jnp.minimum(self.num_free, self.groups[0].pages.shape[1])
+        num_pages = jnp.where(jnp.all(num_pages <= most), num_pages, jnp.zeros_like(num_pages))
+        made = [table.claim(count) for table, count in zip(self.groups, num_pages, strict=True)]
+        return self._with(table for table, _ in made), jnp.stack([pages for _, pages in made])
+
     def clear_fault(self) -> "PageTables":
         """Forget what was refused so far."""
         return self._with(table.clear_fault() for table in self.groups)

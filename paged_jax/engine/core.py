@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import operator
 import threading
+import time
 import weakref
 from collections.abc import Callable
 
@@ -24,7 +25,9 @@ from paged_jax.engine.scheduler import Admission, Scheduler
 from paged_jax.engine.session import Session
 from paged_jax.engine.stats import Recorder
 from paged_jax.engine.stream import Stream
+from paged_jax.engine.tiered import TieredPrefixes
 from paged_jax.prefix.prefix_cache import PrefixCache
+from paged_jax.store.tiers import Tiers
 
 _REASONS = {
     Finish.UNFINISHED: None,
@@ -32,6 +35,19 @@ _REASONS = {
     Finish.MAX_TOKENS: "length",
     Finish.TOO_LONG: "length",
 }
+
+
+PREFILL_TOKENS = 16  # of a step, from which on it says how fast prompts are computed
+
+
+@dataclasses.dataclass
+class Visit:
+    """What the host knows of a visit that it has dispatched: `freed` pages were freed before it."""
+
+    num_steps: int
+    rows: dict[int, Sample]
+    freed: tuple[int, ...]
+    dispatched: float = 0.0  # of time.perf_counter
 
 
 class Core:
@@ -44,6 +60,8 @@ class Core:
         tokenizer: of the text; None: there is none.
         make_cache: an empty prefix cache; None: no prefix is cached.
         recorder: of what happens.
+        tiers: where pages go that leave the pool; None: nowhere.
+        version: of the parameters.
     """
 
     def __init__(
@@ -52,13 +70,15 @@ class Core:
         tokenizer: Tokenizer | None,
         make_cache: Callable[[], PrefixCache] | None,
         recorder: Recorder,
+        tiers: Tiers | None = None,
+        version: int | str = 0,
     ):
-        self.runner, self.recorder = runner, recorder
+        self.runner, self.recorder, self.tiers = runner, recorder, tiers
         self.requests: dict[int, Request] = {}  # that have not ended
         self._known: weakref.WeakValueDictionary[int, Request] = weakref.WeakValueDictionary()  # and whose streams live
         self.pieces: collections.deque[Piece] = collections.deque()  # of requests that no stream claimed
         self.sessions: collections.deque[Session] = collections.deque()  # that changed since the last step
-        self.version = 0  # of the parameters
+        self.version = version
         self._config: CacheConfig = runner.config
         self._tokenizer, self._make_cache = tokenizer, make_cache
         self._news: collections.deque[Request] = collections.deque()  # added or aborted since the last step
@@ -75,11 +95,13 @@ class Core:
         self.cache = None if self._make_cache is None else self._make_cache()
         self._prefixes: CachedPrefixes | UncachedPrefixes = UncachedPrefixes(len(self._config.groups))
         if self.cache is not None:
-            self._prefixes = CachedPrefixes(self._config, self.runner, self.scheduler, self.cache, self.version)
-        self._evicted = self._prefixes.evict((0,) * len(self._config.groups))  # pages, before the last visit
+            parts = self._config, self.runner, self.scheduler, self.cache, self.version
+            self._prefixes = TieredPrefixes(*parts, self.tiers, self.recorder) if self.tiers else CachedPrefixes(*parts)
+        self._freed = (0,) * len(self._config.groups)  # pages, before the last visit
         self.free = tuple(group.num_pages - 1 for group in self._config.groups)  # pages, when the host last looked
         self._ended: list[Sample] = []  # whose rows were not stopped yet
         self._counters: Counters | None = None  # of the device, when the host last looked
+        self._last_read = 0.0
 
     # ---- requests --------------------------------------------------------------------------------------------
 
@@ -203,8 +225,8 @@ class Core:
             self.sessions.popleft()
 
     def _admit(self) -> None:
-        evicted = [key[-1] for key in self.runner.unread]
-        free = tuple(map(sum, zip(self.free, *evicted, strict=True)))  # with what visits on their way have freed
+        freed = [visit.freed for visit in self.runner.unread]
+        free = tuple(map(sum, zip(self.free, *freed, strict=True)))  # with what visits on their way have freed
         plan = self.scheduler.plan(free, self._prefixes)
         self._plan = plan
         for row, sample in plan.paused:
@@ -218,13 +240,18 @@ class Core:
         if plan.admitted:
             starts = [_start(admission) for admission in plan.admitted]
             self.runner.start(starts, self.scheduler.ages())
-        self._evicted = self._prefixes.evict(plan.shortage)
-        self.recorder.evicted(sum(self._evicted))
+        evicted = self._prefixes.evict(plan.shortage)
+        self.recorder.evicted(sum(evicted))
+        self._freed = tuple(map(operator.sub, evicted, self._prefixes.restore()))
 
     def _dispatch(self) -> None:
         if self._plan.num_steps:
-            key = self._plan.num_steps, dict(self.scheduler.running), self._evicted
-            self.runner.visit(key, self._plan.num_steps, self._plan.until_one_ends)
+            visit = Visit(self._plan.num_steps, dict(self.scheduler.running), self._freed)
+            self.runner.visit(visit, self._plan.num_steps, self._plan.until_one_ends)
+            visit.dispatched = time.perf_counter()  # programs are compiled before that
+        else:
+            self.free = tuple(map(operator.add, self.free, self._freed))  # no visit will say
+            self._prefixes.wait()
 
     def _hand_out(self) -> None:
         """Read the visit before the one that was just dispatched."""
@@ -232,13 +259,13 @@ class Core:
             self._read()
 
     def _read(self) -> None:
-        (num_steps, rows, _), snapshot, published = self.runner.read()
+        visit, snapshot, published = self.runner.read()
         self._prefixes.insert(published)
         self.free = tuple(snapshot.num_free.tolist())
-        self._count(snapshot.counters)
-        for row, sample in rows.items():
+        self._count(snapshot.counters, visit)
+        for row, sample in visit.rows.items():
             if self.scheduler.running.get(row) is sample:  # else it was aborted or paused meanwhile
-                sample.steps_ahead -= num_steps
+                sample.steps_ahead -= visit.num_steps
                 sample.num_cached = int(snapshot.lengths[row])
                 if sample.stop_at:
                     self._pass_on(sample, row, bool(snapshot.finish[row]))
@@ -247,12 +274,17 @@ class Core:
                 if self.scheduler.running.get(row) is sample:
                     self._prefixes.watch(sample)
 
-    def _count(self, counters: Counters) -> None:
+    def _count(self, counters: Counters, visit: Visit) -> None:
         """What the device did since the host last looked."""
         before, counts = self._counters, self.recorder.counts
         new = counters if before is None else jax.tree.map(operator.sub, counters, before)
         self._counters = counters
         self.recorder.preempted(int(new.preemptions))
+        start, self._last_read = max(visit.dispatched, self._last_read), time.perf_counter()
+        if self.tiers is not None:
+            self.tiers.visits.measured(1, self._last_read - start)
+        if self.tiers is not None and new.computed_tokens >= PREFILL_TOKENS * visit.num_steps:
+            self.tiers.prefill.measured(int(new.computed_tokens), self._last_read - start)
         counts.update(computed_tokens=int(new.computed_tokens), recomputed_tokens=int(new.recomputed_tokens))
         counts.update({f"steps {t}": int(n) for t, n in zip(self.runner.stepper.token_counts, new.steps, strict=True)})
 
@@ -272,7 +304,8 @@ class Core:
         if not self.scheduler.running:  # then nothing is gained by reading late
             while self.runner.num_unread:
                 self._read()
-            self._prefixes.insert(self.runner.read_published())
+            while self.runner.has_notes:
+                self._prefixes.insert(self.runner.read_published())
 
     # ---- pieces ----------------------------------------------------------------------------------------------
 

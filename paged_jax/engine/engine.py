@@ -32,6 +32,9 @@ from paged_jax.forward import Forward
 from paged_jax.prefix.policies import LeastRecentlyUsed, Policy
 from paged_jax.prefix.prefix_cache import PrefixCache
 from paged_jax.sampling import Processor, SamplingParams
+from paged_jax.store import Store
+from paged_jax.store.fingerprint import fingerprint
+from paged_jax.store.tiers import Tiers
 
 LONG_BATCH = 32  # prompts, from which on a bar shows how far they are
 
@@ -66,6 +69,8 @@ class Engine:
         max_bias_tokens: the most tokens that a request biases or forbids.
         prefix_cache: keep the pages of prompts and answers for later prompts that begin alike.
         eviction: which of them go first; see `paged_jax.prefix.policies`.
+        host_cache_bytes: of host memory for pages that the pool gives up; they come back when they are needed.
+        store: of pages, which outlives this process and which others share; see `paged_jax.store`.
         max_kept_pages: the most pages that sessions keep; None: half of those of the pool.
         max_events: of the log, which forgets the oldest.
 
@@ -96,6 +101,8 @@ class Engine:
         max_bias_tokens: int = 0,
         prefix_cache: bool = True,
         eviction: Callable[[], Policy] = LeastRecentlyUsed,
+        host_cache_bytes: int = 0,
+        store: Store | None = None,
         max_kept_pages: int | None = None,
         max_events: int = 10_000,
     ):
@@ -104,6 +111,12 @@ class Engine:
         num_drafts = 0 if drafter is None else drafter.num_drafts
         counts = token_counts or token_counts_for(config.max_sequences, num_drafts=num_drafts)
         stepper = Stepper(forward, counts, drafter=drafter, processor=processor, num_logprobs=num_logprobs)
+        if host_cache_bytes < 0:
+            raise ValueError(f"Engine(host_cache_bytes={host_cache_bytes}): give a number of bytes, or 0 for none")
+        if (host_cache_bytes or store is not None) and not prefix_cache:
+            raise ValueError(
+                "host_cache_bytes and store keep cached prefixes: leave prefix_cache on, or both of them out"
+            )
         if counts[-1] < config.max_sequences:
             raise ValueError(
                 f"Engine(token_counts={counts}): the largest must hold a token of each of {config.max_sequences} rows"
@@ -128,8 +141,10 @@ class Engine:
         )
         kept = (config.num_pages - 1) // 2 if max_kept_pages is None else max_kept_pages
         make_cache = functools.partial(PrefixCache, config, eviction, None, kept) if prefix_cache else None
-        self._core = Core(runner, tokenizer, make_cache, Recorder(max_events))
-        self._numbers, self._orders = itertools.count(), itertools.count()
+        tiers = Tiers(config, host_cache_bytes, store) if host_cache_bytes or store is not None else None
+        self._fingerprint = functools.partial(fingerprint, forward, config=config) if store is not None else None
+        self._core = Core(runner, tokenizer, make_cache, Recorder(max_events), tiers, self._version(params, 0))
+        self._numbers, self._orders, self._updates = itertools.count(), itertools.count(), 0
 
     @classmethod
     def from_pretrained(
@@ -267,8 +282,10 @@ class Engine:
         if _shapes(params) != _shapes(self._core.runner.params):
             raise ValueError("the new parameters have another structure, shape or dtype: make a new Engine for them")
 
+        self._updates += 1
+
         def change() -> None:
-            self._core.version += 1
+            self._core.version = self._version(params, self._updates)
             self._core.runner.params = params
 
         self._core.begin_anew(change)
@@ -296,7 +313,13 @@ class Engine:
             free_pages=core.free,
             cached_pages=core.cache.num_pages if core.cache is not None else (0,) * len(core.free),
             num_pages=tuple(group.num_pages - 1 for group in self.config.groups),
+            **(core.tiers.statistics() if core.tiers is not None else {}),
         )
+
+    def flush(self) -> None:
+        """Wait until all pages that were cached by the last step are in the store, if there is one."""
+        if self._core.tiers is not None:
+            self._core.tiers.flush()
 
     @property
     def events(self) -> list[Event]:
@@ -312,6 +335,11 @@ class Engine:
         """The ids of the pages that the prefix cache holds, one for each reference, in each group; for reports."""
         cache = self._core.cache
         return cache.pages() if cache is not None else [np.zeros(0, np.int32) for _ in self.config.groups]
+
+    @property
+    def tiers(self) -> Tiers | None:
+        """Where pages go that leave the pool, and what they cost to bring back; None: nowhere."""
+        return self._core.tiers
 
     @property
     def has_work(self) -> bool:
@@ -358,6 +386,10 @@ class Engine:
                 self.abort(request.number)
             raise
         return completions
+
+    def _version(self, params: Any, number: int) -> int | str:
+        """What these parameters are known by: in a store they outlive the process, so a number is not enough."""
+        return number if self._fingerprint is None else self._fingerprint(params).hex()
 
     def _make(
         self,

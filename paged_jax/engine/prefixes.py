@@ -7,15 +7,15 @@ index is ever stale, and the host waits for nothing.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from paged_jax.cache.config import CacheConfig
-from paged_jax.cache.page_tables import Handles
 from paged_jax.engine.request import Request, Sample
 from paged_jax.engine.runner import Runner
 from paged_jax.engine.scheduler import NoPrefixes, Pages, Scheduler
 from paged_jax.engine.session import Session
+from paged_jax.prefix.digests import Namespace
 from paged_jax.prefix.prefix_cache import Match, PrefixCache, Taken
-from paged_jax.prefix.tree import Namespace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,9 @@ class CachedPrefixes:
         version: of the weights.
     """
 
-    def __init__(self, config: CacheConfig, runner: Runner, scheduler: Scheduler, cache: PrefixCache, version: int):
+    def __init__(
+        self, config: CacheConfig, runner: Runner, scheduler: Scheduler, cache: PrefixCache, version: int | str
+    ):
         self._config, self._runner = config, runner
         self._running, self._waiting = scheduler.running, scheduler.waiting
         self.cache, self._version = cache, version
@@ -80,6 +82,14 @@ class CachedPrefixes:
         """Pages that nobody uses."""
         return self.cache.num_evictable
 
+    def fetch(self, sample: Sample) -> bool:
+        """There is no elsewhere."""
+        return False
+
+    def arriving(self) -> Pages:
+        """No pages."""
+        return (0,) * len(self._config.groups)
+
     def take(self, sample: Sample) -> None:
         """Pin what was found for a sample."""
         assert self._found is not None and self._found[0] is sample, "it was looked up just now"
@@ -117,6 +127,13 @@ class CachedPrefixes:
         self._runner.drop(dropped)
         return tuple(map(len, dropped))
 
+    def restore(self) -> Pages:
+        """Dispatch the copies of what was brought from elsewhere; returns how many free pages that took."""
+        return self.arriving()
+
+    def wait(self) -> None:
+        """Nothing runs: wait a little for what is being brought."""
+
     def watch(self, sample: Sample) -> None:
         """After a visit: publish a prompt that is computed, unpin what the row has given up."""
         taken = self._taken.get(sample)
@@ -134,7 +151,7 @@ class CachedPrefixes:
         self._published.pop(sample, None)
         self._is_found.discard(sample)
 
-    def insert(self, published: Sequence[tuple[Publication, Handles]]) -> None:
+    def insert(self, published: Sequence[tuple[Any, Any]]) -> None:
         """What was published can be found from now on."""
         if not published:
             return
@@ -208,13 +225,20 @@ class UncachedPrefixes(NoPrefixes):
         """No pages."""
         return self.evictable()
 
+    def restore(self) -> Pages:
+        """No pages."""
+        return self.arriving()
+
+    def wait(self) -> None:
+        """Nothing is awaited."""
+
     def watch(self, sample: Sample) -> None:
         """Nothing is published."""
 
     def leave(self, sample: Sample, row: int) -> None:
         """Nothing is published."""
 
-    def insert(self, published: Sequence[tuple[Publication, Handles]]) -> None:
+    def insert(self, published: Sequence[tuple[Any, Any]]) -> None:
         """Nothing was published."""
 
     def keep(self, session: Session) -> None:

@@ -94,7 +94,7 @@ class Runner:
         self.stepper, self.params, self.config, self.visit_steps = stepper, params, config, visit_steps
         self._keeps, self._processor, self._drafter, self._widths = keeps, processor_state, drafter_state, widths
         self._unread: collections.deque[tuple[Any, Any]] = collections.deque()
-        self._published: list[tuple[Any, Handles]] = []
+        self._published: list[tuple[Any, Any]] = []
         self._state: DecodeState | None = None
         self._traces_before = _traces
 
@@ -157,8 +157,16 @@ class Runner:
 
     def publish(self, key: Any, row: int, num_tokens: int) -> None:
         """Take references to the pages of a row's first tokens; `read` will say which, under this key."""
-        self._state, handles = _publish(self.state, np.int32(row), np.int32(num_tokens))
-        self._published.append((key, handles))
+        self.note(key, self.change(_publish, np.int32(row), np.int32(num_tokens)))
+
+    def change(self, program: Callable[..., tuple[DecodeState, Any]], *arguments: Any) -> Any:
+        """Dispatch a program that changes the state, which it consumes; returns what else it returns."""
+        self._state, result = program(self.state, *arguments)
+        return result
+
+    def note(self, key: Any, arrays: Any) -> None:
+        """Arrays that `read` will bring with the next visit, under a key."""
+        self._published.append((key, arrays))
 
     def drop(self, pages: Sequence[Sequence[int]]) -> None:
         """Give up one reference to each of some pages of each group, a table row of them at a time."""
@@ -193,15 +201,20 @@ class Runner:
         """Their keys, the oldest first."""
         return [key for key, _ in self._unread]
 
-    def read(self) -> tuple[Any, Snapshot, list[tuple[Any, Handles]]]:
-        """Wait for the oldest visit that was not read: its key, its snapshot, and what was published before it."""
+    @property
+    def has_notes(self) -> bool:
+        """Whether arrays were noted since the last visit."""
+        return bool(self._published)
+
+    def read(self) -> tuple[Any, Snapshot, list[tuple[Any, Any]]]:
+        """Wait for the oldest visit that was not read: its key, its snapshot, and what was noted before it."""
         key, arrays = self._unread[0]
         snapshot, published = jax.device_get(arrays)
         self._unread.popleft()
         return key, snapshot, published
 
-    def read_published(self) -> list[tuple[Any, Handles]]:
-        """What was published since the last visit, while none is on its way."""
+    def read_published(self) -> list[tuple[Any, Any]]:
+        """What was noted since the last visit, while none is on its way."""
         published, self._published = self._published, []
         return jax.device_get(published)
 

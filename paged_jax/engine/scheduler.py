@@ -39,7 +39,7 @@ class Plan:
 
 @runtime_checkable
 class Prefixes(Protocol):
-    """What the scheduler asks of cached prefixes; only `take` changes anything."""
+    """What the scheduler asks of cached prefixes; only `take` and `fetch` change anything."""
 
     def find(self, sample: Sample) -> tuple[int, Pages]:
         """How many tokens of a sample are cached, and the pages of them that could be evicted as long as nobody takes
@@ -52,6 +52,14 @@ class Prefixes(Protocol):
 
     def evictable(self) -> Pages:
         """Pages that cached prefixes would give up."""
+        ...
+
+    def fetch(self, sample: Sample) -> bool:
+        """Whether more of a sample's pages are being brought from elsewhere: it is passed over until they are there."""
+        ...
+
+    def arriving(self) -> Pages:
+        """Pages that are needed now for what is brought."""
         ...
 
     def take(self, sample: Sample) -> None:
@@ -74,6 +82,14 @@ class NoPrefixes:
         return False
 
     def evictable(self) -> Pages:
+        """None."""
+        return self._nothing
+
+    def fetch(self, sample: Sample) -> bool:
+        """No."""
+        return False
+
+    def arriving(self) -> Pages:
         """None."""
         return self._nothing
 
@@ -143,6 +159,7 @@ class Scheduler:
         rows = [row for row in range(self._config.max_sequences) if row not in self.running]
         admitted: list[Admission] = []
         paused: list[tuple[int, Sample]] = []
+        fetching: list[Sample] = []
         for sample in list(self._waiting):
             outranked = None if rows else self._outranked(sample)
             if not rows and outranked is None:
@@ -154,8 +171,11 @@ class Scheduler:
             num_found, taken = (sample.num_prompt - 1, None) if source else prefixes.find(sample)
             num_shared = num_found - num_found % self._config.page_size  # of a page filled in part it takes a copy
             room = _add(free, prefixes.evictable(), _negative(taken) if taken else self._none)
-            if not self._fits(sample, num_shared, room):
+            if not self._fits(sample, num_shared, room, fetching):
                 break
+            if source is None and prefixes.fetch(sample):
+                fetching.append(sample)
+                continue
             if source is None:
                 prefixes.take(sample)
             if outranked is not None:
@@ -169,7 +189,7 @@ class Scheduler:
         for _, sample in paused:
             self.add(sample)
         num_steps = self._steps()
-        shortage = tuple(max(0, n) for n in _add(self._needed(num_steps), _negative(free)))
+        shortage = tuple(max(0, n) for n in _add(self._needed(num_steps), prefixes.arriving(), _negative(free)))
         for sample in self.running.values():
             sample.steps_ahead += num_steps
         return Plan(paused, admitted, shortage, num_steps, bool(self._waiting))
@@ -186,12 +206,14 @@ class Scheduler:
         last = max(self.running.values(), key=_rank)
         return last if last.request.priority > sample.request.priority else None
 
-    def _fits(self, sample: Sample, num_shared: int, room: Pages) -> bool:
+    def _fits(self, sample: Sample, num_shared: int, room: Pages, fetching: Sequence[Sample]) -> bool:
         """Whether there are pages for a sample and all that are served before it; those after it would give up theirs.
+
+        Those whose pages are being brought count as if they ran.
 
         The first of all always fits: it can run alone.
         """
-        before = [s for s in self.running.values() if s.rank < sample.rank]
+        before = [*fetching, *(s for s in self.running.values() if s.rank < sample.rank)]
         after = [s for s in self.running.values() if s.rank > sample.rank]
         growths = [self._growth(s, s.num_cached, self._visit_steps) for s in before]
         needed = _add(self._growth(sample, num_shared, self._visit_steps), *growths)

@@ -7,15 +7,19 @@ from typing import Any, Literal, NamedTuple
 
 from paged_jax.engine.request import Piece, Sample
 
-Kind = Literal["admitted", "prefilled", "decoded", "preempted", "finished", "evicted"]
+Kind = Literal["admitted", "prefilled", "decoded", "preempted", "finished", "evicted", "offloaded", "loaded"]
+
+
+TIER_FIELDS = ("loaded_tokens", "declined_tokens", "saved_pages", "tier_pages", "tier_bytes")
 
 
 class Event(NamedTuple):
     """One thing that happened.
 
     `count` is: of an admission, the prompt tokens that were cached already; of a prefill, those of the prompt; of
-    decoding, the tokens of the piece; of the end, all that were drawn; of an eviction, pages. Of preemptions on the
-    device only their number is known, so they name no request.
+    decoding, the tokens of the piece; of the end, all that were drawn; of an eviction and of what is offloaded to a
+    slower tier, pages; of what is loaded from one, tokens. Of preemptions on the device only their number is known, so
+    they name no request.
     """
 
     seconds: float  # of time.monotonic
@@ -23,7 +27,7 @@ class Event(NamedTuple):
     request: int | None
     sample: int | None
     count: int
-    note: str = ""  # why it finished
+    note: str = ""  # why it finished; which tier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,11 @@ class Statistics:
     free_pages: tuple[int, ...] = ()  # of each group of layers, when the host last looked
     cached_pages: tuple[int, ...] = ()  # held by the prefix cache
     num_pages: tuple[int, ...] = ()
+    loaded_tokens: dict[str, int] = dataclasses.field(default_factory=dict)  # from "host" memory and from the "store"
+    declined_tokens: dict[str, int] = dataclasses.field(default_factory=dict)  # that were cheaper to compute
+    saved_pages: dict[str, int] = dataclasses.field(default_factory=dict)  # written to the "store", or "dropped"
+    tier_pages: dict[str, int] = dataclasses.field(default_factory=dict)  # in "host" memory, now
+    tier_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
     seconds_to_first_token: float = 0.0  # mean
     seconds_per_token: float = 0.0  # mean, of those after the first
 
@@ -123,6 +132,10 @@ class Recorder:
             self._note("evicted", None, num_pages)
             self.counts["evicted_pages"] += num_pages
 
+    def moved(self, kind: Literal["offloaded", "loaded"], tier: str, count: int, sample: Sample | None = None) -> None:
+        """Pages went to a slower tier, or came back from it."""
+        self._note(kind, sample, count, tier)
+
     def statistics(self, **now: Any) -> Statistics:
         """All counts; `now` are the fields of the present moment."""
         names = {field.name for field in dataclasses.fields(Statistics)}
@@ -148,8 +161,8 @@ def prometheus_text(statistics: Statistics) -> str:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
     gauges = {"waiting", "running", "free_pages", "cached_pages", "num_pages"}
-    gauges |= {"seconds_to_first_token", "seconds_per_token"}
-    labels = {"steps": "tokens"}
+    gauges |= {"tier_pages", "tier_bytes", "seconds_to_first_token", "seconds_per_token"}
+    labels = {"steps": "tokens"} | dict.fromkeys(TIER_FIELDS, "tier")
 
     class Collector:
         def collect(self):

@@ -106,7 +106,7 @@ class S3Fifo(Policy):
     def __init__(self):
         self._small: OrderedDict[Node, int] = OrderedDict()  # uses since it entered
         self._main: OrderedDict[Node, int] = OrderedDict()
-        self._ghosts: OrderedDict[int, None] = OrderedDict()  # fingerprints
+        self._ghosts: OrderedDict[bytes, None] = OrderedDict()  # fingerprints
 
     def insert(self, node: Node) -> None:
         if node.fingerprint in self._ghosts:

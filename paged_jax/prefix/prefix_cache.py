@@ -24,10 +24,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from paged_jax.cache.config import CacheConfig
+from paged_jax.prefix.digests import Namespace
 from paged_jax.prefix.ledger import Ledger, Pages
 from paged_jax.prefix.policies import LeastRecentlyUsed, Policy
 from paged_jax.prefix.reach import Reach
-from paged_jax.prefix.tree import TOKEN_BYTES, Namespace, Node, Root, encode, walk
+from paged_jax.prefix.tree import TOKEN_BYTES, Node, Root, encode, walk
 
 Tokens = Sequence[int] | np.ndarray
 
@@ -46,6 +47,17 @@ class Published(Protocol):
     def first_column(self) -> Any: ...
 
 
+@runtime_checkable
+class Listener(Protocol):
+    """Whoever keeps pages elsewhere, too."""
+
+    def cached(self, namespace: Namespace, node: Node, group: int) -> None:
+        """A page is cached now, `node.pages[group]`."""
+
+    def evicted(self, node: Node, group: int) -> None:
+        """A page is about to be forgotten, because pages are short."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Match:
     """What is cached of a prompt.
@@ -59,6 +71,7 @@ class Match:
         num_evictable: [G], pages of the match that count as evictable until they are taken.
         num_asked: tokens of the prompt.
         nodes: pages of tokens up to `num_tokens`.
+        path: pages of tokens up to `num_known`.
         fork: where the prompt parts from what is cached.
     """
 
@@ -68,6 +81,7 @@ class Match:
     num_evictable: tuple[int, ...]
     num_asked: int
     nodes: tuple[Node, ...] = dataclasses.field(repr=False)
+    path: tuple[Node, ...] = dataclasses.field(repr=False)
     fork: Node | None = dataclasses.field(repr=False)
 
 
@@ -134,11 +148,16 @@ class PrefixCache:
         self._num_columns = config.max_pages_per_sequence
         self._max_pages = max_pages
         self._max_kept_pages = max_kept_pages
+        self._listener: Listener | None = None
         self._roots: dict[Namespace, Root] = {}
         self._ledger = Ledger(policy, len(self._groups))
         self._kept: dict[Taken, None] = {}
         self._requests = self._asked_tokens = self._hit_tokens = 0
         self._evicted_pages = [0 for _ in self._groups]
+
+    def tell(self, listener: Listener) -> None:
+        """Tell somebody of the pages that come from now on, and of those that are evicted."""
+        self._listener = listener
 
     # ---- what is cached --------------------------------------------------------------------------------------
 
@@ -248,7 +267,8 @@ class PrefixCache:
         Args:
             tokens: what the row holds, from its first token on; the handles may be to fewer.
             namespace: only prompts of the same will find them.
-            handles: of `PageTables.publish`, one for each group, on the host; to no tokens where it was refused.
+            handles: of `PageTables.publish`, one for each group, on the host; to no tokens where it was refused. A null
+                page stands for one that this publication does not bring.
             taken: of a row that goes on holding these pages; they are pinned until it is given back.
             is_fork: prompts part where the handles end, so their windows stay when a longer prefix is cached.
 
@@ -270,7 +290,7 @@ class PrefixCache:
         if num_tokens == 0:
             return drops
         path = self._grow(data[: num_tokens * TOKEN_BYTES], namespace, drops)
-        self._store(path, num_tokens, handles, drops)
+        self._store(path, namespace, num_tokens, handles, drops)
         path[-1].is_fork |= is_fork
         self._supersede(path, num_tokens, drops)
         if taken is not None:
@@ -292,6 +312,9 @@ class PrefixCache:
             can_go = _is_free if has_window else _is_free_leaf
             while len(drops[group]) < num_pages[group] and self._ledger.num_evictable[group]:
                 node = self._ledger.policies[group].victim(can_go)
+                for also in self._groups if not has_window else [group]:
+                    if node.pages[also] and self._listener is not None:
+                        self._listener.evicted(node, also)
                 self._ledger.drop(node, group, drops, is_chosen=True)
                 if has_window:
                     self._prune(node)
@@ -352,6 +375,7 @@ class PrefixCache:
             num_evictable=tuple(sum(not node.num_pins and node.pages[g] > 0 for node in nodes) for g in self._groups),
             num_asked=num_asked,
             nodes=nodes,
+            path=tuple(path),
             fork=path[num_whole - 1] if num_whole and not _is_leaf_end(path, num_known, page_size) else None,
         )
 
@@ -399,22 +423,25 @@ class PrefixCache:
             path.append(node)
         return path[1:]
 
-    def _store(self, path: list[Node], num_tokens: int, handles: Sequence[Published], drops: Pages) -> None:
+    def _store(
+        self, path: list[Node], namespace: Namespace, num_tokens: int, handles: Sequence[Published], drops: Pages
+    ) -> None:
         """Put the pages of a publication into the nodes that have none yet, last page first."""
         num_in_last = num_tokens - (len(path) - 1) * self._reach.page_size
         goes_on = len(path[-1]) > num_in_last  # then the last page holds fewer tokens than its node
         for group, handle in enumerate(handles):
             pages = np.asarray(handle.pages).tolist()
             for column in range(len(path) - 1, int(handle.first_column) - 1, -1):
-                node = path[column]
+                node, page = path[column], pages[column]
                 if node.pages[group]:
-                    drops[group].append(pages[column])
                     self._ledger.policies[group].touch(node)
                     node.superseded -= {group}
-                elif goes_on and column == len(path) - 1:
-                    drops[group].append(pages[column])
-                else:
-                    self._ledger.hold(node, group, pages[column])
+                elif page and not (goes_on and column == len(path) - 1):
+                    self._ledger.hold(node, group, page)
+                    if self._listener is not None:
+                        self._listener.cached(namespace, node, group)
+                    continue
+                drops[group] += [page] if page else []
 
     def _supersede(self, path: list[Node], num_tokens: int, drops: Pages) -> None:
         """Drop the windows of a branch that ends here now, but for those at its forks."""

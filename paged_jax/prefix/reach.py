@@ -1,9 +1,20 @@
 """How far back the layers of each group see, and so after which tokens a cached prefix can be continued."""
 
 from collections.abc import Sequence
+from typing import Protocol, TypeVar, runtime_checkable
 
 from paged_jax.cache.config import CacheConfig
 from paged_jax.prefix.tree import Node
+
+
+@runtime_checkable
+class Held(Protocol):
+    """A page of tokens, and what is had of it: for each group a page id, 0 where there is none."""
+
+    pages: list[int]
+
+
+AnyHeld = TypeVar("AnyHeld")
 
 
 class Reach:
@@ -27,7 +38,7 @@ class Reach:
         window = self.windows[group]
         return 0 if window is None else max(num_tokens - window + 1, 0) // self.page_size
 
-    def seen(self, nodes: Sequence[Node], num_tokens: int) -> list[Sequence[Node]]:
+    def seen(self, nodes: Sequence[AnyHeld], num_tokens: int) -> list[Sequence[AnyHeld]]:
         """For each group the nodes of a prefix that the token after `num_tokens` sees."""
         stop = self.num_columns(num_tokens)
         return [nodes[self.first_seen(num_tokens, group) : stop] for group in self.groups]
@@ -38,7 +49,7 @@ class Reach:
         has_pages = all(node.pages[group] for group in self.groups for node in seen[group])
         return has_pages and all(node.is_cached for node in nodes)
 
-    def longest(self, path: list[Node], num_known: int) -> int:
+    def longest(self, path: Sequence[Held], num_known: int) -> int:
         """The most of the known tokens of a path after which a row can continue."""
         first = [_first_of_run(path, group) for group in self.groups]
         for column in range(len(path) - 1, -1, -1):
@@ -60,7 +71,7 @@ class Reach:
         return useless
 
 
-def _first_of_run(path: list[Node], group: int) -> list[int]:
+def _first_of_run(path: Sequence[Held], group: int) -> list[int]:
     """For each column where the unbroken run of pages that ends with it begins; the next column where there is none."""
     first, start = [], 0
     for column, node in enumerate(path):

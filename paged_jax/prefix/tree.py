@@ -6,26 +6,13 @@ access a page.
 
 import bisect
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
+from paged_jax.prefix.digests import Namespace, page_digest
+
 MAX_COMPARED = 16  # children in search of the one that begins alike
 TOKEN_BYTES = 8  # tokens are stored big-endian at full width, so that bytes sort and compare as tokens do
-
-
-class Namespace(NamedTuple):
-    """What must be equal, besides the tokens, for a page to be found; pages of different namespaces never match.
-
-    Args:
-        salt: keeps tenants apart, so that none can probe what others have asked.
-        adapter: of the weights.
-        weights: a version of the weights.
-    """
-
-    salt: str = ""
-    adapter: str = ""
-    weights: int = 0
 
 
 class Node:
@@ -35,13 +22,14 @@ class Node:
         tokens: as bytes; see `encode`.
         parent: whose tokens these continue; None: a namespace's root, which has no tokens.
         num_groups: G.
-        fingerprint: of the namespace and all tokens up to here; equal again when these are cached again.
+        fingerprint: of the namespace and all tokens up to here, see `digests`; equal again when these are cached again.
     """
 
     __slots__ = (
         "tokens",
         "parent",
         "fingerprint",
+        "depth",
         "pages",
         "num_pins",
         "is_cached",
@@ -51,10 +39,11 @@ class Node:
         "_sorted",
     )
 
-    def __init__(self, tokens: bytes, parent: "Node | None", num_groups: int, fingerprint: int):
+    def __init__(self, tokens: bytes, parent: "Node | None", num_groups: int, fingerprint: bytes):
         self.tokens = tokens
         self.parent = parent
         self.fingerprint = fingerprint
+        self.depth = 0 if parent is None else parent.depth + 1  # pages up to this one
         self.pages = [0] * num_groups  # the page of each group that holds all of these tokens; 0: none is cached
         self.num_pins = 0
         self.is_cached = True  # False once it left the tree
@@ -115,7 +104,7 @@ class Node:
 
     def add(self, tokens: bytes) -> "Node":
         """A new child."""
-        node = Node(tokens, self, len(self.pages), hash((self.fingerprint, tokens)))
+        node = Node(tokens, self, len(self.pages), page_digest(self.fingerprint, tokens))
         self._by_tokens[tokens] = node
         bisect.insort(self._sorted, tokens)
         return node
@@ -142,7 +131,7 @@ class Root(Node):
     __slots__ = ("namespace",)
 
     def __init__(self, namespace: Namespace, num_groups: int):
-        super().__init__(b"", None, num_groups, hash(namespace))
+        super().__init__(b"", None, num_groups, namespace.digest())
         self.namespace = namespace
 
 

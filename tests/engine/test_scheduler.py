@@ -167,7 +167,7 @@ def test_random_histories():
 MUTANTS = {
     "newcomers come first": ("bisect.insort(self._waiting, sample, key=_rank)", "self._waiting.insert(0, sample)"),
     "nobody counts pages": ("return not before or all(map(operator.le, needed, room))", "return True"),
-    "who comes before is not counted": ("if s.rank < sample.rank]", "if s.rank < (-9, 0)]"),
+    "who comes before is not counted": ("if s.rank < sample.rank)]", "if s.rank < (-9, 0))]"),
     "pages in flight are forgotten": (" + sample.steps_ahead + num_steps", " + num_steps"),
     "windows hold everything": ("num_cached if g.window is None else min(num_cached, g.window - 1)", "num_cached"),
     "a row is given twice": ("rows.pop(0), num_shared", "rows[0], num_shared"),
@@ -179,7 +179,10 @@ MUTANTS = {
     "a sample that has ended keeps its row": ("            del self.running[sample.row]\n", "            pass\n"),
     "samples wait for a prompt of others": ("a.sample.request is sample.request and", "True and"),
     "ages are those of the rows": ("order.get(row, len(order))", "row"),
-    "nothing is evicted": ("max(0, n) for n in _add(self._needed(num_steps), _negative(free))", "0 for n in free"),
+    "nothing is evicted": (
+        "max(0, n) for n in _add(self._needed(num_steps), prefixes.arriving(), _negative(free))",
+        "0 for n in free",
+    ),
 }  # fmt: skip
 
 

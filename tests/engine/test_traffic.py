@@ -80,8 +80,8 @@ class Traffic:
                     assert count == len(expected) and completion.finish_reason == "length"
 
 
-def run_traffic(num_requests: int, seed: int, windows=(None, None)) -> Engine:
-    engine = make_engine(windows)
+def run_traffic(num_requests: int, seed: int, windows=(None, None), **options: Any) -> Engine:
+    engine = make_engine(windows, **options)
     engine.generate([[1, 2, 3], [1, 2, 3]], SamplingParams(max_new_tokens=2))
     traffic = Traffic(engine, seed, windows)
     compiled = None
@@ -148,9 +148,9 @@ def raise_at_line(rng: random.Random, function) -> bool:
     return raised
 
 
-def run_faults(num_errors: int, seed: int, windows=(None, None)) -> None:
+def run_faults(num_errors: int, seed: int, windows=(None, None), **options: Any) -> None:
     numbers = Numbers()
-    engine = make_engine(windows, tokenizer=numbers)
+    engine = make_engine(windows, tokenizer=numbers, **options)
     traffic = Traffic(engine, seed, windows)
     runner: Any = engine._core.runner
     visit, count = runner.visit, 0

@@ -2,8 +2,9 @@
 
 import pytest
 
+from paged_jax.prefix.digests import Namespace
 from paged_jax.prefix.policies import POLICIES, GreedyDualSizeFrequency, LeastRecentlyUsed, Policy, S3Fifo
-from paged_jax.prefix.tree import Namespace, Node, Root
+from paged_jax.prefix.tree import Node, Root
 
 
 def nodes(count: int) -> list[Node]:

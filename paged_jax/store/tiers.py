@@ -1,0 +1,341 @@
+"""Host memory and a store behind the pool: where the pages of a prompt are, and whether they are worth bringing.
+
+It knows no device. The engine hands it the bytes of pages, and asks for those of a prompt; whatever touches a disk
+happens in threads of its own, one that reads and one that writes.
+"""
+
+import concurrent.futures
+import dataclasses
+import logging
+import math
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+
+from paged_jax.cache.config import CacheConfig
+from paged_jax.cache.contents import PageFormat
+from paged_jax.prefix.digests import Namespace, chain, page_digest
+from paged_jax.prefix.reach import Reach
+from paged_jax.prefix.tree import TOKEN_BYTES
+from paged_jax.store.costs import Rate
+from paged_jax.store.folder import Store
+from paged_jax.store.host import HostPages, PageKey
+from paged_jax.store.index import Row
+from paged_jax.store.page_file import StoredPage
+
+HOST, STORE = "host", "store"
+MOST_QUEUED = 256 << 20  # bytes that wait to be written; what comes then is not written
+MOST_KNOWN = 1 << 17  # pages that are known to be in the store
+_log = logging.getLogger("paged_jax.store")
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """A prompt whose pages are looked for.
+
+    Args:
+        namespace: of the prompt.
+        data: its tokens, encoded, but for the last.
+        num_cached: tokens that can be continued from the pool as it is.
+        in_pool: for each page of its tokens that the pool knows, by digest, whether each group's page is there.
+    """
+
+    namespace: Namespace
+    data: bytes
+    num_cached: int
+    in_pool: dict[bytes, tuple[bool, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Pages of a prompt that were brought.
+
+    Args:
+        num_tokens: after which it can be continued with them.
+        columns: [G], of the pages of each group, ascending.
+        pages: [G], their bytes.
+        tokens: that are brought from each tier.
+        bytes: likewise.
+    """
+
+    num_tokens: int
+    columns: tuple[tuple[int, ...], ...]
+    pages: tuple[tuple[bytes | memoryview, ...], ...]
+    tokens: dict[str, int]
+    bytes: dict[str, int]
+
+    @property
+    def num_pages(self) -> tuple[int, ...]:
+        """Of each group."""
+        return tuple(map(len, self.columns))
+
+
+@dataclasses.dataclass
+class _Link:
+    """A page, and which of the groups have it where; the first of its tokens are those of the prompt."""
+
+    parent: bytes
+    digest: bytes
+    tokens: bytes
+    num_tokens: int  # of the prompt
+    column: int
+    in_pool: tuple[bool, ...]
+    host: list[bool]
+    rows: list[Row | None]
+
+    def holder(self, group: int, tiers: Sequence[str]) -> str | None:
+        """From where a group's page would come; "pool" is where it stays."""
+        if self.in_pool[group]:
+            return "pool"
+        if HOST in tiers and self.host[group]:
+            return HOST
+        return STORE if STORE in tiers and self.rows[group] is not None else None
+
+
+@dataclasses.dataclass
+class _Held:
+    """A link as `Reach` sees it: the groups whose pages can be had."""
+
+    pages: list[int]
+
+
+class Tiers:
+    """Where pages go that leave the pool, and from where they come back.
+
+    Args:
+        config: sizes of the cache.
+        host_bytes: of the pages in host memory; 0: there are none.
+        store: that outlives the process; None: there is none.
+    """
+
+    def __init__(self, config: CacheConfig, host_bytes: int = 0, store: Store | None = None):
+        self.host = HostPages(host_bytes) if host_bytes else None
+        self.store = store
+        self.formats = PageFormat.of(config)
+        self.rates = {HOST: Rate(), STORE: Rate()}  # bytes
+        self.prefill, self.visits = Rate(), Rate()  # tokens; visits of the engine
+        self.counts: dict[str, Counter[str]] = {"loaded": Counter(), "declined": Counter(), "saved": Counter()}
+        self._config, self._reach = config, Reach(config)
+        self._known: OrderedDict[PageKey, None] = OrderedDict()  # in the store, or soon
+        self._num_queued, self._lock = 0, threading.Lock()
+        if store is not None:
+            self._readers = concurrent.futures.ThreadPoolExecutor(1, "paged_jax_store_reads")
+            self._writers = concurrent.futures.ThreadPoolExecutor(1, "paged_jax_store_writes")
+
+    # ---- pages that go ---------------------------------------------------------------------------------------
+
+    def is_known(self, key: PageKey) -> bool:
+        """Whether the store has a page, or soon will, as far as this process knows."""
+        return key in self._known
+
+    def save(self, pages: Sequence[StoredPage], payloads: Callable[[], Sequence[bytes]]) -> None:
+        """Write pages to the store, some time; the call returns at once.
+
+        Args:
+            pages: without payload.
+            payloads: their bytes, asked for in the thread that writes.
+        """
+        num_bytes = sum(self.formats[page.group].num_bytes for page in pages)
+        if self._num_queued + num_bytes > MOST_QUEUED:
+            self.counts["saved"]["dropped"] += len(pages)
+            return
+        for page in pages:
+            self._know(PageKey(page.digest, page.group))
+        with self._lock:
+            self._num_queued += num_bytes
+        self._writers.submit(self._write, pages, payloads, num_bytes)
+
+    def statistics(self) -> dict[str, dict[str, int]]:
+        """What was done so far, and what is in host memory, by tier."""
+        return {
+            "loaded_tokens": dict(self.counts["loaded"]),
+            "declined_tokens": dict(self.counts["declined"]),
+            "saved_pages": dict(self.counts["saved"]),
+            "tier_pages": {HOST: len(self.host)} if self.host is not None else {},
+            "tier_bytes": {HOST: self.host.num_bytes} if self.host is not None else {},
+        }
+
+    def flush(self) -> None:
+        """Wait until what was saved is on the disk."""
+        if self.store is not None:
+            self._writers.submit(int).result()
+
+    def _write(self, pages: Sequence[StoredPage], payloads: Callable[[], Sequence[bytes]], num_bytes: int) -> None:
+        assert self.store is not None
+        try:
+            whole = [dataclasses.replace(page, payload=x) for page, x in zip(pages, payloads(), strict=True)]
+            self.counts["saved"][STORE] += self.store.write(whole)
+        except Exception:  # a bug, which must not end the thread: the pages are computed again
+            _log.exception("pages could not be written")
+        finally:
+            with self._lock:
+                self._num_queued -= num_bytes
+
+    def _know(self, key: PageKey) -> None:
+        self._known[key] = None
+        self._known.move_to_end(key)
+        while len(self._known) > MOST_KNOWN:
+            self._known.popitem(last=False)
+
+    # ---- pages that come back --------------------------------------------------------------------------------
+
+    def find(self, wanted: Wanted) -> "concurrent.futures.Future[Found | None]":
+        """Bring the pages of a prompt, if that is cheaper than to compute them; None: it is not, or there are none."""
+        if self.store is not None:
+            return self._readers.submit(self._find, wanted)
+        found: concurrent.futures.Future[Found | None] = concurrent.futures.Future()
+        found.set_result(self._find(wanted))
+        return found
+
+    def is_expected(self, wanted: Wanted) -> bool:
+        """Whether some page of a prompt is on its way to host memory."""
+        if self.host is None:
+            return False
+        links = chain(wanted.namespace, wanted.data, self._page_bytes)
+        keys = [PageKey(digest, group) for _, digest, _ in links for group in self._reach.groups]
+        return any(self.host.has(key) and self.host.get(key) is None for key in keys)
+
+    def _find(self, wanted: Wanted) -> Found | None:
+        try:
+            links = self._links(wanted)
+            while True:
+                chosen = self._choose(wanted, links)
+                if chosen is None:
+                    return None
+                found = self._bring(wanted, links, *chosen)
+                if found is not None:
+                    return found
+        except Exception:  # a bug: the prompt is computed
+            _log.exception("pages could not be read")
+            return None
+
+    @property
+    def _page_bytes(self) -> int:
+        return self._reach.page_size * TOKEN_BYTES
+
+    def _links(self, wanted: Wanted) -> list[_Link]:
+        """The pages of a prompt's tokens, up to the first that nobody has."""
+        pages = [
+            (parent, digest, tokens)
+            for parent, digest, tokens in chain(wanted.namespace, wanted.data, self._page_bytes)
+        ]
+        links = self._held(wanted, pages, 0)
+        if len(links) == len(pages):
+            return links
+        parent, _, tokens = pages[len(links)]  # there may be a page that begins with these tokens, or that ends before
+        options = [tokens[:stop] for stop in range(len(tokens) - TOKEN_BYTES, 0, -TOKEN_BYTES)]
+        longer = self._beginning(parent, tokens) if len(tokens) < self._page_bytes else None
+        for one in [longer, *options] if longer is not None else options:
+            last = self._held(wanted, [(parent, page_digest(parent, one), one)], len(links))
+            if last:
+                last[0].num_tokens = min(len(one), len(tokens)) // TOKEN_BYTES
+                return links + last
+        return links
+
+    def _beginning(self, parent: bytes, tokens: bytes) -> bytes | None:
+        """The tokens of a page that begins with these."""
+        found = self.host.beginning(parent, tokens) if self.host is not None else None
+        return found if found is not None or self.store is None else self.store.beginning(parent, tokens)
+
+    def _held(self, wanted: Wanted, pages: Sequence[tuple[bytes, bytes, bytes]], first: int) -> list[_Link]:
+        rows = self.store.find([digest for _, digest, _ in pages]) if self.store is not None else {}
+        links = []
+        for column, (parent, digest, tokens) in enumerate(pages, first):
+            link = _Link(
+                parent,
+                digest,
+                tokens,
+                len(tokens) // TOKEN_BYTES,
+                column,
+                wanted.in_pool.get(digest, (False,) * len(self.formats)),
+                [
+                    self.host is not None and self.host.get(PageKey(digest, group)) is not None
+                    for group in self._reach.groups
+                ],
+                [rows.get((digest, group)) for group in self._reach.groups],
+            )
+            if not any(link.holder(group, (HOST, STORE)) for group in self._reach.groups):
+                break
+            links.append(link)
+        return links
+
+    def _choose(self, wanted: Wanted, links: list[_Link]) -> tuple[int, Sequence[str]] | None:
+        """After how many tokens to continue, with pages from which tiers; None: with what is in the pool."""
+        best, least = None, math.inf
+        options = {self._longest(links, tiers): tiers for tiers in ((), (HOST,), (HOST, STORE))}
+        most = max(options)
+        if most < wanted.num_cached + self._reach.page_size:
+            return None
+        for num_tokens, tiers in options.items():
+            num_tokens = max(num_tokens, wanted.num_cached)
+            needed = self._needed(links, num_tokens, tiers) if num_tokens > wanted.num_cached else []
+            sizes = Counter[str]()
+            for link, group in needed:
+                sizes[link.holder(group, tiers) or ""] += self.formats[group].num_bytes
+            total = self.rates[HOST].seconds(sizes.total(), unknown=0.0)  # all go through host memory
+            total += self.rates[STORE].seconds(sizes[STORE], unknown=0.0)
+            total += self.prefill.seconds(most - num_tokens, unknown=1e3 * (most - num_tokens))
+            if total < least:
+                best, least = (num_tokens, tiers), total
+        assert best is not None
+        if best[0] < most:
+            tier = STORE if HOST in best[1] or self.host is None else HOST
+            self.counts["declined"][tier] += most - best[0]
+            self.rates[tier].hope()
+        return best if best[0] > wanted.num_cached else None
+
+    def _longest(self, links: list[_Link], tiers: Sequence[str]) -> int:
+        held = [_Held([int(link.holder(group, tiers) is not None) for group in self._reach.groups]) for link in links]
+        return self._reach.longest(held, sum(link.num_tokens for link in links))
+
+    def _needed(self, links: list[_Link], num_tokens: int, tiers: Sequence[str]) -> list[tuple[_Link, int]]:
+        """The pages that are to be brought, so that a prompt can be continued after so many tokens."""
+        pairs = []
+        for group, seen in enumerate(self._reach.seen(links, num_tokens)):
+            pairs += [(link, group) for link in seen if link.holder(group, tiers) != "pool"]
+        return pairs
+
+    def _bring(self, wanted: Wanted, links: list[_Link], num_tokens: int, tiers: Sequence[str]) -> Found | None:
+        """Read the pages; None where one turned out not to be there."""
+        columns: list[list[int]] = [[] for _ in self._reach.groups]
+        pages: list[list[bytes | memoryview]] = [[] for _ in self._reach.groups]
+        sizes, tokens, used = Counter[str](), Counter[str](), []
+        counted, start = set(), time.perf_counter()
+        for link, group in self._needed(links, num_tokens, tiers):
+            tier = link.holder(group, tiers)
+            page = self._page(wanted, link, group, tier)
+            if page is None:
+                link.host[group] &= tier != HOST
+                link.rows[group] = link.rows[group] if tier == HOST else None
+                return None
+            columns[group].append(link.column)
+            pages[group].append(page)
+            sizes[tier or ""] += len(page)
+            if link.column not in counted:
+                counted.add(link.column)
+                tokens[tier or ""] += link.num_tokens
+            if tier == STORE:
+                used.append(link.rows[group])
+                self._know(PageKey(link.digest, group))
+        if used and self.store is not None:
+            self.rates[STORE].measured(sizes[STORE], time.perf_counter() - start)
+            self._writers.submit(self.store.touch, used)
+        freeze = lambda lists: tuple(map(tuple, lists))  # noqa: E731
+        return Found(num_tokens, freeze(columns), freeze(pages), dict(tokens), dict(sizes))
+
+    def _page(self, wanted: Wanted, link: _Link, group: int, tier: str | None) -> bytes | memoryview | None:
+        key, row = PageKey(link.digest, group), link.rows[group]
+        if tier == HOST and self.host is not None:
+            return self.host.get(key)
+        if self.store is None or row is None:
+            return None
+        page = self.store.read(row, self.stored(wanted.namespace, key, link.parent, link.tokens, link.column + 1))
+        return None if page is None else page.payload
+
+    def stored(self, namespace: Namespace, key: PageKey, parent: bytes, tokens: bytes, depth: int) -> StoredPage:
+        """A page as the store must have it, but for its payload."""
+        form = self.formats[key.group]
+        shape = form.num_layers, form.page_size, form.num_kv_heads, form.head_dim
+        fingerprint = bytes.fromhex(str(namespace.weights))
+        return StoredPage(key.digest, key.group, depth, parent, fingerprint, tokens, form.dtype, shape, b"")

@@ -1,0 +1,290 @@
+"""An engine whose pages go to host memory and to a store, and come back: always the tokens of a cold one.
+
+The long forms: more requests, and more errors.
+
+    pytest -n 0 -m long tests/store/test_tiers_engine.py -s
+"""
+
+import errno
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import hash_decoder as decoder
+from engine_cases import pool_is_empty
+from paged_jax.sampling import SamplingParams
+from paged_jax.store import Store
+
+sys.path.append(str(Path(__file__).parent.parent / "engine"))
+from test_traffic import HYBRID, make_engine, run_faults, run_traffic
+
+GREEDY = SamplingParams(max_new_tokens=6)
+HOST_BYTES = 40 * 4096  # about twice the pool, so that it overflows, too
+WINDOWS = pytest.mark.parametrize("windows", [(None, None), HYBRID], ids=["plain", "hybrid"])
+
+
+def make(windows=(None, None), **options):
+    return make_engine(windows, tokenizer=None, **options)
+
+
+def tiers_of(engine) -> Any:
+    return engine.tiers
+
+
+def text(seed: int, length: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, decoder.VOCAB, length).tolist()
+
+
+@pytest.fixture
+def warnings(caplog):
+    """The warnings of the store so far."""
+    caplog.set_level(logging.WARNING, "paged_jax.store")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def run(engine, prompts, windows=(None, None), params=GREEDY):
+    tokens = [[list(s.tokens) for s in samples] for samples in engine.generate(prompts, params)]
+    assert tokens == [[decoder.dense_greedy(p, 6, windows)] for p in prompts]
+    return engine.stats()
+
+
+def test_what_the_pool_gives_up_comes_back_from_host_memory():
+    engine = make(host_cache_bytes=1 << 20)
+    prompts = [text(seed, 33) for seed in range(4)]
+    for prompt in prompts:
+        run(engine, [prompt])
+    before = engine.stats()
+    assert before.evicted_pages > 0 and before.tier_pages["host"] > 0
+    for prompt in prompts:
+        run(engine, [prompt])
+    after = engine.stats()
+    assert after.computed_tokens - before.computed_tokens <= 4 * (6 + 4)
+    assert after.loaded_tokens["host"] > 0
+    assert pool_is_empty(engine)
+
+
+@WINDOWS
+def test_a_conversation_goes_on_after_a_restart(tmp_path, windows):
+    prompts = [text(seed, 33) for seed in range(4)]
+    first = make(windows, store=Store(tmp_path))
+    cold = run(first, prompts, windows)
+    first.flush()
+    answers = [decoder.dense_greedy(prompt, 6, windows) for prompt in prompts]
+    turns = [prompt + answer + text(9, 5) for prompt, answer in zip(prompts, answers, strict=True)]
+    second = make(windows, store=Store(tmp_path))
+    warm = run(second, turns, windows)
+    assert cold.computed_tokens == 4 * (33 + 5) and cold.loaded_tokens == {}
+    assert warm.loaded_tokens == {"store": 4 * 38}, "to the last token, which is in the middle of a page"
+    assert warm.computed_tokens == 4 * (1 + 5 + 5)
+    assert pool_is_empty(second)
+
+
+def fill(folder, prompt, **options):
+    """A store in which a prompt was computed."""
+    engine = make(store=Store(folder))
+    run(engine, [prompt])
+    engine.flush()
+    assert engine.stats().saved_pages == {"store": 10}
+
+
+def test_the_same_prompt_computes_nothing_but_its_last_token(tmp_path):
+    prompt = text(0, 35)  # its last page holds drawn tokens, too
+    first = make(store=Store(tmp_path))
+    run(first, [prompt])
+    first.flush()
+    for options in ({"store": Store(tmp_path)}, {"store": Store(tmp_path), "host_cache_bytes": HOST_BYTES}):
+        engine = make(**options)
+        assert run(engine, [prompt]).computed_tokens == 1 + 5
+        run(engine, [text(seed, 33) for seed in range(1, 4)])  # which it makes room for
+        before = engine.stats().computed_tokens
+        assert run(engine, [prompt]).computed_tokens - before == 1 + 5
+    assert engine.stats().loaded_tokens == {"store": 34 + 3 * 32, "host": 34}
+
+
+# ---- a miss, never a wrong token ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", ["salt", "adapter"])
+def test_what_was_computed_under_another_key_is_a_miss(tmp_path, warnings, other):
+    prompt = text(0, 33)
+    fill(tmp_path, prompt)
+    engine = make(store=Store(tmp_path))
+    options: Any = {other: "x"}
+    engine.generate([prompt], GREEDY, **options)
+    assert engine.stats().loaded_tokens == {} and engine.stats().computed_tokens == 38 and warnings() == []
+
+
+def test_new_weights_are_a_miss_and_the_old_ones_are_found_again(tmp_path):
+    prompt = text(0, 33)
+    fill(tmp_path, prompt)
+    engine = make(store=Store(tmp_path))
+    for params, loaded in ((1, 0), (0, 32)):
+        engine.update_params(np.int32(params))
+        engine.generate([prompt], GREEDY)
+        assert engine.stats().loaded_tokens.get("store", 0) == loaded
+    run(engine, [prompt])
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "swapped"])
+def test_damaged_pages_are_computed_again(tmp_path, warnings, monkeypatch, damage):
+    monkeypatch.setattr("paged_jax.store.folder.INLINE_BYTES", 0)
+    prompt = text(0, 33)
+    fill(tmp_path, prompt)
+    files = sorted((tmp_path / "pages").iterdir())
+    contents = [path.read_bytes() for path in files]
+    for path, data, next_data in zip(files, contents, contents[1:] + contents[:1], strict=True):
+        flipped = data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]
+        path.write_bytes({"flipped": flipped, "truncated": data[:-1], "swapped": next_data}[damage])
+    engine = make(store=Store(tmp_path))
+    stats = run(engine, [prompt])
+    assert stats.loaded_tokens == {} and len(warnings()) == 1
+    engine.flush()
+    run(make(store=Store(tmp_path)), [prompt])
+    assert len(warnings()) == 2, "one of each process: this one read the next damaged page"
+
+
+# ---- disks that fail ---------------------------------------------------------------------------------------------
+
+
+def failing(number):
+    def fail(*arguments, **options):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("number, name", [(errno.ENOSPC, "ENOSPC"), (errno.EIO, "EIO")])
+def test_serving_goes_on_when_nothing_can_be_written(tmp_path, monkeypatch, warnings, number, name):
+    monkeypatch.setattr("paged_jax.store.folder.INLINE_BYTES", 0)
+    engine = make(store=Store(tmp_path))
+    monkeypatch.setattr(os, "fsync", failing(number))
+    for seed in range(3):
+        run(engine, [text(seed, 33)])
+    engine.flush()
+    assert len(warnings()) == 1 and f"cannot be written ({name}" in warnings()[0]
+    assert not list((tmp_path / "pages").iterdir()) and not list((tmp_path / "writing").glob("*/*"))
+    monkeypatch.undo()
+    run(engine, [text(3, 33)])
+    engine.flush()
+    assert engine.stats().saved_pages == {"store": 10}, "it is used again once there is room"
+
+
+@pytest.mark.parametrize("number, name", [(errno.EROFS, "EROFS"), (errno.EACCES, "EACCES")])
+def test_serving_goes_on_without_a_folder(tmp_path, monkeypatch, warnings, number, name):
+    monkeypatch.setattr(Path, "mkdir", failing(number))
+    engine = make(store=Store(tmp_path / "store"))
+    monkeypatch.undo()
+    for _ in range(2):
+        run(engine, [text(0, 33)])
+    engine.flush()
+    assert len(warnings()) == 1 and f"cannot be opened ({name}" in warnings()[0]
+    assert engine.stats().cached_tokens == 32
+
+
+def test_a_slow_disk_delays_nobody_for_long(tmp_path, monkeypatch):
+    prompts = [text(seed, 33) for seed in range(3)]
+    fill(tmp_path, prompts[0])
+    engine = make(store=Store(tmp_path))
+    run(engine, [text(9, 33)])
+    find = tiers_of(engine).store.find
+    monkeypatch.setattr("paged_jax.engine.tiered.PATIENCE", 0.1)
+    monkeypatch.setattr(tiers_of(engine).store, "find", lambda digests: time.sleep(1.5) or find(digests))
+    before = time.monotonic()
+    for prompt in prompts:
+        stats = run(engine, [prompt])
+    assert stats.loaded_tokens == {} and stats.computed_tokens == 4 * 38
+    assert time.monotonic() - before < 1.5, "only the first prompt waited, and not to the end"
+
+
+# ---- load or recompute -------------------------------------------------------------------------------------------
+
+
+def test_what_is_cheaper_to_compute_is_computed(tmp_path):
+    prompt = text(0, 33)
+    fill(tmp_path, prompt)
+    engine = make(store=Store(tmp_path))
+    tiers = tiers_of(engine)
+    tiers.prefill.measured(10**9, 1.0)
+    tiers.rates["store"].measured(1, 1.0)
+    stats = run(engine, [prompt])
+    assert stats.loaded_tokens == {} and stats.declined_tokens == {"store": 32}
+    assert stats.computed_tokens == 38
+    other = make(store=Store(tmp_path))
+    tiers_of(other).prefill.measured(1, 1.0)
+    stats = run(other, [prompt])
+    assert stats.loaded_tokens == {"store": 32} and stats.declined_tokens == {}
+
+
+def test_rates_are_learnt_while_running(tmp_path):
+    fill(tmp_path, text(0, 33))
+    engine = make(store=Store(tmp_path), host_cache_bytes=1 << 20)
+    for seed in (0, 1, 2, 3, 0, 1):
+        run(engine, [text(seed, 33)])
+    tiers = tiers_of(engine)
+    assert all(rate.per_second > 0 for rate in (tiers.prefill, tiers.rates["store"], tiers.rates["host"]))
+
+
+def test_events_and_statistics_name_the_tier(tmp_path):
+    engine = make(store=Store(tmp_path), host_cache_bytes=1 << 20)
+    for seed in (0, 1, 2, 0):
+        run(engine, [text(seed, 33)])
+    kinds = {(event.kind, event.note) for event in engine.events}
+    assert ("offloaded", "host") in kinds and ("loaded", "host") in kinds
+    stats = engine.stats()
+    assert stats.tier_bytes["host"] == 2 * 4 * 64 * 4 * 2 * stats.tier_pages["host"]
+    assert sum(event.count for event in engine.events if event.kind == "loaded") == stats.loaded_tokens["host"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"host_cache_bytes": -1}, "host_cache_bytes=-1.*give a number of bytes, or 0 for none"),
+        ({"host_cache_bytes": 9, "prefix_cache": False}, "leave prefix_cache on, or both of them out"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+# ---- traffic -----------------------------------------------------------------------------------------------------
+
+
+def tiers(folder: Path) -> dict[str, Any]:
+    return {"host_cache_bytes": HOST_BYTES, "store": Store(folder, max_bytes=1 << 20)}
+
+
+@WINDOWS
+def test_random_traffic(tmp_path, windows):
+    for seed in (0, 1):  # the second finds what the first has stored
+        engine = run_traffic(30, seed, windows, **tiers(tmp_path))
+        engine.flush()
+    statistics = engine.stats()
+    assert statistics.loaded_tokens.get("store", 0) > 0, statistics
+
+
+@pytest.mark.long  # the short form of this with many requests
+@pytest.mark.timeout(3600)
+@WINDOWS
+def test_long_random_traffic(tmp_path, windows):
+    for seed in range(4):
+        engine = run_traffic(300, seed, windows, **tiers(tmp_path))
+        print(engine.stats())
+        assert sum(engine.stats().loaded_tokens.values()) > 100
+
+
+def test_errors_at_any_moment_lose_nothing(tmp_path):
+    run_faults(15, 0, HYBRID, **tiers(tmp_path))
+
+
+@pytest.mark.long  # the short form of this with many errors
+@pytest.mark.timeout(3600)
+@WINDOWS
+def test_300_errors_at_any_moment_lose_nothing(tmp_path, windows):
+    run_faults(300, 1, windows, **tiers(tmp_path))
