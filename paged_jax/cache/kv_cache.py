@@ -20,6 +20,13 @@ class KVCache:
     tables: PageTables
     pool: PagePool
 
+    def __repr__(self) -> str:
+        return f"{self.pool!r}\n{self.tables!r}"
+
+    def _repr_html_(self) -> str:
+        html = (getattr(part, "_repr_html_", lambda: "") for part in (self.pool, self.tables))
+        return "".join(part() for part in html)
+
     @classmethod
     def create(cls, config: CacheConfig, mesh: Mesh | None = None) -> "KVCache":
         """An empty cache; with a mesh the pool is split over it, as in `PagePool.create`."""

@@ -59,6 +59,16 @@ class PageTables:
         groups = (PageTable.create(dataclasses.replace(config, num_pages=group.num_pages)) for group in layout)
         return cls(tuple(groups), layout)
 
+    def __repr__(self) -> str:
+        from paged_jax.cache import show  # which counts tables
+
+        return show.tables_text(self)
+
+    def _repr_html_(self) -> str:
+        from paged_jax.cache import show
+
+        return show.tables_html(self)
+
     @property
     def lengths(self) -> Int32[Array, " B"]:
         """Tokens of each row."""

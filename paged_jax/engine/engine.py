@@ -306,6 +306,12 @@ class Engine:
         cache = self._core.cache
         return cache.pages() if cache is not None else [np.zeros(0, np.int32) for _ in self.config.groups]
 
+    def __repr__(self) -> str:
+        return f"Engine: {self.stats().summary}\n{self.tables!r}"
+
+    def _repr_html_(self) -> str:
+        return f"<div>Engine: {self.stats().summary}</div>{self.tables._repr_html_()}"
+
     @property
     def has_work(self) -> bool:
         """Whether some request has not ended, or has pieces that nobody took."""

@@ -22,7 +22,12 @@ def test_each_request_is_counted_once_and_the_log_says_what_happened():
     assert statistics.seconds_to_first_token > 0 and statistics.seconds_per_token > 0
     assert 0 < statistics.occupancy < 1
     events = [event for event in engine.events if event.sample == 1]
-    assert [event.kind for event in events if event.kind != "decoded"] == ["admitted", "prefilled", "finished"]
+    assert [event.kind for event in events if event.kind != "decoded"] == [
+        "queued",
+        "admitted",
+        "prefilled",
+        "finished",
+    ]
     assert sum(event.count for event in events if event.kind == "decoded") == 6
     assert events[-1].note == "length" and events[-1].count == 6
 
