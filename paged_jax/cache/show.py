@@ -17,6 +17,7 @@ from paged_jax.cache.config import LayerGroup
 from paged_jax.cache.page_table import PageTable
 from paged_jax.cache.page_tables import PageTables
 from paged_jax.cache.pool import PagePool
+from paged_jax.cache.sizes import write_bytes
 from paged_jax.memory import CACHED, FREE, OWNED, MemoryReport, page_states
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"  # of the first rows
@@ -25,15 +26,6 @@ SHADES = "·░▒▓█"  # of a cell that stands for several pages, by the sha
 # Light to dark, so that they differ in grey, too; 4 stands for 4 or more rows.
 COLOURS = {FREE: "#f4f4f4", CACHED: "#f2c14e", OWNED: "#a6cee3", 2: "#5fa3d3", 3: "#2b6ca8", 4: "#0b2f5b"}
 NAMES = {FREE: "free", CACHED: "cached", OWNED: "1 row", 2: "2 rows", 3: "3 rows", 4: "4 or more"}
-
-
-def num_bytes_text(num_bytes: float | int) -> str:
-    """Bytes in the unit in which the number is short."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.{0 if unit == 'bytes' else 1}f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} GiB"
 
 
 def why_unreadable(arrays: Any) -> str | None:
@@ -82,7 +74,7 @@ def pool_text(pool: PagePool) -> str:
     try:
         pages = pool.arrays[0]
         heads = f"{pages.num_kv_heads} KV heads of {pages.head_dim} in {pages.dtype}"
-        sizes = f"{num_bytes_text(pool.num_bytes)}, pages of {pages.page_size} tokens, {heads}; {sizes}"
+        sizes = f"{write_bytes(pool.num_bytes)}, pages of {pages.page_size} tokens, {heads}; {sizes}"
     except (AttributeError, IndexError, TypeError):  # a pytree of something other than arrays has no sizes
         pass
     return f"PagePool{f' ({reason})' if reason else ''}: {sizes}"
@@ -99,9 +91,7 @@ def pool_html(pool: PagePool) -> str:
     for group, size in zip(pool.groups, sizes, strict=True):
         width = max(2, round(400 * size / max(sizes)))
         bar = f"display:inline-block;width:{width}px;height:12px;background:{COLOURS[2]};margin-right:8px"
-        parts.append(
-            f'<div><span style="{bar}"></span>{escape(_group_name(group))}: {num_bytes_text(size * each)}</div>'
-        )
+        parts.append(f'<div><span style="{bar}"></span>{escape(_group_name(group))}: {write_bytes(size * each)}</div>')
     return "".join(parts)
 
 

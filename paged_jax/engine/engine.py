@@ -134,6 +134,7 @@ class Engine:
         page_size: int = 16,
         num_pages: int | None = None,
         dtype: str | None = None,
+        cache_dtype: Any = None,
         sharding: Any = None,
         **options: Any,
     ) -> "Engine":
@@ -147,6 +148,7 @@ class Engine:
             page_size: tokens in a page.
             num_pages: of the pool; None: enough for all rows at their longest.
             dtype: of weights and pages; None: the checkpoint's.
+            cache_dtype: of the pages, where it is another: "int8", "float8_e4m3fn", ...
             sharding: of the weights, see `models.load`.
             options: other arguments of `Engine`.
 
@@ -162,6 +164,7 @@ class Engine:
             max_sequences=max_sequences,
             max_pages_per_sequence=pages_per_row,
             page_size=page_size,
+            dtype=cache_dtype or model.dtype,
         )
         options = {"stop_tokens": model.stop_tokens} | options
         return cls(model.forward, model.params, config, model.tokenizer, **options)

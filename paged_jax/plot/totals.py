@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from paged_jax.cache.config import CacheConfig
-from paged_jax.cache.show import COLOURS, NAMES, num_bytes_text
+from paged_jax.cache.show import COLOURS, NAMES
+from paged_jax.cache.sizes import write_bytes
 from paged_jax.memory import CacheReport, find_tables
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def draw_bytes(source: Any, config: CacheConfig | None = None, *, title: str = "
     figure, ax = plt.subplots(figsize=(9, 3.2), layout="constrained")
     colours = ["#d9d9d9", "#d9d9d9", COLOURS[1], COLOURS[3], COLOURS[4]]
     drawn = ax.barh(list(bars), list(bars.values()), color=colours, edgecolor="#555555")
-    ax.bar_label(drawn, [num_bytes_text(size) for size in bars.values()], padding=4, fontsize=10)
+    ax.bar_label(drawn, [write_bytes(size) for size in bars.values()], padding=4, fontsize=10)
     ax.invert_yaxis()
     ax.set_xlim(0, max(bars.values()) * 1.18 or 1)
     ax.set_xticks([])
