@@ -8,7 +8,7 @@ import numpy as np
 from paged_jax.cache.config import CacheConfig
 from paged_jax.cache.show import COLOURS, NAMES
 from paged_jax.cache.sizes import write_bytes
-from paged_jax.memory import CacheReport, find_tables
+from paged_jax.memory import CACHED, CacheReport, find_tables
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,6 +39,7 @@ def draw_occupancy(history: Sequence[np.ndarray], *, title: str = "") -> "Figure
     import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 
     if len(history) == 0:
         raise ValueError("the history is empty: append page_states(engine) to it after each step")
@@ -53,12 +54,14 @@ def draw_occupancy(history: Sequence[np.ndarray], *, title: str = "") -> "Figure
         extent=(-0.5, states.shape[1] - 0.5, len(states) + 0.5, 0.5),
     )  # fmt: skip
     above.set_ylabel("page number", fontsize=11)
+    # Below, the pages in use: those in rows, and those that are only cached on top of them.
     in_use = np.sum(states >= 0, axis=0)
     by_rows = np.sum(states > 0, axis=0)
     moments = np.arange(states.shape[1])
-    below.fill_between(moments, in_use, step="mid", color=COLOURS[0], label="cached", linewidth=0)
-    below.fill_between(moments, by_rows, step="mid", color=COLOURS[2], label="in rows", linewidth=0)
-    below.set(ylim=(0, len(states)), xlabel="step")
+    below.bar(moments, in_use, width=1, color=COLOURS[CACHED])
+    below.bar(moments, by_rows, width=1, color=COLOURS[2])
+    below.set_ylim(0, len(states))
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
     below.set_ylabel("pages in use", fontsize=11)
     below.set_xlabel("step", fontsize=11)
     legend = [Patch(facecolor=c, edgecolor="#999999", label=NAMES[state]) for state, c in COLOURS.items()]
