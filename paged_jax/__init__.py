@@ -11,8 +11,10 @@ from paged_jax.cache.handle_book import HandleBook
 from paged_jax.cache.handles import PageHandle
 from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.metadata import AttentionMetadata
+from paged_jax.cache.page_table import Fault
 from paged_jax.cache.page_tables import PageTables
 from paged_jax.cache.pool import LayerPlace, PagePool
+from paged_jax.cache.step_check import StepCheck
 from paged_jax.decoding.rollout import Rollout, rollout
 from paged_jax.decoding.rows import Finish
 from paged_jax.decoding.score import Score, score
@@ -30,6 +32,7 @@ __all__ = [
     "CacheReport",
     "Completion",
     "Engine",
+    "Fault",
     "Finish",
     "Forward",
     "HandleBook",
@@ -46,6 +49,7 @@ __all__ = [
     "SamplingParams",
     "SamplingState",
     "Score",
+    "StepCheck",
     "Stepper",
     "paged_attention",
     "rollout",

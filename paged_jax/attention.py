@@ -54,6 +54,7 @@ def paged_attention(
         ValueError: at trace time, for shapes or options that do not fit together.
         NotImplementedError: the named implementation cannot do this, or a gradient is taken through the pages.
     """
+    check_layer(q, k, v, pool, metadata)
     place = layer if isinstance(layer, LayerPlace) else pool.place(layer)
     given_up = pool.groups[place.group].window
     if given_up is not None and (window is None or window > given_up):
@@ -72,6 +73,33 @@ def paged_attention(
         sharing=None if metadata.sharing is None else metadata.sharing[place.group],
     )  # fmt: skip
     return out, pool.replace(array, pages)
+
+
+def check_layer(q: Any, k: Any, v: Any, pool: Any, metadata: Any) -> None:
+    """Raises ValueError, at trace time, where a layer's arrays are not those of the step."""
+    if not isinstance(metadata, AttentionMetadata):
+        raise ValueError(
+            f"metadata is an object of type {type(metadata).__name__}: build it from the page tables, in each step "
+            "after reserve, by AttentionMetadata.decode or AttentionMetadata.ragged"
+        )
+    if not isinstance(pool, PagePool):
+        raise ValueError(f"pool is an object of type {type(pool).__name__}: pass the PagePool, which is cache.pool")
+    num_tokens = metadata.positions.shape[0]
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        if x is None:
+            continue
+        if x.ndim != 3:
+            raise ValueError(
+                f"{name} has shape {x.shape}: the new tokens of all sequences lie packed in one axis, [tokens, heads, "
+                "head size]; reshape [batch, length, heads, head size] to that"
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} is {x.dtype}: queries, keys and values are floating-point numbers")
+        if x.shape[0] != num_tokens:
+            raise ValueError(
+                f"{name} has {x.shape[0]} tokens, but the metadata of this step {num_tokens}: give it one for each "
+                "token that the metadata was built for, padding included (num_tokens of AttentionMetadata.ragged)"
+            )
 
 
 def find_sharing(metadata: AttentionMetadata, pool: PagePool) -> AttentionMetadata:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 
 from paged_jax.cache.config import LayerGroup
-from paged_jax.cache.page_table import PageTable
+from paged_jax.cache.page_table import Fault, PageTable
 from paged_jax.cache.page_tables import PageTables
 from paged_jax.cache.pool import PagePool
 from paged_jax.cache.sizes import write_bytes
@@ -137,7 +137,7 @@ def _group_name(group: LayerGroup) -> str:
 def _headline(tables: PageTables) -> str:
     lengths = np.asarray(tables.lengths)
     page_size, fault = tables.groups[0].page_size, int(tables.fault)
-    refused = f"; refused since clear_fault: fault bits {fault}" if fault else ""
+    refused = f"; refused since clear_fault: {Fault(fault)!r}" if fault else ""
     used = f"{np.count_nonzero(lengths)} of {len(lengths)} rows hold {int(lengths.sum())} tokens"
     return f"PageTables: {used}, in pages of {page_size} tokens{refused}"
 
