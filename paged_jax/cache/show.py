@@ -189,7 +189,7 @@ def _squares(tables: PageTables, group: int, width: int = 32, size: int = 18) ->
     squares = []
     for i, state in enumerate(states.tolist()):
         x, y, rows = i % width * size, i // width * size, owned.get(i + 1, [])
-        label = "" if state < OWNED else str(rows[0]) if state == OWNED else f"×{state}"
+        label = "c" if state == CACHED else "" if state < OWNED else str(rows[0]) if state == OWNED else f"×{state}"
         colour = "#ffffff" if state > 2 else "#222222"
         whose = f"rows {', '.join(map(str, rows))}" if rows else NAMES[state]
         squares.append(
@@ -201,7 +201,7 @@ def _squares(tables: PageTables, group: int, width: int = 32, size: int = 18) ->
         )
     height = -(-len(states) // width) * size
     more = len(page_states(tables, group)) - len(states)
-    note = "a number: the row that owns the page; ×n: n rows share it; yellow: cached; grey: free"
+    note = "a number: the row that owns the page; ×n: n rows share it; c: cached; grey: free"
     note += f"; {more} more pages are not drawn" if more else ""
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width * size}" height="{height}" font-family="sans-serif">'
     return f"{svg}{''.join(squares)}</svg><div><small>{note}</small></div>"
