@@ -53,6 +53,14 @@ def paged_attention(
     Raises:
         ValueError: at trace time, for shapes or options that do not fit together.
         NotImplementedError: the named implementation cannot do this, or a gradient is taken through the pages.
+
+    Example:
+        >>> cache, granted = KVCache.create(config).reserve(jnp.array([3, 0]))
+        >>> metadata = AttentionMetadata.ragged(cache.tables, jnp.array([3, 0]), num_tokens=3, active=granted)
+        >>> q, k, v = jnp.ones((3, 3, 1, 8))
+        >>> out, pool = paged_attention(q, k, v, cache.pool, metadata, layer=0)
+        >>> out.shape
+        (3, 1, 8)
     """
     check_layer(q, k, v, pool, metadata)
     place = layer if isinstance(layer, LayerPlace) else pool.place(layer)

@@ -54,7 +54,10 @@ class MemoryReport:
     """Counts of one moment; pages are physical unless they are called mapped.
 
     Example:
-        >>> MemoryReport.measure(cache).saved_by_sharing
+        >>> cache, granted = KVCache.create(config).reserve(jnp.array([20, 3]))
+        >>> report = MemoryReport.measure(cache)
+        >>> report.tokens, report.pages_in_use, f"{report.waste:.0%} of the slots are empty"
+        (23, 3, '52% of the slots are empty')
 
     `num_pages` leaves out the null page. `pages_mapped` counts a page once for every row that maps it, `pages_in_use`
     once; `pages_cached` are those that only handles hold. `tokens` adds up the rows' lengths, `slots_filled` counts the

@@ -30,6 +30,7 @@ def run_cell(source: str, names: dict) -> None:
         getattr(shown, "_repr_html_", lambda: repr(shown))()
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")  # plt.show, where there is no screen
 def test_a_notebook_runs(path, monkeypatch):

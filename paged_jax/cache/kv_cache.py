@@ -15,7 +15,13 @@ from paged_jax.cache.pool import PagePool
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """The page tables and the pool that they speak of. Donate it at the outermost jit boundary."""
+    """The page tables, and the pool whose pages they share out. Donate it at the outermost jit boundary.
+
+    Example:
+        >>> cache, granted = KVCache.create(config).reserve(jnp.array([20, 3]))
+        >>> granted.tolist(), cache.tables.lengths.tolist()
+        ([True, True], [20, 3])
+    """
 
     tables: PageTables
     pool: PagePool

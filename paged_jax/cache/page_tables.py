@@ -47,6 +47,15 @@ class PageTables:
     Args:
         groups: their tables.
         layout: which layers they are, and the window behind which their pages are given up.
+
+    Example:
+        >>> tables, _ = PageTables.create(config).reserve(jnp.array([20, 0]))
+        >>> tables, made = tables.fork(parents=jnp.array([0]), children=jnp.array([1]))
+        >>> tables.groups[0].pages.tolist()
+        [[1, 2, 0, 0], [1, 2, 0, 0]]
+        >>> tables, reservation = tables.reserve(jnp.array([1, 1]))  # row 0 writes to a copy, row 1 keeps the page
+        >>> tables.groups[0].pages.tolist()
+        [[1, 3, 0, 0], [1, 2, 0, 0]]
     """
 
     groups: tuple[PageTable, ...]

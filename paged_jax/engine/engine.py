@@ -67,11 +67,12 @@ class Engine:
         max_events: of the log, which forgets the oldest.
 
     Example:
-        >>> engine = Engine.from_pretrained(models.DEMO)
-        >>> engine.generate(["import os\\n"], SamplingParams(max_new_tokens=8))[0][0].text
-        >>> engine.add_request("class Node:\\n", SamplingParams(max_new_tokens=8))
-        >>> for piece in engine.stream():
-        ...     print(piece.text, end="")
+        >>> engine = Engine.from_pretrained(models.DEMO, max_sequences=8, max_length=512, token_counts=(8, 64))
+        >>> (completion,) = engine.generate("import os\\n", SamplingParams(max_new_tokens=8))[0]
+        >>> len(completion.tokens), completion.finish_reason
+        (8, 'length')
+        >>> request = engine.add_request("class Node:\\n", SamplingParams(max_new_tokens=8))
+        >>> text = "".join(piece.text for piece in engine.stream(request))
     """
 
     def __init__(
