@@ -54,7 +54,7 @@ def paged_attention(
         ValueError: at trace time, for shapes or options that do not fit together.
         NotImplementedError: the named implementation cannot do this, or a gradient is taken through the pages.
 
-    Example:
+    Examples:
         >>> cache, granted = KVCache.create(config).reserve(jnp.array([3, 0]))
         >>> metadata = AttentionMetadata.ragged(cache.tables, jnp.array([3, 0]), num_tokens=3, active=granted)
         >>> q, k, v = jnp.ones((3, 3, 1, 8))

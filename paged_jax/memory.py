@@ -53,7 +53,7 @@ def page_states(source: Any, group: int = 0) -> np.ndarray:
 class MemoryReport:
     """Counts of one moment; pages are physical unless they are called mapped.
 
-    Example:
+    Examples:
         >>> cache, granted = KVCache.create(config).reserve(jnp.array([20, 3]))
         >>> report = MemoryReport.measure(cache)
         >>> report.tokens, report.pages_in_use, f"{report.waste:.0%} of the slots are empty"

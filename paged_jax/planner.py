@@ -234,7 +234,7 @@ def make_plan(
     Raises:
         ValueError: the model is not understood, its heads do not split, or the weights or one sequence do not fit.
 
-    Example:
+    Examples:
         >>> plan = make_plan("num_layers=32,num_kv_heads=8,head_dim=128,num_params=8e9", "v6e", context=8192)
         >>> plan.num_sequences(), plan.config.num_pages, round(plan.tokens_per_second())
         (13, 7116, 712)

@@ -53,7 +53,7 @@ class CacheConfig:
         ValueError: a size that is no positive whole number, fewer than two pages, another dtype, or windows of another
             number of layers.
 
-    Example:
+    Examples:
         >>> config = CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=9, max_sequences=2,
         ...                      max_pages_per_sequence=4)
         >>> config.max_length, config.page_bytes, config.pool_bytes

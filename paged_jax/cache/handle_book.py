@@ -18,7 +18,7 @@ class HandleBook:
     book can: use one for each `PageTables`, for all their handles. Its methods wait for the device; tables passed in
     stay valid.
 
-    Example:
+    Examples:
         >>> tables, _ = PageTables.create(config).reserve(jnp.array([20, 0]))
         >>> book = HandleBook()
         >>> tables, handles = book.publish(tables, row=0, num_tokens=20)

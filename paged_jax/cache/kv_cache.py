@@ -17,7 +17,7 @@ from paged_jax.cache.pool import PagePool
 class KVCache:
     """The page tables, and the pool whose pages they share out. Donate it at the outermost jit boundary.
 
-    Example:
+    Examples:
         >>> cache, granted = KVCache.create(config).reserve(jnp.array([20, 3]))
         >>> granted.tolist(), cache.tables.lengths.tolist()
         ([True, True], [20, 3])

@@ -48,7 +48,7 @@ class PageTables:
         groups: their tables.
         layout: which layers they are, and the window behind which their pages are given up.
 
-    Example:
+    Examples:
         >>> tables, _ = PageTables.create(config).reserve(jnp.array([20, 0]))
         >>> tables, made = tables.fork(parents=jnp.array([0]), children=jnp.array([1]))
         >>> tables.groups[0].pages.tolist()

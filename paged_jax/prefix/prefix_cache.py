@@ -111,7 +111,7 @@ class PrefixCache:
         max_pages: [G], the most pages that it keeps in each group; None: as many as there are.
         max_kept_pages: the most pages, of the layers that see everything, that `keep` pins.
 
-    Example:
+    Examples:
         >>> config = CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=9, max_sequences=2,
         ...                      max_pages_per_sequence=4, page_size=2)
         >>> tables, _ = PageTables.create(config).reserve(jnp.array([5, 0]))
