@@ -68,7 +68,7 @@ def paged_attention(
     if given_up is not None and (window is None or window > given_up):
         sees = "everything" if window is None else f"{window} tokens"
         raise ValueError(
-            f"this layer sees {sees}, but its cache gives up pages behind a window of {given_up}: the windows of the "
+            f"this layer sees {sees}, but its cache gives up pages before a window of {given_up}: the windows of the "
             "cache config must be those of the layers"
         )
     array, first_page = pool.locate(place)
@@ -116,7 +116,7 @@ def find_sharing(metadata: AttentionMetadata, pool: PagePool) -> AttentionMetada
         metadata = find_sharing(AttentionMetadata.decode(cache.tables, active), cache.pool)
 
     Do it once a step, before the layers. It pays where several sequences, say 32, share hundreds of tokens: a system
-    prompt, the samples of a prompt, beams. A sequence whose first pages have been given up behind a window shares
+    prompt, the samples of a prompt, beams. A sequence that has given up its first pages before a window shares
     nothing in that group of layers.
 
     Args:

@@ -61,7 +61,7 @@ class MemoryReport:
 
     `num_pages` leaves out the null page. `pages_mapped` counts a page once for every row that maps it, `pages_in_use`
     once; `pages_cached` are those that only handles hold. `tokens` adds up the rows' lengths, `slots_filled` counts the
-    distinct slots in which they stand. `pages_given_up` counts the columns behind a window, once for every row.
+    distinct slots in which they stand. `pages_given_up` counts the columns before a window, once for every row.
     """
 
     page_size: int

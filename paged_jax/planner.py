@@ -228,7 +228,7 @@ def make_plan(
         num_devices: that split the layers, as `models.load(sharding=mesh)` does.
         max_sequences: rows of the page table; None: as many as fit.
         shared_tokens: with which all sequences begin, such as a system prompt.
-        windows: whether layers with a window give up the pages behind it.
+        windows: whether layers with a window give up the pages before it.
         headroom: share of the memory that is left to compiled programs and their temporaries.
 
     Raises:

@@ -20,7 +20,7 @@ class LayerGroup:
 
     Args:
         layers: their numbers.
-        window: positions that their tokens see, the own one included, behind which pages are given up; None: all.
+        window: positions that their tokens see, the own one included; pages before it are given up; None: all.
         num_pages: P of these layers.
     """
 
@@ -44,7 +44,7 @@ class CacheConfig:
         dtype: "float32", "bfloat16", or one of the quantised "int8" and "float8_e4m3fn" (with one scale a token,
             head and key or value); or such a dtype itself, `jnp.bfloat16`.
         windows: for each layer the positions that a token sees, its own included, None for all; empty: all layers see
-            everything. Layers give up the pages behind their window.
+            everything. Layers give up the pages before their window.
         window_pages: P of each layer with a window; None: enough for B sequences and a prefill step of 512 tokens.
         array_per_layer: each layer keeps its pages in an array of its own, for frameworks whose layers own their state
             (Flax linen); otherwise the layers of a group share one array.
@@ -112,7 +112,7 @@ class CacheConfig:
 
     @property
     def has_windows(self) -> bool:
-        """Whether some layers give up the pages behind a window."""
+        """Whether some layers give up the pages before a window."""
         return any(group.window is not None for group in self.groups)
 
     def pages_mapped(self, window: int | None, num_tokens: int, new_tokens: int = 1) -> int:

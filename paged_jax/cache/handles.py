@@ -19,7 +19,7 @@ class PageHandle:
     Args:
         pages: a table row; null outside the columns `first_column` to `ceil(num_tokens / S) - 1`.
         num_tokens: tokens that the pages hold.
-        first_column: above 0 if the first pages are missing, as behind a window.
+        first_column: above 0 if the first pages are missing, as where a window has passed them.
         epoch: of the table that made it.
         serial: different for every handle of an epoch.
     """

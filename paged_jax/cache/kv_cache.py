@@ -42,7 +42,7 @@ class KVCache:
     def reserve(
         self, new_tokens: Int32[Array, " B"], priority: Int32[Array, " B"] | None = None
     ) -> tuple["KVCache", Bool[Array, " B"]]:
-        """Make room for the next tokens of every row: give up pages behind windows, take new ones, copy on write.
+        """Make room for the next tokens of every row: give up pages before windows, take new ones, copy on write.
 
         Args:
             new_tokens: tokens to append to each row.

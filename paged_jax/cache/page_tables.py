@@ -1,11 +1,11 @@
 """The page tables of all layers: one for each group of layers that see equally far.
 
-A layer with a sliding window never reads what lies behind it. So layers of one window share a table and pages of their
-own, and give up the pages behind it, while layers that see everything keep theirs. A model without windows has one
-group, and everything here is then what its one `PageTable` does.
+A layer with a sliding window never reads tokens before its window. So layers of one window share a table and pages of
+their own, and give up the pages before it, while layers that see everything keep theirs. A model without windows has
+one group, and everything here is then what its one `PageTable` does.
 
     tables = PageTables.create(config)
-    tables = tables.slide()                             # pages behind the windows are free
+    tables = tables.slide()                             # pages before the windows are free
     tables, reservations = tables.reserve(new_tokens)   # all groups, or none
     pool = pool.copy(reservations)
 
@@ -46,7 +46,7 @@ class PageTables:
 
     Args:
         groups: their tables.
-        layout: which layers they are, and the window behind which their pages are given up.
+        layout: which layers they are, and the window before which their pages are given up.
 
     Examples:
         >>> tables, _ = PageTables.create(config).reserve(jnp.array([20, 0]))

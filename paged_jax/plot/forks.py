@@ -58,7 +58,7 @@ def sharing_branches(source: Any, group: int = 0) -> list[Branch]:
 
     first_columns = np.asarray(table.first_column)
     rows = np.flatnonzero(np.asarray(table.lengths)).tolist()
-    for column in sorted({int(first_columns[row]) for row in rows}):  # above 0 where pages behind a window are gone
+    for column in sorted({int(first_columns[row]) for row in rows}):  # above 0 where pages before a window are gone
         grow([row for row in rows if first_columns[row] == column], column, None)
     return branches
 
