@@ -24,7 +24,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"  # of the first rows
 MOST_CELLS, MOST_ROWS, CELLS_A_LINE = 512, 8, 64  # that are printed
 SHADES = "·░▒▓█"  # of a cell that stands for several pages, by the share of them that is in use
 # Light to dark, so that they differ in grey, too; 4 stands for 4 or more rows.
-COLOURS = {FREE: "#f4f4f4", CACHED: "#f2c14e", OWNED: "#a6cee3", 2: "#5fa3d3", 3: "#2b6ca8", 4: "#0b2f5b"}
+COLOURS = {FREE: "#ffffff", CACHED: "#f8dc8a", OWNED: "#8fbfe0", 2: "#4f97cc", 3: "#2b6ca8", 4: "#0b2f5b"}
 NAMES = {FREE: "free", CACHED: "cached", OWNED: "1 row", 2: "2 rows", 3: "3 rows", 4: "4 or more"}
 
 

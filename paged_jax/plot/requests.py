@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # From light to dark: what costs a user time, what costs the device time, what brings tokens.
-SPAN_COLOURS = {"waiting": "#d9d9d9", "prefill": "#f2c14e", "decode": "#2b6ca8", "preempted": "#d55e00"}
+SPAN_COLOURS = {"waiting": "#d9d9d9", "prefill": "#f8dc8a", "decode": "#2b6ca8", "preempted": "#d55e00"}
 SPAN_MARKS = {"waiting": "·", "prefill": "▒", "decode": "█", "preempted": "x"}
 SPAN_HATCHES = {"waiting": None, "prefill": "///", "decode": None, "preempted": "xxx"}
 
