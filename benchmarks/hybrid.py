@@ -1,4 +1,4 @@
-"""What a hybrid decoder keeps in memory: local layers give up the pages behind their window.
+"""What a hybrid decoder keeps in memory: local layers give up the pages before their window.
 
     python -m benchmarks.hybrid [--json]
 

@@ -3,7 +3,7 @@
     python -m benchmarks.prefill [--json] [--page-size 16] [--quick]
 
 Both write each chunk's keys and values, then attend over the 2048 slots with a causal mask. The mixed step has one
-chunk of 512 tokens behind 1536 others, and 31 sequences of 1 .. 2048 tokens that decode, in one call; its contestant
+chunk of 512 tokens after 1536 others, and 31 sequences of 1 .. 2048 tokens that decode, in one call; its contestant
 runs the chunk and the batch of decodes one after the other.
 """
 

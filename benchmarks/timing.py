@@ -19,7 +19,7 @@ class Timing(NamedTuple):
 def compare(functions: dict[str, Callable[[], Any]], repeats: int = 15) -> dict[str, Timing]:
     """Times functions round by round, so that whatever else runs slows all of them alike.
 
-    Each round has an order of its own: none always runs behind the one that fills the caches or gives memory back.
+    Each round has an order of its own: none always runs after the one that fills the caches or gives memory back.
 
     Args:
         functions: what to time, by name; each returns the arrays to wait for.

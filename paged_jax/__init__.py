@@ -11,8 +11,10 @@ from paged_jax.cache.handle_book import HandleBook
 from paged_jax.cache.handles import PageHandle
 from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.metadata import AttentionMetadata
+from paged_jax.cache.page_table import Fault
 from paged_jax.cache.page_tables import PageTables
 from paged_jax.cache.pool import LayerPlace, PagePool
+from paged_jax.cache.step_check import StepCheck
 from paged_jax.decoding.beam import Beams, beam_search
 from paged_jax.decoding.draft import Drafter, Drafts, Lookup
 from paged_jax.decoding.draft_model import DraftModel
@@ -38,6 +40,7 @@ __all__ = [
     "Drafter",
     "Drafts",
     "Engine",
+    "Fault",
     "Finish",
     "Forward",
     "HandleBook",
@@ -55,6 +58,7 @@ __all__ = [
     "SamplingParams",
     "SamplingState",
     "Score",
+    "StepCheck",
     "Stepper",
     "beam_search",
     "paged_attention",

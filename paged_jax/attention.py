@@ -53,13 +53,22 @@ def paged_attention(
     Raises:
         ValueError: at trace time, for shapes or options that do not fit together.
         NotImplementedError: the named implementation cannot do this, or a gradient is taken through the pages.
+
+    Examples:
+        >>> cache, granted = KVCache.create(config).reserve(jnp.array([3, 0]))
+        >>> metadata = AttentionMetadata.ragged(cache.tables, jnp.array([3, 0]), num_tokens=3, active=granted)
+        >>> q, k, v = jnp.ones((3, 3, 1, 8))
+        >>> out, pool = paged_attention(q, k, v, cache.pool, metadata, layer=0)
+        >>> out.shape
+        (3, 1, 8)
     """
+    check_layer(q, k, v, pool, metadata)
     place = layer if isinstance(layer, LayerPlace) else pool.place(layer)
     given_up = pool.groups[place.group].window
     if given_up is not None and (window is None or window > given_up):
         sees = "everything" if window is None else f"{window} tokens"
         raise ValueError(
-            f"this layer sees {sees}, but its cache gives up pages behind a window of {given_up}: the windows of the "
+            f"this layer sees {sees}, but its cache gives up pages before a window of {given_up}: the windows of the "
             "cache config must be those of the layers"
         )
     array, first_page = pool.locate(place)
@@ -74,13 +83,40 @@ def paged_attention(
     return out, pool.replace(array, pages)
 
 
+def check_layer(q: Any, k: Any, v: Any, pool: Any, metadata: Any) -> None:
+    """Raises ValueError, at trace time, where a layer's arrays are not those of the step."""
+    if not isinstance(metadata, AttentionMetadata):
+        raise ValueError(
+            f"metadata is an object of type {type(metadata).__name__}: build it from the page tables, in each step "
+            "after reserve, by AttentionMetadata.decode or AttentionMetadata.ragged"
+        )
+    if not isinstance(pool, PagePool):
+        raise ValueError(f"pool is an object of type {type(pool).__name__}: pass the PagePool, which is cache.pool")
+    num_tokens = metadata.positions.shape[0]
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        if x is None:
+            continue
+        if x.ndim != 3:
+            raise ValueError(
+                f"{name} has shape {x.shape}: the new tokens of all sequences lie packed in one axis, [tokens, heads, "
+                "head size]; reshape [batch, length, heads, head size] to that"
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} is {x.dtype}: queries, keys and values are floating-point numbers")
+        if x.shape[0] != num_tokens:
+            raise ValueError(
+                f"{name} has {x.shape[0]} tokens, but the metadata of this step {num_tokens}: give it one for each "
+                "token that the metadata was built for, padding included (num_tokens of AttentionMetadata.ragged)"
+            )
+
+
 def find_sharing(metadata: AttentionMetadata, pool: PagePool) -> AttentionMetadata:
     """The same step, with the pages that its sequences share read off the page tables.
 
         metadata = find_sharing(AttentionMetadata.decode(cache.tables, active), cache.pool)
 
     Do it once a step, before the layers. It pays where several sequences, say 32, share hundreds of tokens: a system
-    prompt, the samples of a prompt, beams. A sequence whose first pages have been given up behind a window shares
+    prompt, the samples of a prompt, beams. A sequence that has given up its first pages before a window shares
     nothing in that group of layers.
 
     Args:

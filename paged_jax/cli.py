@@ -1,4 +1,4 @@
-"""The command line: `paged_jax demo`, `generate`, `chat`, `families` and `store`."""
+"""The command line: `paged_jax demo`, `generate`, `chat`, `plan`, `families` and `store`."""
 
 import argparse
 import dataclasses
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
+from rich.table import Table
 
 from paged_jax.cache.kv_cache import KVCache
 from paged_jax.decoding.beam import Beams, beam_search
@@ -97,12 +98,29 @@ def _parser() -> argparse.ArgumentParser:
     store.add_argument("action", choices=("info", "verify", "prune"))
     store.add_argument("folder", type=pathlib.Path)
     store.add_argument("--max-bytes", type=int, help="of `prune`: how many bytes of pages stay")
+
+    plan = commands.add_parser("plan", help="say what fits in the memory of a device, and how fast it can be")
+    plan.set_defaults(command=_plan)
+    plan.add_argument(
+        "--model",
+        help="checkpoint folder, of which only config.json is read, or num_layers=32,num_kv_heads=8,head_dim=128,"
+        "num_params=8e9; default: the demo model",
+    )
+    plan.add_argument("--memory", default="here", help="16GiB, or v5e, v5p, v6e, v7x, h100, h200; default: this device")
+    plan.add_argument("--context", type=int, default=8192, help="tokens of a sequence")
+    plan.add_argument("--page-size", type=int, default=16)
+    plan.add_argument("--dtype", help="of the weights; default: the checkpoint's")
+    plan.add_argument("--cache-dtype", help="of the pages; default: that of the weights")
+    plan.add_argument("--num-devices", type=int, default=1, help="that split heads and MLPs")
+    plan.add_argument("--max-sequences", type=int, help="rows of the page table; default: as many as fit")
+    plan.add_argument("--shared-tokens", type=int, default=0, help="with which all sequences begin")
     return parser
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="checkpoint folder, or a downloaded repository; default: the demo model")
     parser.add_argument("--dtype", default=None, help="of weights and pages; default: the checkpoint's")
+    parser.add_argument("--cache-dtype", help="of the pages: float32, bfloat16, int8, float8_e4m3fn; default: --dtype")
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--num-pages", type=int, help="default: enough for all rows")
     parser.add_argument(
@@ -185,6 +203,29 @@ def _store(options: argparse.Namespace) -> None:
         print(f"  {count} of the model {fingerprint[:16]}")
     print(f"{contents.aside} damaged files were set aside")
     store.close()
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from paged_jax import models, planner
+
+    model = planner.find_sizes(options.model or models.DEMO, options.dtype)
+    chip = planner.find_chip(options.memory)
+    if options.memory == "here":
+        chip = chip._replace(bytes_per_second=planner.measure_bandwidth())
+    names = "context", "page_size", "cache_dtype", "num_devices", "max_sequences", "shared_tokens"
+    wishes = {name: getattr(options, name) for name in names}
+    print(planner.make_plan(model, chip, **wishes))
+    mixed = range(1, options.context + 1, max(1, options.context // 61))  # lengths that are spread evenly
+    table = Table(title="with one thing changed", title_justify="left")
+    for name in ("", f"sequences of {options.context:,}", f"of 1 to {options.context:,}", "tokens/s at most"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, plan in planner.alternatives(model, chip, **wishes):
+        if isinstance(plan, str):
+            table.add_row(name, "none")
+        else:
+            speed = f"{plan.tokens_per_second():,.0f}" if chip.bytes_per_second else "not known"
+            table.add_row(name, f"{plan.num_sequences():,}", f"{plan.num_sequences(mixed):,}", speed)
+    Console(width=100).print(table)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -280,6 +321,7 @@ def _engine(folder, options: argparse.Namespace, of: Sequence["_Asked"], **sizes
         page_size=options.page_size,
         num_pages=options.num_pages,
         dtype=options.dtype,
+        cache_dtype=options.cache_dtype,
         max_stop_tokens=max(len(one.params.stop_tokens) for one in of),
         max_bias_tokens=max(len(one.params.logit_bias) + len(one.params.forbidden_tokens) for one in of),
         drafter=Lookup(options.drafts) if options.drafts else None,

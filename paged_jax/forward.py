@@ -20,6 +20,9 @@ class Forward(Protocol):
                 x = ...
             return x[metadata.logits_at] @ params["head"], pool
 
+    A step computes T new tokens of several sequences, packed one after the other; V is the size of the vocabulary, and
+    Z the number of places at which the step asks for logits, one for each sequence unless it is told otherwise.
+
     Pure, and not jitted: whoever calls it jits the whole step. It is static under jit, so pass the same function object
     each time, or everything compiles again.
     """

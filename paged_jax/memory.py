@@ -1,20 +1,67 @@
-"""Where the memory went: a page table counted on the host."""
+"""Where the memory went: page tables counted on the host."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
-from paged_jax.cache.config import CacheConfig
+from paged_jax.cache.config import CacheConfig, LayerGroup
+from paged_jax.cache.page_table import PageTable
 from paged_jax.cache.page_tables import PageTables
+
+FREE, CACHED, OWNED = -1, 0, 1  # page states; above OWNED: the number of rows that share the page
+
+
+def find_tables(source: Any) -> PageTables:
+    """The page tables of whatever holds them.
+
+    Args:
+        source: an `Engine`, a `KVCache`, a `PageTables`, or a single `PageTable`.
+
+    Raises:
+        ValueError: it has no page tables.
+    """
+    if isinstance(source, PageTables):
+        return source
+    if isinstance(source, PageTable):
+        return PageTables((source,), (LayerGroup((0,), None, source.num_pages),))
+    tables = getattr(source, "tables", None)
+    if not isinstance(tables, PageTables):
+        raise ValueError(
+            f"a {type(source).__name__} has no page tables: pass an Engine, a KVCache, its tables, or one of these"
+        )
+    return tables
+
+
+def page_states(source: Any, group: int = 0) -> np.ndarray:
+    """What each page of a group of layers is used for; waits for the device.
+
+    Args:
+        source: see `find_tables`.
+        group: of layers.
+
+    Returns:
+        int [P - 1], without the null page: FREE, CACHED (only handles hold it), or how many rows map the page.
+    """
+    table = find_tables(source).groups[group]
+    refcounts, rows = np.asarray(table.refcounts), np.asarray(table.pages)
+    owners = np.bincount(rows[rows > 0], minlength=len(refcounts))
+    return np.where(refcounts == 0, FREE, owners)[1:]
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
     """Counts of one moment; pages are physical unless they are called mapped.
 
+    Examples:
+        >>> cache, granted = KVCache.create(config).reserve(jnp.array([20, 3]))
+        >>> report = MemoryReport.measure(cache)
+        >>> report.tokens, report.pages_in_use, f"{report.waste:.0%} of the slots are empty"
+        (23, 3, '52% of the slots are empty')
+
     `num_pages` leaves out the null page. `pages_mapped` counts a page once for every row that maps it, `pages_in_use`
     once; `pages_cached` are those that only handles hold. `tokens` adds up the rows' lengths, `slots_filled` counts the
-    distinct slots in which they stand. `pages_given_up` counts the columns behind a window, once for every row.
+    distinct slots in which they stand. `pages_given_up` counts the columns before a window, once for every row.
     """
 
     page_size: int
@@ -30,9 +77,14 @@ class MemoryReport:
     pages_given_up: int
 
     @classmethod
-    def measure(cls, tables: PageTables, group: int = 0) -> "MemoryReport":
-        """Count the table of a group of layers; this waits for the device and copies the table to the host."""
-        table = tables.groups[group]
+    def measure(cls, source: Any, group: int = 0) -> "MemoryReport":
+        """Count the table of a group of layers; this waits for the device and copies the table to the host.
+
+        Args:
+            source: an `Engine`, a `KVCache`, a `PageTables` or a `PageTable`.
+            group: of layers.
+        """
+        table = find_tables(source).groups[group]
         page_size = table.page_size
         refcounts, rows, lengths = (np.asarray(x) for x in (table.refcounts, table.pages, table.lengths))
         row, column = np.nonzero(rows)
@@ -85,8 +137,21 @@ class CacheReport:
     page_bytes: tuple[int, ...]
 
     @classmethod
-    def measure(cls, tables: PageTables, config: CacheConfig) -> "CacheReport":
-        """Count the tables of a cache; this waits for the device and copies them to the host."""
+    def measure(cls, source: Any, config: CacheConfig | None = None) -> "CacheReport":
+        """Count the tables of a cache; this waits for the device and copies them to the host.
+
+        Args:
+            source: an `Engine`, a `KVCache` or a `PageTables`.
+            config: sizes of the cache; None: those of the engine.
+
+        Raises:
+            ValueError: no config was given, and the source has none.
+        """
+        tables, config = find_tables(source), getattr(source, "config", None) if config is None else config
+        if config is None:
+            raise ValueError(
+                f"the bytes of a {type(source).__name__} need the sizes of its cache: pass its CacheConfig"
+            )
         reports = tuple(MemoryReport.measure(tables, group) for group in range(len(tables.groups)))
         return cls(reports, tuple(len(group.layers) * config.layer_page_bytes for group in config.groups))
 
@@ -94,6 +159,22 @@ class CacheReport:
     def bytes_in_use(self) -> tuple[int, ...]:
         """Bytes of the pages that each group owns."""
         return tuple(report.pages_in_use * size for report, size in zip(self.groups, self.page_bytes, strict=True))
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes that the rows would take if each had pages of its own."""
+        return sum(report.pages_mapped * size for report, size in zip(self.groups, self.page_bytes, strict=True))
+
+    @property
+    def ideal_bytes(self) -> float:
+        """Bytes of the distinct tokens that rows hold: pages without empty slots."""
+        pairs = zip(self.groups, self.page_bytes, strict=True)
+        return sum(report.slots_filled / report.page_size * size for report, size in pairs)
+
+    def contiguous_bytes(self, reserved_per_sequence: int) -> float:
+        """Bytes of a contiguous cache for the same sequences, each with a reservation of that many tokens."""
+        pairs = zip(self.groups, self.page_bytes, strict=True)
+        return sum(r.contiguous_slots(reserved_per_sequence) / r.page_size * size for r, size in pairs)
 
     @property
     def full_bytes(self) -> int:

@@ -38,7 +38,7 @@ def paged_attention(
     Sequence b owns the packed tokens `query_starts[b] : query_starts[b + 1]`; the last of them has position
     `lengths[b] - 1`. Its keys and values go to page `page_table[b, position // S]`, slot `position % S`; then
     each query sees the positions up to its own. A page id outside `1 .. P-1` is unmapped: its keys do not
-    exist, and a write to it is dropped. A token with a negative position is inert, as is one behind
+    exist, and a write to it is dropped. A token with a negative position is inert, as is one past
     `query_starts[B]`: it writes nothing and its output is 0. From PagedAttention (Kwon et al. 2023, arXiv
     2309.06180).
 
@@ -157,7 +157,7 @@ def copy_pages(
 
 
 def _padded(x: Array | None, pages: Pages) -> Array | None:
-    """`[T, heads, H]` with the zeros that the pages have behind each head."""
+    """`[T, heads, H]` with the zeros that the pages have after each head."""
     return x if x is None or not pages.padding else jnp.pad(x, ((0, 0), (0, 0), (0, pages.padding)))
 
 

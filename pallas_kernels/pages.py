@@ -15,7 +15,7 @@ from pallas_kernels.platform import target_platform
 NULL_PAGE = 0  # never owned by a sequence; like every id outside 1..P-1, it stands for "no page"
 PAGE_DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
 FP8 = jnp.dtype("float8_e4m3fn")
-LARGEST = {"int8": 127, FP8.name: 448}  # of what quantised pages hold: what a vector's largest number becomes
+LARGEST = {"int8": 127, FP8.name: 448}  # a vector is scaled so that the largest of its stored numbers is this
 MOST_ROWS = 2**31 - 2**20  # of a pool: ops count rows in int32, and send tokens that they drop past the last one
 MOST_WRITTEN = 256  # tokens in one scatter
 SUBLANES, LANES = 8, 128  # of a TPU register; key and value share the lanes where a head does not fill them

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int32
 
-NUM_LEVELS = 2  # for example a system prompt, and behind it a question with several answers
+NUM_LEVELS = 2  # for example a system prompt, and after it a question with several answers
 NOBODY = -1  # the leader of a row without a group
 HASH_PLACES = 32  # a row, so that few pages meet in one place
 FEWEST_ROWS = 4  # of a group that pays
@@ -65,7 +65,7 @@ def find_groups(page_table: Int32[Array, "B M"], lengths: Int32[Array, " B"], pa
     """Groups of rows that begin with the same pages, read off the page table, where sharing pays.
 
     Rows with the same first page form a group, which shares the pages that all of its rows begin with. Its rows with
-    the same page behind those form a group of the next level. The page of a row's last token is never shared.
+    the same page after those form a group of the next level. The page of a row's last token is never shared.
 
     Args:
         page_table: int32 `[B, M]`, the pages of each row.

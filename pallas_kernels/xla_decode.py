@@ -20,7 +20,7 @@ from pallas_kernels.xla_tiles import (
     tile_width,
 )
 
-# README.md has the measurements behind these.
+# README.md has the measurements for these.
 TILE_BYTES = 64 << 10  # keys and values of an item: a context costs whole tiles
 TOKENS_PER_QUERY = 8  # of an item, at least, for each query of a KV head: each of them has a state to be merged
 STEP_BYTES = 1 << 20  # of keys and values that one step of the loop gathers

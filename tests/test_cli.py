@@ -197,6 +197,10 @@ def test_every_command_keeps_compiled_programs(monkeypatch):
         (["generate", "x", "--model", "/nowhere"], "/nowhere/config.json"),
         (["generate", "x", "--chat"], "has no chat template"),
         (["generate", "x", "--dtype", "float7"], "float7"),
+        (
+            ["generate", "x", "--cache-dtype", "int4"],
+            "dtype must be one of float32, bfloat16, int8, float8_e4m3fn, got",
+        ),
         (["generate", "x", "--page-size", "0"], "page_size must be a whole number of at least 1, got 0"),
         (["generate", "x", "--num-pages", "2"], "needs 5 pages, but the pool has 1 besides the null page"),
         (["generate", "x", "--top-p", "2"], r"top_p must be in"),

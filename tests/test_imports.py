@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [  # from the bottom; a package stands for all its files, longest name first where one contains another
     ["pallas_kernels"],
-    ["paged_jax.cache"],
+    ["paged_jax.cache", "paged_jax.memory"],
     ["paged_jax.attention"],
     ["paged_jax.forward"],
     ["paged_jax.models", "paged_jax.flax"],
@@ -19,7 +19,7 @@ LAYERS = [  # from the bottom; a package stands for all its files, longest name 
     ["paged_jax.prefix"],
     ["paged_jax.store"],
     ["paged_jax.engine"],
-    ["paged_jax.memory", "paged_jax.plot", "paged_jax.cli", "paged_jax.__main__", "paged_jax.demo"],
+    ["paged_jax.plot", "paged_jax.planner", "paged_jax.cli", "paged_jax.__main__", "paged_jax.demo"],
     ["paged_jax"],  # the package's own __init__: the public names
 ]
 MAY_IMPORT_KERNELS = {

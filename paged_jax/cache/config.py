@@ -4,6 +4,9 @@ import bisect
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
+
+from paged_jax.cache.sizes import free_bytes, read_bytes
 from pallas_kernels import page_bytes
 
 QUANTISED = ("int8", "float8_e4m3fn")
@@ -17,7 +20,7 @@ class LayerGroup:
 
     Args:
         layers: their numbers.
-        window: positions that their tokens see, the own one included, behind which pages are given up; None: all.
+        window: positions that their tokens see, the own one included; pages before it are given up; None: all.
         num_pages: P of these layers.
     """
 
@@ -39,9 +42,9 @@ class CacheConfig:
         max_pages_per_sequence: M, columns of the page table.
         page_size: S, tokens in a page.
         dtype: "float32", "bfloat16", or one of the quantised "int8" and "float8_e4m3fn" (with one scale a token,
-            head and key or value).
+            head and key or value); or such a dtype itself, `jnp.bfloat16`.
         windows: for each layer the positions that a token sees, its own included, None for all; empty: all layers see
-            everything. Layers give up the pages behind their window.
+            everything. Layers give up the pages before their window.
         window_pages: P of each layer with a window; None: enough for B sequences and a prefill step of 512 tokens.
         array_per_layer: each layer keeps its pages in an array of its own, for frameworks whose layers own their state
             (Flax linen); otherwise the layers of a group share one array.
@@ -49,6 +52,12 @@ class CacheConfig:
     Raises:
         ValueError: a size that is no positive whole number, fewer than two pages, another dtype, or windows of another
             number of layers.
+
+    Examples:
+        >>> config = CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=9, max_sequences=2,
+        ...                      max_pages_per_sequence=4)
+        >>> config.max_length, config.page_bytes, config.pool_bytes
+        (64, 512, 4608)
     """
 
     num_layers: int
@@ -58,7 +67,7 @@ class CacheConfig:
     max_sequences: int
     max_pages_per_sequence: int
     page_size: int = 16
-    dtype: str = "bfloat16"
+    dtype: Any = "bfloat16"
     windows: tuple[int | None, ...] = ()
     window_pages: int | None = None
     array_per_layer: bool = False
@@ -80,6 +89,8 @@ class CacheConfig:
                 f"windows has {len(self.windows)} entries for num_layers={self.num_layers}: give one a layer (None for "
                 "a layer that sees everything), or leave it empty"
             )
+        if not isinstance(self.dtype, str):
+            object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
@@ -101,7 +112,7 @@ class CacheConfig:
 
     @property
     def has_windows(self) -> bool:
-        """Whether some layers give up the pages behind a window."""
+        """Whether some layers give up the pages before a window."""
         return any(group.window is not None for group in self.groups)
 
     def pages_mapped(self, window: int | None, num_tokens: int, new_tokens: int = 1) -> int:
@@ -125,7 +136,17 @@ class CacheConfig:
     @property
     def layer_page_bytes(self) -> int:
         """Bytes of one page in one layer: padded keys and values, and their scales where they are quantised."""
-        return page_bytes(self.num_kv_heads, self.page_size, self.head_dim, self.dtype)
+        return self.layer_page_bytes_on(None)
+
+    def layer_page_bytes_on(self, platform: str | None, num_devices: int = 1) -> int:
+        """The same on another platform than this one, and on each of several devices that split the heads.
+
+        Args:
+            platform: "tpu", where heads and scales are padded, "gpu" or "cpu"; None: the one that runs.
+            num_devices: over which the KV heads are split.
+        """
+        is_padded = None if platform is None else platform == "tpu"
+        return page_bytes(self.num_kv_heads // num_devices, self.page_size, self.head_dim, self.dtype, is_padded)
 
     @property
     def page_bytes(self) -> int:
@@ -135,27 +156,51 @@ class CacheConfig:
     @property
     def pool_bytes(self) -> int:
         """Bytes of the whole pool."""
-        return sum(len(group.layers) * group.num_pages for group in self.groups) * self.layer_page_bytes
+        return self.num_layer_pages * self.layer_page_bytes
+
+    @property
+    def num_layer_pages(self) -> int:
+        """Pages of all layers together, null pages included."""
+        return sum(len(group.layers) * group.num_pages for group in self.groups)
 
     @classmethod
-    def for_budget(cls, *, pool_bytes: int, **sizes: Any) -> "CacheConfig":
+    def for_memory(cls, *, share: float = 0.9, device: Any = None, **sizes: Any) -> "CacheConfig":
+        """The config with as many pages as fit in what a device has left, by its own report.
+
+            model = models.load(folder)  # the weights first
+            config = CacheConfig.for_memory(**model.cache_sizes, max_sequences=64, max_pages_per_sequence=128)
+
+        Args:
+            share: of the free memory that the pool takes; the rest is for what the programs need beside it.
+            device: whose memory; None: the default device. On a CPU, the memory that the system can still give.
+            **sizes: every field but `num_pages`.
+
+        Raises:
+            ValueError: the share is not between 0 and 1, the device reports nothing, or fewer than two pages fit.
+        """
+        if not 0 < share < 1:
+            raise ValueError(f"share={share} of the free memory: it must lie between 0 and 1, for instance 0.9")
+        return cls.for_budget(pool_bytes=int(free_bytes(device) * share), **sizes)
+
+    @classmethod
+    def for_budget(cls, *, pool_bytes: int | float | str, **sizes: Any) -> "CacheConfig":
         """The config with as many pages as fit in a budget.
 
         Args:
-            pool_bytes: the most bytes the pool may take.
+            pool_bytes: the most bytes the pool may take: 4e9, or "4GiB".
             **sizes: every field but `num_pages`.
 
         Raises:
             ValueError: the budget holds fewer than two pages, or a size is wrong.
         """
-        smallest = cls(num_pages=2, **sizes)
+        pool_bytes, smallest = read_bytes(pool_bytes), cls(num_pages=2, **sizes)
         if pool_bytes < smallest.pool_bytes:
             raise ValueError(
                 f"pool_bytes={pool_bytes} holds fewer than 2 pages of {smallest.page_bytes} bytes "
                 f"(one is the null page): give at least {smallest.pool_bytes} bytes, or use smaller pages"
             )
-        num_pages = range(2, pool_bytes)
-        fitting = bisect.bisect_right(num_pages, pool_bytes, key=lambda p: cls(num_pages=p, **sizes).pool_bytes)
+        num_pages, most = range(2, pool_bytes), pool_bytes // smallest.layer_page_bytes
+        fitting = bisect.bisect_right(num_pages, most, key=lambda p: cls(num_pages=p, **sizes).num_layer_pages)
         return cls(num_pages=num_pages[fitting - 1], **sizes)
 
 

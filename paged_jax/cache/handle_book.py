@@ -17,6 +17,14 @@ class HandleBook:
     Inside jit a handle is a value and nobody can tell that it was dropped twice while others still own its pages. The
     book can: use one for each `PageTables`, for all their handles. Its methods wait for the device; tables passed in
     stay valid.
+
+    Examples:
+        >>> tables, _ = PageTables.create(config).reserve(jnp.array([20, 0]))
+        >>> book = HandleBook()
+        >>> tables, handles = book.publish(tables, row=0, num_tokens=20)
+        >>> tables = book.drop(book.attach(tables, 1, handles), handles)
+        >>> tables.lengths.tolist(), book.num_handles
+        ([20, 20], 0)
     """
 
     def __init__(self):

@@ -11,13 +11,15 @@ from jaxtyping import Array, Int32
 class PageHandle:
     """The pages of a sequence's first tokens, held until the handle is dropped.
 
-    An immutable value. `PageTable.publish` makes it and adds one reference to each of its pages, `attach` makes empty
-    rows share them any number of times, `drop` gives them up, exactly once.
+    An immutable value, which shares its pages with the row that it came from and with all rows that attach it: nothing
+    is copied, and whoever appends to its last page gets a copy of that page. `PageTable.publish` makes it and adds one
+    reference to each of its pages, `attach` makes empty rows share them any number of times, `drop` gives them up,
+    exactly once.
 
     Args:
         pages: a table row; null outside the columns `first_column` to `ceil(num_tokens / S) - 1`.
         num_tokens: tokens that the pages hold.
-        first_column: above 0 if the first pages are missing, as behind a window.
+        first_column: above 0 if the first pages are missing, as where a window has passed them.
         epoch: of the table that made it.
         serial: different for every handle of an epoch.
     """

@@ -15,10 +15,23 @@ from paged_jax.cache.pool import PagePool
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """The page tables and the pool that they speak of. Donate it at the outermost jit boundary."""
+    """The page tables, and the pool whose pages they share out. Donate it at the outermost jit boundary.
+
+    Examples:
+        >>> cache, granted = KVCache.create(config).reserve(jnp.array([20, 3]))
+        >>> granted.tolist(), cache.tables.lengths.tolist()
+        ([True, True], [20, 3])
+    """
 
     tables: PageTables
     pool: PagePool
+
+    def __repr__(self) -> str:
+        return f"{self.pool!r}\n{self.tables!r}"
+
+    def _repr_html_(self) -> str:
+        html = (getattr(part, "_repr_html_", lambda: "") for part in (self.pool, self.tables))
+        return "".join(part() for part in html)
 
     @classmethod
     def create(cls, config: CacheConfig, mesh: Mesh | None = None) -> "KVCache":
@@ -29,7 +42,7 @@ class KVCache:
     def reserve(
         self, new_tokens: Int32[Array, " B"], priority: Int32[Array, " B"] | None = None
     ) -> tuple["KVCache", Bool[Array, " B"]]:
-        """Make room for the next tokens of every row: give up pages behind windows, take new ones, copy on write.
+        """Make room for the next tokens of every row: give up pages before windows, take new ones, copy on write.
 
         Args:
             new_tokens: tokens to append to each row.

@@ -63,7 +63,7 @@ class PageTable:
     num_free: Int32[Array, ""]
     pages: Int32[Array, "B M"]  # null outside the mapped columns
     lengths: Int32[Array, " B"]  # tokens
-    first_column: Int32[Array, " B"]  # above 0 once pages behind a window were given up
+    first_column: Int32[Array, " B"]  # above 0 once pages before a window were given up
     fault: Int32[Array, ""]  # bits of Fault
     version: Int32[Array, ""]  # transitions so far
     epoch: Int32[Array, ""]  # resets so far; handles of an earlier epoch are stale
@@ -181,7 +181,7 @@ class PageTable:
         return table._next(lengths=jnp.where(mask, 0, self.lengths), first_column=jnp.where(mask, 0, self.first_column))
 
     def truncate(self, lengths: Int32[Array, " B"]) -> "PageTable":
-        """Shorten rows to `lengths`, for instance to forget rejected drafts; pages behind the new end are given up.
+        """Shorten rows to `lengths`, for instance to forget rejected drafts; pages after the new end are given up.
 
         Pass a row's own length to leave it alone. A row cannot grow, nor end before the first page that it still maps
         (but it can end at 0, which empties it).
@@ -385,7 +385,7 @@ class PageTable:
         return (lengths + self.page_size - 1) // self.page_size
 
     def _row(self, b: Array) -> Int32[Array, " M"]:
-        """One row, read at once: left to itself XLA reads it again behind a write, and copies all rows for that."""
+        """One row, read at once: otherwise XLA reads it again after a write, and copies all rows to do so."""
         return lax.optimization_barrier(self.pages[b])
 
     def _next(self, *faults: tuple[Fault, Array], **changes: Array) -> "PageTable":

@@ -1,11 +1,11 @@
 """The page tables of all layers: one for each group of layers that see equally far.
 
-A layer with a sliding window never reads what lies behind it. So layers of one window share a table and pages of their
-own, and give up the pages behind it, while layers that see everything keep theirs. A model without windows has one
-group, and everything here is then what its one `PageTable` does.
+A layer with a sliding window never reads tokens before its window. So layers of one window share a table and pages of
+their own, and give up the pages before it, while layers that see everything keep theirs. A model without windows has
+one group, and everything here is then what its one `PageTable` does.
 
     tables = PageTables.create(config)
-    tables = tables.slide()                             # pages behind the windows are free
+    tables = tables.slide()                             # pages before the windows are free
     tables, reservations = tables.reserve(new_tokens)   # all groups, or none
     pool = pool.copy(reservations)
 
@@ -46,7 +46,16 @@ class PageTables:
 
     Args:
         groups: their tables.
-        layout: which layers they are, and the window behind which their pages are given up.
+        layout: which layers they are, and the window before which their pages are given up.
+
+    Examples:
+        >>> tables, _ = PageTables.create(config).reserve(jnp.array([20, 0]))
+        >>> tables, made = tables.fork(parents=jnp.array([0]), children=jnp.array([1]))
+        >>> tables.groups[0].pages.tolist()
+        [[1, 2, 0, 0], [1, 2, 0, 0]]
+        >>> tables, reservation = tables.reserve(jnp.array([1, 1]))  # row 0 writes to a copy, row 1 keeps the page
+        >>> tables.groups[0].pages.tolist()
+        [[1, 3, 0, 0], [1, 2, 0, 0]]
     """
 
     groups: tuple[PageTable, ...]
@@ -58,6 +67,16 @@ class PageTables:
         layout, config = config.groups, dataclasses.replace(config, windows=(), window_pages=None)
         groups = (PageTable.create(dataclasses.replace(config, num_pages=group.num_pages)) for group in layout)
         return cls(tuple(groups), layout)
+
+    def __repr__(self) -> str:
+        from paged_jax.cache import show  # which counts tables
+
+        return show.tables_text(self)
+
+    def _repr_html_(self) -> str:
+        from paged_jax.cache import show
+
+        return show.tables_html(self)
 
     @property
     def lengths(self) -> Int32[Array, " B"]:

@@ -77,6 +77,16 @@ class PagePool:
         make_split = split_heads(lambda: make(num_heads), mesh, config.num_kv_heads, (), HEADS)
         return cls(jax.jit(make_split)(), config.groups, config.array_per_layer)
 
+    def __repr__(self) -> str:
+        from paged_jax.cache import show  # which knows pools
+
+        return show.pool_text(self)
+
+    def _repr_html_(self) -> str:
+        from paged_jax.cache import show
+
+        return show.pool_html(self)
+
     @property
     def num_layers(self) -> int:
         """L."""

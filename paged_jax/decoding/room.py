@@ -124,7 +124,7 @@ def _owns_pages(tables: PageTables) -> Bool[Array, " B"]:
 def _shared_tokens(tables: PageTables) -> Int32[Array, " B"]:
     """The first tokens of each row that stand in pages with other owners in every group, whole pages.
 
-    0 for a row that could not go on there, because it has given up pages behind a window that its next token would see.
+    0 for a row that could not go on there, because it has given up pages before a window that its next token would see.
     """
     shared = tables.lengths
     for table in tables.groups:

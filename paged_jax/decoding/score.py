@@ -266,7 +266,7 @@ def _check_sizes(tables: PageTables, text: _Text, chunk: int, has_prefix: bool) 
     for table, group, own in zip(tables.groups, tables.layout, _own_pages(tables, width, num_tokens), strict=True):
         held, mapped = (pages_mapped(group.window, longest - 1, n, table.page_size) for n in (1, chunk))
         need = max(mapped, held + own)
-        if has_prefix:  # whose last page is copied; pages behind a window stay with it
+        if has_prefix:  # whose last page is copied; pages before a window stay with it
             need += 1 if group.window is None else held
         if need > table.num_pages - 1:
             whose, name = "the pool has", "num_pages"

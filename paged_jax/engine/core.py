@@ -213,6 +213,7 @@ class Core:
                     self._end(sample, "abort")
                 elif sample.finish_reason is None:
                     self.scheduler.add(sample)
+                    self.recorder.queued(sample)
             if request.is_aborted:
                 self.requests.pop(request.number, None)
                 self._recall(request.number)
@@ -231,7 +232,7 @@ class Core:
         self._plan = plan
         for row, sample in plan.paused:
             self._prefixes.leave(sample, row)
-            self.recorder.preempted(1, sample)
+            self.recorder.preempted(1, [sample])
         if plan.paused:
             self.runner.stop([row for row, _ in plan.paused])
         for sample, source in plan.admitted:
@@ -262,7 +263,8 @@ class Core:
         visit, snapshot, published = self.runner.read()
         self._prefixes.insert(published)
         self.free = tuple(snapshot.num_free.tolist())
-        self._count(snapshot.counters, visit)
+        lost = [sample for row, sample in visit.rows.items() if self._has_lost_pages(sample, row, snapshot)]
+        self._count(snapshot.counters, visit, lost)
         for row, sample in visit.rows.items():
             if self.scheduler.running.get(row) is sample:  # else it was aborted or paused meanwhile
                 sample.steps_ahead -= visit.num_steps
@@ -274,12 +276,18 @@ class Core:
                 if self.scheduler.running.get(row) is sample:
                     self._prefixes.watch(sample)
 
-    def _count(self, counters: Counters, visit: Visit) -> None:
-        """What the device did since the host last looked."""
+    def _has_lost_pages(self, sample: Sample, row: int, snapshot: Snapshot) -> bool:
+        """Whether a sample that goes on has fewer tokens cached than when the host last looked."""
+        goes_on = self.scheduler.running.get(row) is sample and snapshot.finish[row] == Finish.UNFINISHED
+        return bool(goes_on) and int(snapshot.lengths[row]) < sample.num_cached
+
+    def _count(self, counters: Counters, visit: Visit, preempted: list[Sample]) -> None:
+        """What the device did since the host last looked; these samples lost pages meanwhile, and perhaps others."""
         before, counts = self._counters, self.recorder.counts
         new = counters if before is None else jax.tree.map(operator.sub, counters, before)
         self._counters = counters
-        self.recorder.preempted(int(new.preemptions))
+        num_times = int(new.preemptions)
+        self.recorder.preempted(num_times, preempted[:num_times])
         start, self._last_read = max(visit.dispatched, self._last_read), time.perf_counter()
         if self.tiers is not None:
             self.tiers.visits.measured(1, self._last_read - start)
@@ -293,6 +301,7 @@ class Core:
         if is_there:
             self._prefixes.leave(sample, row)
             self.scheduler.add(sample)
+            self.recorder.queued(sample)
             self.runner.stop([row])
 
     def _retire(self) -> None:

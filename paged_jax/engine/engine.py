@@ -74,12 +74,13 @@ class Engine:
         max_kept_pages: the most pages that sessions keep; None: half of those of the pool.
         max_events: of the log, which forgets the oldest.
 
-    Example:
-        >>> engine = Engine.from_pretrained(models.DEMO)
-        >>> engine.generate(["import os\\n"], SamplingParams(max_new_tokens=8))[0][0].text
-        >>> engine.add_request("class Node:\\n", SamplingParams(max_new_tokens=8))
-        >>> for piece in engine.stream():
-        ...     print(piece.text, end="")
+    Examples:
+        >>> engine = Engine.from_pretrained(models.DEMO, max_sequences=8, max_length=512, token_counts=(8, 64))
+        >>> (completion,) = engine.generate("import os\\n", SamplingParams(max_new_tokens=8))[0]
+        >>> len(completion.tokens), completion.finish_reason
+        (8, 'length')
+        >>> request = engine.add_request("class Node:\\n", SamplingParams(max_new_tokens=8))
+        >>> text = "".join(piece.text for piece in engine.stream(request))
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class Engine:
         page_size: int = 16,
         num_pages: int | None = None,
         dtype: str | None = None,
+        cache_dtype: Any = None,
         sharding: Any = None,
         **options: Any,
     ) -> "Engine":
@@ -169,6 +171,7 @@ class Engine:
             page_size: tokens in a page.
             num_pages: of the pool; None: enough for all rows at their longest.
             dtype: of weights and pages; None: the checkpoint's.
+            cache_dtype: of the pages, where it is another: "int8", "float8_e4m3fn", ...
             sharding: of the weights, see `models.load`.
             options: other arguments of `Engine`.
 
@@ -184,6 +187,7 @@ class Engine:
             max_sequences=max_sequences,
             max_pages_per_sequence=pages_per_row,
             page_size=page_size,
+            dtype=cache_dtype or model.dtype,
         )
         options = {"stop_tokens": model.stop_tokens} | options
         return cls(model.forward, model.params, config, model.tokenizer, **options)
@@ -335,6 +339,12 @@ class Engine:
         """The ids of the pages that the prefix cache holds, one for each reference, in each group; for reports."""
         cache = self._core.cache
         return cache.pages() if cache is not None else [np.zeros(0, np.int32) for _ in self.config.groups]
+
+    def __repr__(self) -> str:
+        return f"Engine: {self.stats().summary}\n{self.tables!r}"
+
+    def _repr_html_(self) -> str:
+        return f"<div>Engine: {self.stats().summary}</div>{self.tables._repr_html_()}"
 
     @property
     def tiers(self) -> Tiers | None:

@@ -22,10 +22,12 @@ class Session:
         salt: of its requests.
         adapter: of its requests.
 
-    Example:
+    Examples:
         >>> with engine.session("def main(") as node:
-        ...     best, other = node.generate(SamplingParams(temperature=1.0, num_samples=2))
+        ...     best, other = node.generate(SamplingParams(max_new_tokens=8, temperature=1.0, num_samples=2))
         ...     children = [node.fork(best), node.fork(other)]  # which share all pages of the node
+        >>> len(children[0].tokens) - len(node.tokens)
+        8
     """
 
     def __init__(self, engine: "Engine | Any", tokens: tuple[int, ...] = (), salt: str = "", adapter: str = ""):

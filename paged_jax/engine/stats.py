@@ -3,11 +3,12 @@
 import collections
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from paged_jax.engine.request import Piece, Sample
 
-Kind = Literal["admitted", "prefilled", "decoded", "preempted", "finished", "evicted", "offloaded", "loaded"]
+Kind = Literal["queued", "admitted", "prefilled", "decoded", "preempted", "finished", "evicted", "offloaded", "loaded"]
 
 
 TIER_FIELDS = ("loaded_tokens", "declined_tokens", "saved_pages", "tier_pages", "tier_bytes")
@@ -16,10 +17,11 @@ TIER_FIELDS = ("loaded_tokens", "declined_tokens", "saved_pages", "tier_pages", 
 class Event(NamedTuple):
     """One thing that happened.
 
-    `count` is: of an admission, the prompt tokens that were cached already; of a prefill, those of the prompt; of
-    decoding, the tokens of the piece; of the end, all that were drawn; of an eviction and of what is offloaded to a
-    slower tier, pages; of what is loaded from one, tokens. Of preemptions on the device only their number is known, so
-    they name no request.
+    `count` is: of a sample that is queued, the tokens of its prompt; of an admission, those of them that were cached
+    already; of a prefill, those of the prompt; of decoding, the tokens of the piece; of the end, all that were drawn;
+    of an eviction and of what is offloaded to a slower tier, pages; of what is loaded from one, tokens. A preemption on
+    the device names its sample if the sample had not caught up again by the end of the visit; of the others only the
+    number is known.
     """
 
     seconds: float  # of time.monotonic
@@ -70,6 +72,15 @@ class Statistics:
         """Share of the prompt tokens that did not have to be computed."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
+    @property
+    def summary(self) -> str:
+        """What matters most, in one line."""
+        return (
+            f"{self.running} samples run, {self.waiting} wait, {self.finished} have ended; "
+            f"{self.occupancy:.0%} of the pages in use; {self.hit_rate:.0%} of the prompt tokens found cached; "
+            f"{self.preemptions} preemptions"
+        )
+
 
 class Recorder:
     """Counts, and remembers the last events.
@@ -83,6 +94,10 @@ class Recorder:
         self.counts: collections.Counter[str] = collections.Counter()
         self._first: dict[Sample, float] = {}  # when the first token of a running sample came
         self._seconds = {"first": 0.0, "rest": 0.0}
+
+    def queued(self, sample: Sample) -> None:
+        """A sample waits for a row, from when its request was made; after a restart from now on."""
+        self._note("queued", sample, sample.num_prompt, seconds=None if sample.was_admitted else sample.request.seconds)
 
     def admitted(self, sample: Sample, num_cached: int) -> None:
         """A sample got a row; only its first time counts."""
@@ -116,11 +131,13 @@ class Recorder:
             self._seconds["rest"] += time.monotonic() - first
             self.counts["rest"] += len(sample.drawn) - 1
 
-    def preempted(self, num_times: int, sample: Sample | None = None) -> None:
-        """Samples gave up their pages or their rows."""
-        if num_times:
-            self._note("preempted", sample, num_times)
-            self.counts["preemptions"] += num_times
+    def preempted(self, num_times: int, samples: Sequence[Sample] = ()) -> None:
+        """Samples gave up their pages or their rows; for some of the times it is known which."""
+        for sample in samples:
+            self._note("preempted", sample, 1)
+        if num_times > len(samples):
+            self._note("preempted", None, num_times - len(samples))
+        self.counts["preemptions"] += num_times
 
     def restarted(self) -> None:
         """All samples begin again."""
@@ -147,9 +164,11 @@ class Recorder:
             seconds_per_token=self._seconds["rest"] / max(1, self.counts["rest"]),
         )
 
-    def _note(self, kind: Kind, sample: Sample | None, count: int, note: str = "") -> None:
+    def _note(
+        self, kind: Kind, sample: Sample | None, count: int, note: str = "", seconds: float | None = None
+    ) -> None:
         who = (None, None) if sample is None else (sample.request.number, sample.number)
-        self.events.append(Event(time.monotonic(), kind, *who, count, note))
+        self.events.append(Event(time.monotonic() if seconds is None else seconds, kind, *who, count, note))
 
 
 def prometheus_text(statistics: Statistics) -> str:

@@ -84,17 +84,28 @@ class Model:
         """Of the weights: "float32" or "bfloat16"."""
         return jax.tree.leaves(self.params)[0].dtype.name
 
+    @property
+    def cache_sizes(self) -> dict[str, Any]:
+        """The fields of a `CacheConfig` that follow from the model."""
+        return self.config.cache_sizes | {"dtype": self.dtype}
+
     def cache_config(self, **sizes: Any) -> CacheConfig:
-        """A `CacheConfig` for this model; `sizes` are its other fields, `dtype` and `windows` its own unless given."""
-        config = self.config
-        fields: dict[str, Any] = {
-            "num_layers": config.num_layers,
-            "num_kv_heads": config.num_kv_heads,
-            "head_dim": config.head_dim,
-            "dtype": self.dtype,
-            "windows": config.windows,
-        }
-        return CacheConfig(**(fields | sizes))
+        """A `CacheConfig` for this model.
+
+        Args:
+            **sizes: its other fields; `dtype` and `windows` are the model's own unless given. In the place of
+                `num_pages`, `pool_bytes` says how large the pool may be: 4e9, or "4GiB".
+
+        Raises:
+            ValueError: both were given, or a size is wrong.
+        """
+        if "pool_bytes" not in sizes:
+            return CacheConfig(**(self.cache_sizes | sizes))
+        if "num_pages" in sizes:
+            raise ValueError(
+                f"num_pages={sizes['num_pages']} and pool_bytes={sizes['pool_bytes']} both size the pool: give one"
+            )
+        return CacheConfig.for_budget(**(self.cache_sizes | sizes))
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -188,6 +199,22 @@ def save(folder: Path, hf_config: dict[str, Any], params: Any, *, dtype=None, nu
         part.replace(folder / file)
     written = np.dtype(tensors[names[0]].dtype).name
     (folder / "config.json").write_text(json.dumps(hf_config | {"dtype": written}, indent=2) + "\n")
+
+
+def read_config(folder: str | Path, max_length: int | None = None) -> tuple[DecoderConfig, str]:
+    """The decoder of a checkpoint folder and the dtype of its weights, from config.json alone.
+
+    Args:
+        folder: holds config.json.
+        max_length: see `load`.
+
+    Raises:
+        ValueError: there is no config.json, or it is not understood.
+    """
+    path = Path(folder) / "config.json"
+    fields = Fields(read_json(path), str(path), max_length)
+    family = find_family(fields)
+    return family.read(fields), _choose_dtype(family.text_fields(fields), None).name
 
 
 def decoder_config(hf_config: dict[str, Any]) -> DecoderConfig:

@@ -1,6 +1,7 @@
 """What the decoder families differ in, as fields."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from paged_jax.models.rope import Rope
 
@@ -95,6 +96,12 @@ class DecoderConfig:
                 f"windows has {len(self.windows)} entries for num_layers={self.num_layers}: give one a layer "
                 "(None for a layer without a window), or leave it empty."
             )
+
+    @property
+    def cache_sizes(self) -> dict[str, Any]:
+        """The fields of a `CacheConfig` that follow from the decoder."""
+        names = "num_layers", "num_kv_heads", "head_dim", "windows"
+        return {name: getattr(self, name) for name in names}
 
     @property
     def period(self) -> int:

@@ -43,6 +43,16 @@ SPLIT_AXES = {
 }
 
 
+def split_axes(config: DecoderConfig, num_devices: int, period: int | None = None) -> dict[str, int | None]:
+    """The axis of each weight, by its path, that `tensor_parallel` splits; None: each device holds all of it."""
+    axes: dict[str, int | None] = {"norm.weight": None}
+    axes |= dict.fromkeys(("embed.weight", "head.weight"), None if config.vocab_size % num_devices else 0)
+    for entry in range(len(layer_numbers(config.num_layers, period))):
+        shift = 1 if period is not None and entry < period else 0
+        axes |= {f"layers.{entry}.{name}": None if a is None else a + shift for name, a in SPLIT_AXES.items()}
+    return axes
+
+
 def tensor_parallel(config: DecoderConfig, mesh: Mesh, period: int | None = None) -> Placement:
     """Each layer split over the mesh axis "model", by heads and by the MLP's inner width, as in Megatron-LM
     (https://arxiv.org/abs/1909.08053); the embedding by vocabulary where that divides. Other mesh axes hold copies.
@@ -61,11 +71,7 @@ def tensor_parallel(config: DecoderConfig, mesh: Mesh, period: int | None = None
     """
     mesh = model_mesh(mesh)
     check_splits(mesh, num_kv_heads=config.num_kv_heads, intermediate_size=config.intermediate_size)
-    axes: dict[str, int | None] = {"norm.weight": None}
-    axes |= dict.fromkeys(("embed.weight", "head.weight"), None if config.vocab_size % mesh.shape[MODEL_AXIS] else 0)
-    for entry in range(len(layer_numbers(config.num_layers, period))):
-        shift = 1 if period is not None and entry < period else 0
-        axes |= {f"layers.{entry}.{name}": None if a is None else a + shift for name, a in SPLIT_AXES.items()}
+    axes = split_axes(config, mesh.shape[MODEL_AXIS], period)
 
     def place(path: str) -> Sharding:
         if path not in axes:

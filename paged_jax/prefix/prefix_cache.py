@@ -125,9 +125,12 @@ class PrefixCache:
         max_pages: [G], the most pages that it keeps in each group; None: as many as there are.
         max_kept_pages: the most pages, of the layers that see everything, that `keep` pins.
 
-    Example:
-        >>> cache = PrefixCache(config)  # a config with pages of 2 tokens
+    Examples:
+        >>> config = CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=9, max_sequences=2,
+        ...                      max_pages_per_sequence=4, page_size=2)
+        >>> tables, _ = PageTables.create(config).reserve(jnp.array([5, 0]))
         >>> tables, handles = tables.publish(0, 5)
+        >>> cache = PrefixCache(config)
         >>> cache.insert([1, 2, 3, 4, 5], Namespace(), jax.device_get(handles))
         [[]]
         >>> cache.lookup([1, 2, 3, 4, 5, 6]).num_tokens, cache.lookup([1, 2, 3, 9]).num_tokens

@@ -34,7 +34,9 @@ class SamplingParams:
         forbidden_tokens: never drawn. A forbidden stop token is allowed: it ends nothing, because it never comes.
         stop_tokens: a sample ends with the first of these.
         stop_strings: a sample ends with the token that completes the first of these; one string stands for itself.
-        seed: sample i of a request draws from the random stream (seed, i), whatever runs beside it.
+        seed: sample i of a request draws from the random stream (seed, i), whatever runs beside it. So equal prompts
+            with equal seeds draw equal samples: for others give each request a seed of its own, or ask for several
+            samples (`num_samples`).
         num_samples: continuations of the prompt; they share the prompt's pages.
 
     Raises:

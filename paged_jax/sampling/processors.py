@@ -20,7 +20,9 @@ class Processor(Protocol):
     whose leaves have the rows as their first axis, kept in `SamplingState.processor`. The user makes the first state.
     A row's part of it must depend on that row alone.
 
-    Example: never the same token twice in a row.
+    Examples:
+        Never the same token twice in a row.
+
         >>> @dataclasses.dataclass(frozen=True)
         ... class NoRepeat:
         ...     def process(self, state, logits, tokens, num_known):  # state [R]: the last token, -1 before the first

@@ -314,7 +314,7 @@ def test_a_layer_may_not_see_what_its_cache_gives_up():
 
     trace(windows=WINDOWS)
     trace(windows=(5, None))
-    with pytest.raises(ValueError, match="this layer sees everything, but its cache .* behind a window of 6"):
+    with pytest.raises(ValueError, match="this layer sees everything, but its cache .* before a window of 6"):
         trace()
     with pytest.raises(ValueError, match="this layer sees 7 tokens, but its cache gives up pages"):
         trace(windows=(7, None))

@@ -133,6 +133,9 @@ def test_when_pages_run_short_samples_are_preempted_and_draw_the_same_tokens(tem
     g = engine(TIGHT)
     assert tokens(g.generate(texts, params)) == plenty
     assert g.stats().preemptions > 0 and g.stats().recomputed_tokens > 0
+    preempted = [event for event in g.events if event.kind == "preempted"]
+    assert sum(event.count for event in preempted) == g.stats().preemptions
+    assert any(event.request is not None for event in preempted), "the log says who lost pages"
     assert g.stats().prompt_tokens == sum(map(len, texts)), "each prompt counts once"
     assert pool_is_empty(g)
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import hash_decoder as decoder
+from paged_jax import plot
 from paged_jax.engine import Engine, Statistics, prometheus_text
 from paged_jax.engine.stats import Recorder
 from paged_jax.sampling import SamplingParams
@@ -22,9 +23,19 @@ def test_each_request_is_counted_once_and_the_log_says_what_happened():
     assert statistics.seconds_to_first_token > 0 and statistics.seconds_per_token > 0
     assert 0 < statistics.occupancy < 1
     events = [event for event in engine.events if event.sample == 1]
-    assert [event.kind for event in events if event.kind != "decoded"] == ["admitted", "prefilled", "finished"]
+    assert [event.kind for event in events if event.kind != "decoded"] == [
+        "queued",
+        "admitted",
+        "prefilled",
+        "finished",
+    ]
     assert sum(event.count for event in events if event.kind == "decoded") == 6
     assert events[-1].note == "length" and events[-1].count == 6
+    shown = f"Engine: 0 samples run, 0 wait, {statistics.finished} have ended"
+    assert repr(engine).startswith(shown) and "pages in use" in repr(engine)
+    assert shown in engine._repr_html_() and "<svg" in engine._repr_html_()
+    assert len(plot.latencies(engine).first_token) == 2 and plot.page_states(engine).max() <= 1
+    assert {span.kind for span in plot.request_spans(engine)} >= {"prefill", "decode"}
 
 
 def test_the_log_is_bounded():
