@@ -90,7 +90,8 @@ class Core:
 
     def _begin(self) -> None:
         """All that can be made anew: everything but the requests."""
-        sizes = self._config, self.runner.stepper.token_counts[-1], self.runner.visit_steps
+        stepper = self.runner.stepper
+        sizes = self._config, stepper.token_counts[-1], self.runner.visit_steps, stepper.num_drafts
         self.scheduler = Scheduler(*sizes)
         self.cache = None if self._make_cache is None else self._make_cache()
         self._prefixes: CachedPrefixes | UncachedPrefixes = UncachedPrefixes(len(self._config.groups))

@@ -104,10 +104,12 @@ class Scheduler:
         config: sizes of the cache.
         step_tokens: the most tokens of a step.
         visit_steps: the most steps of a visit.
+        num_drafts: the most drafts of a row in a step.
     """
 
-    def __init__(self, config: CacheConfig, step_tokens: int, visit_steps: int):
+    def __init__(self, config: CacheConfig, step_tokens: int, visit_steps: int, num_drafts: int = 0):
         self._config, self._step_tokens, self._visit_steps = config, step_tokens, visit_steps
+        self._most_drawn = 1 + num_drafts  # by a row in a step
         self._none = (0,) * len(config.groups)
         self._waiting: list[Sample] = []  # by rank
         self.running: dict[int, Sample] = {}  # by row
@@ -234,7 +236,8 @@ class Scheduler:
 
     def _growth(self, sample: Sample, num_cached: int, num_steps: int) -> Pages:
         """The most pages that a sample takes until the end of the next visit."""
-        length = min(sample.num_known + sample.steps_ahead + num_steps, sample.longest)
+        most_drawn = (sample.steps_ahead + num_steps) * self._most_drawn
+        length = min(sample.num_known + most_drawn, sample.longest)
         return tuple(max(0, n) for n in _add(self._mapped(length), _negative(self._held(num_cached))))
 
     def _mapped(self, num_tokens: int) -> Pages:
