@@ -168,7 +168,7 @@ MUTANTS = {
     "newcomers come first": ("bisect.insort(self._waiting, sample, key=_rank)", "self._waiting.insert(0, sample)"),
     "nobody counts pages": ("return not before or all(map(operator.le, needed, room))", "return True"),
     "who comes before is not counted": ("if s.rank < sample.rank)]", "if s.rank < (-9, 0))]"),
-    "pages in flight are forgotten": (" + sample.steps_ahead + num_steps", " + num_steps"),
+    "pages in flight are forgotten": ("(sample.steps_ahead + num_steps)", "num_steps"),
     "windows hold everything": ("num_cached if g.window is None else min(num_cached, g.window - 1)", "num_cached"),
     "a row is given twice": ("rows.pop(0), num_shared", "rows[0], num_shared"),
     "equals take rows from each other": (
