@@ -1,0 +1,42 @@
+"""Tree search by UCT: a large tree holds little more than its distinct tokens, and gives all of it back."""
+
+import numpy as np
+import pytest
+
+import hash_decoder as decoder
+from engine_cases import Numbers
+from examples.uct_search import search
+from paged_jax import CacheReport, Completion, Engine, SamplingParams
+
+NUM_TOKENS = 8
+
+
+def evenness(completion: Completion) -> float:
+    """A value that a search can raise: the share of even tokens."""
+    return sum(token % 2 == 0 for token in completion.tokens) / len(completion.tokens)
+
+
+@pytest.mark.parametrize("num_nodes, num_pages", [(61, 160), pytest.param(1001, 2400, marks=pytest.mark.long)])
+def test_a_tree_holds_its_distinct_tokens_and_finds_what_is_worth_more(num_nodes, num_pages):
+    config = decoder.config(1 + num_pages, max_pages_per_sequence=num_pages)
+    engine = Engine(
+        decoder.forward, np.int32(0), config, Numbers(), token_counts=(4, 16), visit_steps=NUM_TOKENS,
+        max_kept_pages=num_pages,
+    )  # fmt: skip
+    tree = search(
+        engine, [3, 14, 15, 92], num_nodes, num_branches=4, num_tokens=NUM_TOKENS, value=evenness, exploration=0.2
+    )
+    assert len(tree.nodes) == num_nodes
+    for node in tree.nodes:
+        is_drawn = node.parent is not None
+        assert node.visits == is_drawn + sum(child.visits for child in node.children)
+    pages = CacheReport.measure(engine).groups[0].pages_in_use
+    assert pages * decoder.PAGE_SIZE <= 1.2 * tree.num_unique_tokens()
+    statistics = engine.stats()
+    computed = statistics.computed_tokens - (len(tree.nodes) - 1) * (NUM_TOKENS - 1)
+    assert computed <= 4 + 4 * len(tree.nodes), "of what was there before, samples compute the last page at most"
+    best = [token % 2 == 0 for token in tree.best().tokens[4:]]
+    assert np.mean(best) > 0.55, "more than chance finds"
+    tree.close()
+    longest = [1] * (num_pages * decoder.PAGE_SIZE - 1)  # which needs every page
+    assert engine.generate([longest], SamplingParams(max_new_tokens=1))[0][0].finish_reason == "length"
