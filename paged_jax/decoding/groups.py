@@ -38,7 +38,7 @@ class Search:
     widths: Int32[Array, " U"]  # beams of each
     scores: Float[Array, "U W"]  # log-probabilities of the running beams, the best first; -inf where there is none
     finished: Hypotheses
-    alone: Bool[Array, ""]  # only the oldest group runs; the others begin when it has ended
+    last_try: Bool[Array, ""]  # the oldest group has begun again for lack of pages, when it was the oldest already
     least_free: Int32[Array, " G"]  # the fewest pages of each group of layers that were free
 
     @classmethod
@@ -50,7 +50,7 @@ class Search:
             widths=jnp.ones(num_groups, jnp.int32),
             scores=jnp.full((num_groups, width), NOTHING, jnp.float32),
             finished=Hypotheses.create(num_groups, width, max_new_tokens),
-            alone=jnp.bool_(False),
+            last_try=jnp.bool_(False),
             least_free=num_free,
         )
 
@@ -83,8 +83,8 @@ class Search:
 def admit(state: DecodeState, search: Search, queue: Queue) -> tuple[DecodeState, Search]:
     """Free groups take the next prompts; a group that gave up its pages begins again."""
     candidate = search.next + jnp.cumsum(~search.is_taken, dtype=jnp.int32) - 1
-    takes = ~search.is_taken & (candidate < len(queue.prompt_lens)) & ~search.alone
-    again = search.is_taken & (search.scores[:, 0] == NOTHING) & (search.is_oldest | ~search.alone)
+    takes = ~search.is_taken & (candidate < len(queue.prompt_lens))
+    again = search.is_taken & (search.scores[:, 0] == NOTHING)
 
     def begin(state: DecodeState, search: Search) -> tuple[DecodeState, Search]:
         search = dataclasses.replace(
@@ -147,8 +147,9 @@ def collect(
         return jax.tree.map(lambda all, x: all.at[place].set(x, mode="drop"), out, new)
 
     out = lax.cond(jnp.any(ended), hand_out, lambda out: out, out)
-    prompt, alone = jnp.where(ended, NO_PROMPT, search.prompt), search.alone & ~jnp.any(ended)
-    return dataclasses.replace(search, prompt=prompt, alone=alone), out
+    prompt = jnp.where(ended, NO_PROMPT, search.prompt)
+    last_try = search.last_try & ~jnp.any(ended & search.is_oldest)
+    return dataclasses.replace(search, prompt=prompt, last_try=last_try), out
 
 
 def where(mask: Array, new: Array, old: Array) -> Array:
@@ -157,22 +158,22 @@ def where(mask: Array, new: Array, old: Array) -> Array:
 
 
 def make_room(state: DecodeState, search: Search) -> tuple[DecodeState, Search]:
-    """Where nobody can go on, the youngest of several groups that hold pages gives them up and begins again later.
+    """Where nobody can go on, the youngest of several groups that hold pages gives them up and begins again.
 
-    If at most one holds any, the oldest begins again alone, because rows that have given up pages no longer share them.
-    If that was no help, it needs more pages than there are, and ends.
+    If no other holds any, the oldest begins again itself, because rows that have given up pages to older groups no
+    longer share them. If that was no help, its beams need more pages than there are, and it ends.
     """
     holds = jnp.any(search.of_groups(state.cache.tables.lengths) > 0, axis=1)
     several = jnp.sum(holds, dtype=jnp.int32) > 1
     youngest = holds & (search.prompt == jnp.max(jnp.where(holds, search.prompt, NO_PROMPT)))
-    again = jnp.where(several, youngest, search.is_taken & ~search.alone)
-    ends = ~several & search.alone & search.is_oldest
-    gone, cut = (search.of_rows(mask, len(state.rows.active)) for mask in (again | ends, ends))
+    gives_up = jnp.where(several, youngest, search.is_oldest)
+    ends = gives_up & ~several & search.last_try
+    gone, cut = (search.of_rows(mask, len(state.rows.active)) for mask in (gives_up, ends))
     rows = dataclasses.replace(
         state.rows,
         active=state.rows.active & ~gone,
         finish=jnp.where(cut, jnp.int32(Finish.TOO_LONG), state.rows.finish),
     )
-    scores = jnp.where(again[:, None], NOTHING, search.scores)
-    search = dataclasses.replace(search, scores=scores, alone=search.alone | ~several)
+    scores = jnp.where((gives_up & ~ends)[:, None], NOTHING, search.scores)
+    search = dataclasses.replace(search, scores=scores, last_try=search.last_try | ~several)
     return release(dataclasses.replace(state, rows=rows), gone), search

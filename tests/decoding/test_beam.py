@@ -12,7 +12,7 @@ import pytest
 import hash_decoder as decoder
 from paged_jax import Beams, Finish, KVCache, Stepper, beam_search
 from paged_jax.cache.invariants import check
-from paged_jax.decoding.hypotheses import Rules
+from paged_jax.decoding.hypotheses import Hypotheses, Rules
 
 PLAIN, HYBRID = (None, None), (None, 6)
 Q, LONGEST, W, NEW = 6, 20, 4, 10  # prompts, and two groups of rows for them: one program for most tests
@@ -179,26 +179,34 @@ def test_a_prompt_whose_beams_need_more_pages_than_there_are_ends_with_what_it_h
 @pytest.mark.long  # the program of the short tests, with everything drawn at random
 @pytest.mark.parametrize("windows", [PLAIN, HYBRID], ids=["plain", "hybrid"])
 def test_random_searches_with_few_pages_find_what_plain_python_finds(windows):
+    """Every third of them has as many pages as the largest tree, and prompts of several pages that beams share."""
     num_cut = num_preempted = 0
     for seed in range(400):
         (prompts, lens), rng = queue(seed), np.random.default_rng(seed)
         widths, limits = (rng.integers(1, most + 1, Q).astype(np.int32) for most in (W, NEW))
         stops, penalty = (STOPS, NO_STOPS)[rng.integers(2)], float(rng.choice([0.0, 0.5, 1.0, 2.0, -1.0]))
-        free = int(rng.integers(6, 20))
+        if fits := seed % 3 == 0:
+            lens = rng.integers(12, LONGEST + 1, Q).astype(np.int32)
+        trees = [PageTree(prompts[q, : lens[q]].tolist()) for q in range(Q)]
+        expected = [
+            plain(
+                prompts[q, : lens[q]], windows, width=int(widths[q]), limit=int(limits[q]), penalty=penalty,
+                stop=tuple(stops.tolist()), see=trees[q].see,
+            )
+            for q in range(Q)
+        ]  # fmt: skip
+        free = max(tree.most for tree in trees) if fits else int(rng.integers(6, 20))
         held = (64, 64, *((64, (8 - free) * 4) if free < 8 else ((24 - free) * 4,)))
-        options: dict[str, Any] = dict(stops=stops, widths=widths, limits=limits, penalty=penalty, held=held)
-        found = run(prompts, lens, windows=windows, **options)
+        found = run(
+            prompts, lens, windows=windows, stops=stops, widths=widths, limits=limits, penalty=penalty, held=held
+        )
         num_preempted += found.counters.preemptions > 0
         for q in range(Q):
-            tree, options = PageTree(prompts[q, : lens[q]].tolist()), dict(width=int(widths[q]), limit=int(limits[q]))
-            expected = plain(
-                prompts[q, : lens[q]], windows, penalty=penalty, stop=tuple(stops.tolist()), see=tree.see, **options
-            )
             if not np.any(found.finish[q] == Finish.TOO_LONG):
-                check_prompt(found, q, expected, stops)
+                check_prompt(found, q, expected[q], stops)
             else:
                 num_cut += 1
-                assert windows == HYBRID or tree.most > free, "a search is cut though its tree would fit"
+                assert windows == HYBRID or trees[q].most > free, f"{seed}: a search is cut though its tree would fit"
     assert num_cut > 50 and num_preempted > 100
 
 
@@ -210,6 +218,26 @@ def test_one_compilation_served_all_searches_without_a_host_callback():
     options = STOPS, WIDTHS, LIMITS, np.float32(1)
     text = program(PLAIN).lower(empty_cache(PLAIN), prompts, lens, *options).as_text()
     assert "callback" not in text and "infeed" not in text
+
+
+def test_a_search_is_over_by_its_rule():
+    """Two finished sequences of two beams, the worse of -2.0; the best running beam has -3.0 after 2 of 6 tokens."""
+    scores = jnp.array([[-1.0, -2.0, -np.inf]], jnp.float32)
+    full = Hypotheses.create(1, 3, 6)._replace(scores=scores)
+    two, lengths, limits = (jnp.array([n], jnp.int32) for n in (2, 2, 6))
+
+    def is_over(early, penalty, best=-3.0, finished=full, widths=two) -> bool:
+        rules = Rules(penalty, early)
+        return bool(rules.are_over(finished, widths, jnp.array([best], jnp.float32), lengths, limits)[0])
+
+    assert is_over(True, 1.0) and is_over(True, 0.0)
+    assert not is_over(False, 1.0), "-3.0 / 2 is better than -2.0"
+    assert is_over(False, 0.5) and is_over(False, 0.0), "-3.0 / 2 ** 0.5 is not"
+    assert not is_over("never", 0.5), "-3.0 / 6 ** 0.5 would be"
+    assert is_over("never", 0.0) and is_over("never", -1.0) and is_over("never", 1.0, best=-12.0)
+    for early in (True, False, "never"):
+        assert not is_over(early, 0.0, widths=jnp.array([3], jnp.int32)), "a third is missing"
+        assert is_over(early, 1.0, best=-np.inf, widths=jnp.array([3], jnp.int32)), "no beam is left"
 
 
 def test_sizes_that_do_not_fit_together_are_named():
