@@ -130,16 +130,15 @@ class Store:
                 self._set_aside(row, str(reason))
         return None
 
-    def write(self, pages: Sequence[StoredPage]) -> int:
+    def write(self, pages: Sequence[StoredPage]) -> int | None:
         """Keep pages; when this returns they are on the disk.
 
         Returns:
-            How many are new.
+            How many are new; None where they could not be written.
         """
-        num_new = 0
         with self._errors("be written"):
             if self._index is None:
-                return 0
+                return None
             known = self._index.find([page.digest for page in pages])
             new = [page for page in pages if (page.digest, page.group) not in known]
             if not new:
@@ -153,7 +152,8 @@ class Store:
                         _sync(self._pages)
                     old = self._forget_oldest(self.max_bytes)
                 self._unlink(old)
-        return num_new
+            return num_new
+        return None
 
     def touch(self, rows: Sequence[Row]) -> None:
         """Pages were used."""
@@ -177,6 +177,7 @@ class Store:
         num_good = num_bad = 0
         with self._errors("be read"):
             for row in self._index.all() if self._index is not None else []:
+                row = self.find([row.digest]).get((row.digest, row.group), row)  # with its bytes
                 try:
                     data = row.inline if row.inline is not None else (self._pages / row.name).read_bytes()
                     page = unpack(data)
@@ -193,7 +194,7 @@ class Store:
         rows = self._index.all() if self._index is not None else []
         fingerprints = collections.Counter(row.fingerprint.hex() for row in rows)
         num_aside = len(list(self._aside.iterdir())) if self._aside.is_dir() else 0
-        total, inline = sum(row.num_bytes for row in rows), sum(row.inline is not None for row in rows)
+        total, inline = sum(row.num_bytes for row in rows), self._index.num_inline() if self._index is not None else 0
         return Contents(len(rows), total, inline, dict(fingerprints), num_aside)
 
     # ---- opening ---------------------------------------------------------------------------------------------
@@ -330,14 +331,15 @@ class Store:
     @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:
         """Whatever the disk or the index raises, serving goes on without the store."""
+        index = self._index
         try:
             yield
+        except sqlite3.OperationalError as error:
+            self._say(what, f"the store {self.folder} cannot {what} ({error}): serving goes on without")
         except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                self._say(what, f"the store {self.folder} cannot {what} ({error}): serving goes on without")
-                return
             with self._errors("be opened"), _locked(self.folder / "lock"):
-                self._begin_index_anew(str(error))
+                if self._index is index:  # else another thread was faster, or it was closed
+                    self._begin_index_anew(str(error))
         except OSError as error:
             reason = errno.errorcode.get(error.errno or 0, "error")
             self._say(what, f"the store {self.folder} cannot {what} ({reason}: {error}): serving goes on without")

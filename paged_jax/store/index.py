@@ -191,10 +191,15 @@ class Index:
         return found[0] if found is not None and found[0].startswith(tokens) else None
 
     def all(self) -> list[Row]:
-        """All pages, the oldest first."""
-        query = f"SELECT {COLUMNS}, inline FROM pages ORDER BY used, depth DESC"
+        """All pages, the oldest first, without their bytes."""
         with self._reading:
-            return [Row(*values) for values in self._reader.execute(query)]
+            rows = self._reader.execute(f"SELECT {COLUMNS} FROM pages ORDER BY used, depth DESC").fetchall()
+        return [Row(*values) for values in rows]
+
+    def num_inline(self) -> int:
+        """Pages that have no file."""
+        with self._reading:
+            return self._reader.execute("SELECT COUNT(*) FROM pages WHERE inline IS NOT NULL").fetchone()[0]
 
     def names(self) -> set[str]:
         """Of all files."""

@@ -165,7 +165,11 @@ class Tiers:
         assert self.store is not None
         try:
             whole = [dataclasses.replace(page, payload=x) for page, x in zip(pages, payloads(), strict=True)]
-            self.counts["saved"][STORE] += self.store.write(whole)
+            num_new = self.store.write(whole)
+            self.counts["saved"][STORE] += num_new or 0
+            if num_new is None:
+                for page in pages:
+                    self._known.pop(PageKey(page.digest, page.group), None)
         except Exception:  # a bug, which must not end the thread: the pages are computed again
             _log.exception("pages could not be written")
         finally:
@@ -331,7 +335,8 @@ class Tiers:
         if self.store is None or row is None:
             return None
         page = self.store.read(row, self.stored(wanted.namespace, key, link.parent, link.tokens, link.column + 1))
-        return None if page is None else page.payload
+        is_whole = page is not None and len(page.payload) == self.formats[group].num_bytes
+        return page.payload if page is not None and is_whole else None
 
     def stored(self, namespace: Namespace, key: PageKey, parent: bytes, tokens: bytes, depth: int) -> StoredPage:
         """A page as the store must have it, but for its payload."""

@@ -36,8 +36,10 @@ def assert_same(a: PageContents, b: PageContents):
         np.testing.assert_array_equal(as_bytes(x), as_bytes(y))
 
 
-@pytest.mark.parametrize("dtype", PAGE_DTYPES)
-@pytest.mark.parametrize("head_dim, is_padded", [(80, True), (64, True), (128, False)])
+@pytest.mark.parametrize(
+    "dtype, head_dim, is_padded",
+    [*((dtype, 80, True) for dtype in PAGE_DTYPES), ("int8", 64, True), ("bfloat16", 128, False)],
+)
 def test_pages_with_another_padding_take_them_bit_for_bit(dtype, head_dim, is_padded):
     plain = noise(init_pages(6, 2, 4, head_dim, dtype, is_padded=False))
     contents = export(plain, jnp.array([3, 5], jnp.int32))
