@@ -29,6 +29,7 @@ GEMMA = LLAMA | {
     "query_pre_attn_scalar": 16, "hidden_activation": "gelu_pytorch_tanh",
 }  # fmt: skip
 MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+ROOT = pathlib.Path(__file__).parent.parent
 MEMORY = Chip("small", 2**20, 1e9, "cpu")
 CASES = {  # config.json, options of the plan
     "plain": (LLAMA, {}),
@@ -202,6 +203,6 @@ print(json.dumps([plan.pool_bytes + plan.table_bytes, resident() - before]))
 
 
 def test_the_pool_takes_so_much_of_this_process():
-    result = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, cwd=ROOT, check=True)
     planned, taken = json.loads(result.stdout)
     assert abs(taken - planned) < 0.01 * planned

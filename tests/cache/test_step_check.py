@@ -1,5 +1,6 @@
 """A loop that goes wrong is told so, in a sentence."""
 
+import pathlib
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import toy
 from paged_jax import AttentionMetadata, Fault, KVCache, PagePool, PageTables, StepCheck
 from paged_jax.attention import check_layer
 
+ROOT = pathlib.Path(__file__).parent.parent.parent
 CONFIG = toy.config()
 reserve = jax.jit(lambda tables, new_tokens: tables.reserve(new_tokens)[0])
 
@@ -105,7 +107,7 @@ paged_attention(*[jnp.ones((3, n, 16)) for n in (4, 2, 2)], cache.pool, metadata
 
 
 def test_a_user_reads_the_sentence_where_nothing_checks_annotations():
-    result = subprocess.run([sys.executable, "-c", AS_A_USER], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", AS_A_USER], capture_output=True, text=True, cwd=ROOT)
     assert (
         result.stderr.strip()
         .split("\n")[-1]
