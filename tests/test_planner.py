@@ -170,6 +170,7 @@ def test_configs_take_dtypes_and_budgets_as_people_have_them():
     with pytest.raises(ValueError, match=r"share=1.5 of the free memory: it must lie between 0 and 1"):
         CacheConfig.for_memory(share=1.5, **model.cache_sizes, **rows)
     assert find_sizes(model) == find_sizes(models.DEMO)
+    assert models.load(models.DEMO, jnp.float32).dtype == "float32"
 
 
 def test_the_command_prints_a_plan_and_what_would_change_it(capsys, monkeypatch):

@@ -115,6 +115,16 @@ def test_a_user_reads_the_sentence_where_nothing_checks_annotations():
     )
 
 
+def test_handles_are_passed_as_publish_gave_them(filled):
+    tables, handles = filled.publish(0, 4)
+    for wrong, given in ((handles[0], "a PageHandle"), (handles * 2, "2 handles"), (None, "a NoneType")):
+        for use in (tables.drop, lambda handles: tables.attach(1, handles)):
+            with pytest.raises(
+                ValueError, match=f"a tuple of 1, one handle for each group of layers, got {given}: pass"
+            ):
+                use(wrong)
+
+
 def test_printed_tables_name_what_was_refused(filled):
     tables = reserve(filled, jnp.array([1000, 0, 0, 0]))
     assert Fault(int(tables.fault)) == Fault.ROW_FULL and "refused since clear_fault: <Fault.ROW_FULL: 2>" in repr(
