@@ -9,8 +9,10 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 
 from paged_jax import CacheConfig, KVCache, models
 from paged_jax.cache.sizes import free_bytes, read_bytes, write_bytes
@@ -78,7 +80,7 @@ def test_the_plan_is_what_load_and_create_take(tmp_path, name):
 def test_the_plan_of_several_devices_is_what_each_of_them_holds(tmp_path):
     folder = folder_of(tmp_path, LLAMA)
     plan = make_plan(folder, MEMORY, context=96, num_devices=2)
-    mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
+    mesh = Mesh(np.array(jax.devices()[:2]), ("model",))
     model = models.load(folder, sharding=mesh)
     cache = KVCache.create(plan.config, mesh)
     for device in jax.devices()[:2]:
