@@ -46,7 +46,8 @@ def test_a_notebook_runs(path, monkeypatch):
 @pytest.mark.long  # eight kernels, which start and compile for themselves
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("default")  # Jupyter's own
-def test_a_notebook_runs_in_a_kernel_of_its_own(path):
+def test_a_notebook_runs_in_a_kernel_of_its_own(path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # this library, whatever is installed
     nbclient = pytest.importorskip("nbclient", reason="the notebook extra is not installed")
     notebook = read(path)
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()

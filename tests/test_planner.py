@@ -9,8 +9,10 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 
 from paged_jax import CacheConfig, KVCache, models
 from paged_jax.cache.sizes import free_bytes, read_bytes, write_bytes
@@ -29,6 +31,7 @@ GEMMA = LLAMA | {
     "query_pre_attn_scalar": 16, "hidden_activation": "gelu_pytorch_tanh",
 }  # fmt: skip
 MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+ROOT = pathlib.Path(__file__).parent.parent
 MEMORY = Chip("small", 2**20, 1e9, "cpu")
 CASES = {  # config.json, options of the plan
     "plain": (LLAMA, {}),
@@ -77,7 +80,7 @@ def test_the_plan_is_what_load_and_create_take(tmp_path, name):
 def test_the_plan_of_several_devices_is_what_each_of_them_holds(tmp_path):
     folder = folder_of(tmp_path, LLAMA)
     plan = make_plan(folder, MEMORY, context=96, num_devices=2)
-    mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
+    mesh = Mesh(np.array(jax.devices()[:2]), ("model",))
     model = models.load(folder, sharding=mesh)
     cache = KVCache.create(plan.config, mesh)
     for device in jax.devices()[:2]:
@@ -169,6 +172,7 @@ def test_configs_take_dtypes_and_budgets_as_people_have_them():
     with pytest.raises(ValueError, match=r"share=1.5 of the free memory: it must lie between 0 and 1"):
         CacheConfig.for_memory(share=1.5, **model.cache_sizes, **rows)
     assert find_sizes(model) == find_sizes(models.DEMO)
+    assert models.load(models.DEMO, jnp.float32).dtype == "float32"
 
 
 def test_the_command_prints_a_plan_and_what_would_change_it(capsys, monkeypatch):
@@ -202,6 +206,6 @@ print(json.dumps([plan.pool_bytes + plan.table_bytes, resident() - before]))
 
 
 def test_the_pool_takes_so_much_of_this_process():
-    result = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, cwd=ROOT, check=True)
     planned, taken = json.loads(result.stdout)
     assert abs(taken - planned) < 0.01 * planned

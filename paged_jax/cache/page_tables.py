@@ -17,7 +17,7 @@ import functools
 import operator
 from collections.abc import Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -172,8 +172,9 @@ class PageTables:
             made.append(table.publish(row, num_tokens, _first_seen(table, group, num_tokens)))
         return self._with(table for table, _ in made), tuple(handle for _, handle in made)
 
-    def attach(self, row: Int32[Array, ""] | int, handles: Handles) -> tuple["PageTables", Bool[Array, ""]]:
+    def attach(self, row: Int32[Array, ""] | int, handles: Handles | Any) -> tuple["PageTables", Bool[Array, ""]]:
         """Make an empty row share the tokens of the handles of one `publish`; see `PageTable.attach`."""
+        self._check_handles(handles)
         made = [table.attach(row, handle) for table, handle in zip(self.groups, handles, strict=True)]
         return self._with(table for table, _ in made), made[0][1]
 
@@ -187,8 +188,9 @@ class PageTables:
 
         return lax.while_loop(lambda carry: jnp.any(carry[0]), attach, (rows, self))[1]
 
-    def drop(self, handles: Handles) -> "PageTables":
+    def drop(self, handles: Handles | Any) -> "PageTables":
         """Give up the handles of one `publish`, exactly once."""
+        self._check_handles(handles)
         return self._with(table.drop(handle) for table, handle in zip(self.groups, handles, strict=True))
 
     def handles_to(
@@ -233,6 +235,14 @@ class PageTables:
     def reset(self) -> "PageTables":
         """Empty everything; handles from before are stale."""
         return self._with(table.reset() for table in self.groups)
+
+    def _check_handles(self, handles: Any) -> None:
+        if not isinstance(handles, tuple | list) or len(handles) != len(self.groups):
+            given = f"{len(handles)} handles" if isinstance(handles, tuple | list) else f"a {type(handles).__name__}"
+            raise ValueError(
+                f"publish gives a tuple of {len(self.groups)}, one handle for each group of layers, got {given}: pass "
+                "what publish returned, as it is"
+            )
 
     def _with(self, groups: Iterable[PageTable]) -> "PageTables":
         return PageTables(tuple(groups), self.layout)

@@ -156,7 +156,7 @@ class Engine:
         max_length: int = 2048,
         page_size: int = 16,
         num_pages: int | None = None,
-        dtype: str | None = None,
+        dtype: Any = None,
         cache_dtype: Any = None,
         sharding: Any = None,
         **options: Any,

@@ -119,7 +119,7 @@ class Model:
 
 def load(
     folder: str | Path,
-    dtype: str | None = None,
+    dtype: Any = None,
     *,
     max_length: int | None = None,
     sharding: Mesh | Placement | None = None,
@@ -130,7 +130,7 @@ def load(
 
     Args:
         folder: holds config.json, and model.safetensors or its shards with model.safetensors.index.json.
-        dtype: "float32" or "bfloat16" for weights and activations; None: what config.json says.
+        dtype: "float32" or "bfloat16" (or `jnp.bfloat16`) for weights and activations; None: what config.json says.
         max_length: the longest context in tokens that will be run, by which LongRoPE models (Phi 3.5) choose between
             their factors for short and for long contexts; None: what config.json says.
         sharding: a mesh with an axis "model", over which heads and MLPs are split (`tensor_parallel`); or a function
@@ -223,7 +223,9 @@ def decoder_config(hf_config: dict[str, Any]) -> DecoderConfig:
     return find_family(fields).read(fields)
 
 
-def _choose_dtype(fields: Fields, dtype: str | None) -> jnp.dtype:
+def _choose_dtype(fields: Fields, dtype: Any) -> jnp.dtype:
+    if dtype is not None and not isinstance(dtype, str):
+        dtype = jnp.dtype(dtype).name
     if dtype is None:
         name = "dtype" if "dtype" in fields.values else "torch_dtype"
         dtype = fields.text(name, "float32").removeprefix("torch.")

@@ -1,5 +1,6 @@
 """A loop that goes wrong is told so, in a sentence."""
 
+import pathlib
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import toy
 from paged_jax import AttentionMetadata, Fault, KVCache, PagePool, PageTables, StepCheck
 from paged_jax.attention import check_layer
 
+ROOT = pathlib.Path(__file__).parent.parent.parent
 CONFIG = toy.config()
 reserve = jax.jit(lambda tables, new_tokens: tables.reserve(new_tokens)[0])
 
@@ -105,12 +107,22 @@ paged_attention(*[jnp.ones((3, n, 16)) for n in (4, 2, 2)], cache.pool, metadata
 
 
 def test_a_user_reads_the_sentence_where_nothing_checks_annotations():
-    result = subprocess.run([sys.executable, "-c", AS_A_USER], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", AS_A_USER], capture_output=True, text=True, cwd=ROOT)
     assert (
         result.stderr.strip()
         .split("\n")[-1]
         .startswith("ValueError: q has 3 tokens, but the metadata of this step 2: give it one for each token")
     )
+
+
+def test_handles_are_passed_as_publish_gave_them(filled):
+    tables, handles = filled.publish(0, 4)
+    for wrong, given in ((handles[0], "a PageHandle"), (handles * 2, "2 handles"), (None, "a NoneType")):
+        for use in (tables.drop, lambda handles: tables.attach(1, handles)):
+            with pytest.raises(
+                ValueError, match=f"a tuple of 1, one handle for each group of layers, got {given}: pass"
+            ):
+                use(wrong)
 
 
 def test_printed_tables_name_what_was_refused(filled):
