@@ -19,6 +19,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import shutil
 import sqlite3
 import tempfile
@@ -32,6 +33,7 @@ from paged_jax.store.page_file import Damaged, StoredPage, content_name, pack, u
 INLINE_BYTES = 8192  # of the largest page that the index holds itself
 MOST_ASIDE = 64  # damaged files that are kept
 MOST_INDICES = 3  # that a process makes anew before it goes on without the store
+NAME = re.compile("[0-9a-f]{32}")  # of a file: see `content_name`
 _log = logging.getLogger("paged_jax.store")
 
 
@@ -118,7 +120,7 @@ class Store:
         """
         with self._errors("be read"):
             try:
-                data = row.inline if row.inline is not None else (self._pages / row.name).read_bytes()
+                data = row.inline if row.inline is not None else self._file(row).read_bytes()
                 page = unpack(data)
                 if not page.is_same_place(expected):
                     raise Damaged("the page is one of other tokens, or of another model")
@@ -179,7 +181,7 @@ class Store:
             for row in self._index.all() if self._index is not None else []:
                 row = self.find([row.digest]).get((row.digest, row.group), row)  # with its bytes
                 try:
-                    data = row.inline if row.inline is not None else (self._pages / row.name).read_bytes()
+                    data = row.inline if row.inline is not None else self._file(row).read_bytes()
                     page = unpack(data)
                     if content_name(data) != row.name or (page.digest, page.group) != (row.digest, row.group):
                         raise Damaged("the file is another than the index says")
@@ -281,6 +283,12 @@ class Store:
             os.fsync(file.fileno())
         return row, path
 
+    def _file(self, row: Row) -> Path:
+        """Where a page lies: in this folder, whatever a damaged index says."""
+        if not isinstance(row.name, str) or not NAME.fullmatch(row.name):
+            raise Damaged(f"the index names a file {row.name!r}")
+        return self._pages / row.name
+
     def _publish(self, row: Row, path: Path | None) -> bool:
         """Add a row, and let its file stand where the index says; returns whether it is new."""
         assert self._index is not None
@@ -309,7 +317,8 @@ class Store:
             with self._index.changing():
                 for row in rows:
                     if not self._index.names_file(row.name):  # else it was written again meanwhile
-                        (self._pages / row.name).unlink(missing_ok=True)
+                        with contextlib.suppress(Damaged):
+                            self._file(row).unlink(missing_ok=True)
 
     def _set_aside(self, row: Row, reason: str) -> None:
         """A page is not what it should be: nobody finds it any more."""
@@ -317,7 +326,8 @@ class Store:
         if self._index is not None:
             with self._index.changing():
                 if self._index.remove(row) and row.inline is None:
-                    self._move_aside(self._pages / row.name, reason)
+                    with contextlib.suppress(Damaged):
+                        self._move_aside(self._file(row), reason)
 
     def _move_aside(self, path: Path, reason: str) -> None:
         self._say("damage", f"a page of the store {self.folder} is damaged ({reason}): it is computed again")

@@ -325,8 +325,7 @@ class Tiers:
         if used and self.store is not None:
             self.rates[STORE].measured(sizes[STORE], time.perf_counter() - start)
             self._writers.submit(self.store.touch, used)
-        freeze = lambda lists: tuple(map(tuple, lists))  # noqa: E731
-        return Found(num_tokens, freeze(columns), freeze(pages), dict(tokens), dict(sizes))
+        return Found(num_tokens, tuple(map(tuple, columns)), tuple(map(tuple, pages)), dict(tokens), dict(sizes))
 
     def _page(self, wanted: Wanted, link: _Link, group: int, tier: str | None) -> bytes | memoryview | None:
         key, row = PageKey(link.digest, group), link.rows[group]

@@ -190,6 +190,19 @@ def test_an_index_that_lies_is_a_miss(tmp_path, warnings, lie):
     assert check(store, pages) <= 2 and check(store, prefix(2)) == 0
 
 
+@pytest.mark.parametrize("name", ["../../precious", "/etc/hostname", "", "7"])
+def test_an_index_never_names_a_file_outside_of_the_folder(tmp_path, warnings, name):
+    (tmp_path / "precious").write_bytes(b"not ours")
+    store, pages = Store(tmp_path / "store"), prefix(1)
+    store.write(pages)
+    with sqlite3.connect(tmp_path / "store/index.sqlite") as index:
+        index.execute("UPDATE pages SET name=? WHERE depth=1", (name,))
+    assert read(store, pages[0]) is None
+    assert len(warnings()) == 1
+    store.prune(1)
+    assert (tmp_path / "precious").read_bytes() == b"not ours"
+
+
 @pytest.mark.parametrize("damage", ["deleted", "garbage", "flipped", "half"])
 def test_a_lost_index_is_made_again_from_the_files(tmp_path, warnings, damage):
     store, pages = Store(tmp_path), [*prefix(1), *prefix(2)]
