@@ -116,14 +116,9 @@ def checks(model: models.Model, folder: pathlib.Path, report: Report) -> None:
         for one in data:
             unpack(one)
         checking = time.process_time() - start
-        start = time.process_time()
-        for one in data:
-            unpack(one, checks_payload=False)
-        parsing = time.process_time() - start
         if turn:
             shares.append(checking / load)
             loads.append(checking)
-    del parsing
     report.add(
         what=f"checks of {len(paths)} pages, ratio to the load", seconds=0.0,
         cpu_seconds=statistics.median(loads), ratio=statistics.median(shares),

@@ -94,6 +94,7 @@ class TieredPrefixes(CachedPrefixes):
         self._nothing = (0,) * len(config.groups)
         self._loads: dict[Sample, Load] = {}
         self._tried: set[Sample] = set()  # that wait, and for which was looked
+        self._hanging: concurrent.futures.Future[Found | None] | None = None  # a read that took too long
         self._outgoing: list[Outgoing] = []
         self._keeps_new = True  # what is cached now is new to the store
         cache.tell(self)
@@ -150,7 +151,7 @@ class TieredPrefixes(CachedPrefixes):
         """Whether more of a sample's pages are being brought; the first asking begins that."""
         if sample in self._loads:
             return True
-        if sample in self._tried:
+        if sample in self._tried or (self._hanging is not None and not self._hanging.done()):
             return False
         assert self._found is not None and self._found[0] is sample, "it was looked up just now"
         match, namespace = self._found[1], self.namespace(sample.request)
@@ -210,6 +211,7 @@ class TieredPrefixes(CachedPrefixes):
         taken = self._nothing
         for load in list(self._loads.values()):
             if load.brought is None and time.monotonic() - load.began > PATIENCE:
+                self._hanging = load.found
                 self._give_up(load)
             elif load.brought is not None and any(load.due):
                 taken = tuple(map(operator.add, taken, load.due))

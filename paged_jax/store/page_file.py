@@ -76,12 +76,11 @@ def pack(page: StoredPage) -> bytes:
     return b"".join([head, _checksum(head), payload, _checksum(payload)])
 
 
-def unpack(data: bytes, checks_payload: bool = True) -> StoredPage:
+def unpack(data: bytes) -> StoredPage:
     """The page that bytes of a file hold.
 
     Args:
         data: the whole file.
-        checks_payload: False for one whose payload nobody will use.
 
     Raises:
         Damaged: they are not those of a file that `pack` made.
@@ -103,7 +102,7 @@ def unpack(data: bytes, checks_payload: bool = True) -> StoredPage:
     if view[start : start + _CHECKSUM.size] != _checksum(view[:start]):
         raise Damaged("the checksum of the header differs")
     payload = view[start + _CHECKSUM.size : stop]
-    if checks_payload and view[stop:] != _checksum(payload):
+    if view[stop:] != _checksum(payload):
         raise Damaged("the checksum of the payload differs")
     tokens = bytes(view[_HEADER.size : start])
     sizes = tuple(shape)

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PAGE = (HERE.parent.parent / "paged_jax" / "store" / "README.md").read_text()
+PAGE = (HERE.parent.parent / "paged_jax" / "store" / "README.md").read_text().split("## ")[1]
 ROWS = [line.strip("|").split("|") for line in PAGE.splitlines() if line.startswith("| ")][1:]
 
 
