@@ -8,7 +8,7 @@ import gc
 import os
 
 # Tracing makes many objects and few cycles: looking for these took a twentieth of the time.
-gc.set_threshold(100_000, 50, 100)
+gc.set_threshold(50_000, 10, 10)
 FLAGS = {"xla_force_host_platform_device_count": 4, "xla_backend_optimization_level": 0}
 given = os.environ.get("XLA_FLAGS", "")
 added = [f"--{name}={value}" for name, value in FLAGS.items() if name not in given]

@@ -16,55 +16,57 @@ from paged_jax.decoding.rows import NO_TOKEN, DecodeState, Rows
 from paged_jax.decoding.step import step, token_counts_for
 
 
-def rows_with(*texts: list[int], hints=None, seeds=None) -> Rows:
-    num_rows, capacity = len(texts), 32
-    sampling = SamplingState.of([(SamplingParams(seed=seed), 0) for seed in seeds or range(num_rows)])
-    rows = Rows.create(num_rows, capacity, sampling, num_hints=16)
-    tokens = np.zeros((num_rows, capacity), np.int32)
-    told = np.full((num_rows, 16), NO_TOKEN, np.int32)
+@functools.cache
+def program_of(lookup: Lookup):
+    return jax.jit(functools.partial(lookup.propose, None))
+
+
+def proposals(*texts: list[int], hints=(), seeds=range(4), **options) -> list[list[int]]:
+    """What is proposed for each of up to four rows."""
+    tokens, told = np.zeros((4, 32), np.int32), np.full((4, 16), NO_TOKEN, np.int32)
     for row, text in enumerate(texts):
         tokens[row, : len(text)] = text
-        told[row, : len(hints[row]) if hints else 0] = hints[row] if hints else []
-    num_known = jnp.array([len(text) for text in texts])
-    return dataclasses.replace(
-        rows, tokens=jnp.asarray(tokens), hints=jnp.asarray(told), num_known=num_known, active=num_known > 0
+    for row, hint in enumerate(hints):
+        told[row, : len(hint)] = hint
+    num_known = np.array([*map(len, texts), *[0] * (4 - len(texts))], np.int32)
+    sampling = SamplingState.create(4)
+    sampling = dataclasses.replace(sampling, seed=jnp.array(np.array(seeds, np.uint32)))
+    rows = dataclasses.replace(
+        Rows.create(4, 32, sampling, num_hints=16), tokens=tokens, hints=told, num_known=num_known, active=num_known > 0
     )
-
-
-def proposals(rows: Rows, **options) -> list[list[int]]:
     lookup = Lookup(**options)
-    drafts, _ = lookup.propose(None, rows, jnp.full(len(rows.active), lookup.num_drafts))
-    return [np.asarray(tokens[:count]).tolist() for tokens, count in zip(drafts.tokens, drafts.counts, strict=True)]
+    drafts, _ = jax.device_get(program_of(lookup)(rows, np.full(4, lookup.num_drafts, np.int32)))
+    return [drafts.tokens[row, : drafts.counts[row]].tolist() for row in range(len(texts))]
 
 
 def test_a_lookup_continues_the_latest_earlier_occurrence():
-    assert proposals(rows_with([1, 2, 3, 4, 5, 9, 1, 2, 3, 6, 7, 1, 2, 3]), num_drafts=3) == [[6, 7, 1]]
-    assert proposals(rows_with([1, 2, 3, 4, 5, 9, 1, 2, 3]), num_drafts=3, num_matched=2) == [[4, 5, 9]]
+    assert proposals([1, 2, 3, 4, 5, 9, 1, 2, 3, 6, 7, 1, 2, 3], num_drafts=3) == [[6, 7, 1]]
+    assert proposals([1, 2, 3, 4, 5, 9, 1, 2, 3], num_drafts=3, num_matched=2) == [[4, 5, 9]]
 
 
 def test_a_lookup_finds_nothing_in_a_text_without_repetition_and_in_rows_that_are_short_or_idle():
-    assert proposals(rows_with([1, 2, 3, 4, 5, 6], [1, 1], [], [0, 0, 0])) == [[], [], [], []]
+    assert proposals([1, 2, 3, 4, 5, 6], [1, 1], [], [0, 0, 0]) == [[], [], [], []]
 
 
 def test_a_text_that_repeats_is_taken_to_go_on_so():
-    assert proposals(rows_with([5, 5, 5, 5], [1, 2, 3, 1, 2, 3, 1, 2, 3])) == [[5, 5, 5, 5], [1, 2, 3, 1]]
+    assert proposals([5, 5, 5, 5], [1, 2, 3, 1, 2, 3, 1, 2, 3]) == [[5, 5, 5, 5], [1, 2, 3, 1]]
 
 
 def test_a_lookup_prefers_hints_and_does_not_read_past_their_end():
     text = [1, 2, 3, 4, 1, 2, 3]
     told = [1, 2, 3, 5, 6, 7, 8, NO_TOKEN, 1, 2, 3, 9, 9]
-    assert proposals(rows_with(text, text, hints=[told, []]), num_drafts=2) == [[9, 9], [4, 1]]
-    assert proposals(rows_with(text, hints=[told[7:]])) == [[4, 1, 2, 3]], "the longer continuation"
-    assert proposals(rows_with([4, 1, 2, 3], hints=[told[7:]])) == [[9, 9]]
+    assert proposals(text, text, hints=[told, []], num_drafts=2) == [[9, 9], [4, 1]]
+    assert proposals(text, hints=[told[7:]]) == [[4, 1, 2, 3]], "the longer continuation"
+    assert proposals([4, 1, 2, 3], hints=[told[7:]]) == [[9, 9]]
 
 
 def test_a_lookup_takes_an_earlier_occurrence_that_goes_on_for_longer():
-    assert proposals(rows_with([0, 1, 2, 3], hints=[[1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 8]])) == [[4, 5, 6, 7]]
+    assert proposals([0, 1, 2, 3], hints=[[1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 8]]) == [[4, 5, 6, 7]]
 
 
 def test_a_lookup_reads_the_sibling_that_has_come_farthest():
     texts = [7, 1, 2, 3], [7, 1, 2, 3, 4, 5, 6], [7, 1, 2, 3, 8], [7, 1, 2, 3]
-    assert proposals(rows_with(*texts, seeds=[5, 5, 5, 6])) == [[4, 5, 6], [], [], []]
+    assert proposals(*texts, seeds=(5, 5, 5, 6)) == [[4, 5, 6], [], [], []]
 
 
 def test_trust_doubles_while_drafts_are_right_and_recovers_slowly_after_they_were_not():
@@ -234,7 +236,10 @@ def drafted_by_model(windows=(None, None), max_new: int = 40):
     return start
 
 
-@pytest.mark.parametrize("windows", [(None, None), (None, 6)], ids=["plain", "hybrid"])
+@pytest.mark.parametrize(
+    "windows",
+    [pytest.param((None, None), id="plain"), pytest.param((None, 6), id="hybrid", marks=pytest.mark.long)],
+)
 def test_a_draft_model_changes_nothing_that_is_drawn(windows):
     good, bad = (drafted_by_model(windows)(offset, 1.0) for offset in (0, 1))
     assert np.array_equal(good.tokens, bad.tokens)
