@@ -62,12 +62,13 @@ class Lookup:
         num_drafts: D, from 1 to 7.
         num_matched: n, the last tokens of a row that must occur again.
 
-    Example:
+    Examples:
         >>> rows = Rows.create(1, capacity=12, sampling=SamplingState.create(1))
         >>> tokens = jnp.array([[7, 1, 2, 3, 8, 9, 1, 2, 3, 0, 0, 0]])
         >>> rows = dataclasses.replace(rows, tokens=tokens, num_known=jnp.array([9]), active=jnp.array([True]))
-        >>> Lookup(num_drafts=3).propose(None, rows, asks=jnp.array([3]))[0]
-        Drafts(tokens=Array([[8, 9, 1]], dtype=int32), counts=Array([3], dtype=int32))
+        >>> drafts, _ = Lookup(num_drafts=3).propose(None, rows, asks=jnp.array([3]))
+        >>> drafts.tokens.tolist(), drafts.counts.tolist()
+        ([[8, 9, 1]], [3])
     """
 
     num_drafts: int = 4

@@ -58,8 +58,13 @@ class Store:
     Raises:
         ValueError: `max_bytes` is no positive number, or the folder is a file.
 
-    Example:
-        >>> engine = Engine.from_pretrained(models.DEMO, store=Store("cache", max_bytes=10 << 30))
+    Examples:
+        >>> import tempfile
+        >>> store = Store(tempfile.mkdtemp(), max_bytes=10 << 30)
+        >>> engine = Engine.from_pretrained(models.DEMO, max_sequences=8, max_length=512, store=store)
+        >>> store.contents().pages
+        0
+        >>> store.close()
     """
 
     def __init__(self, folder: str | Path, max_bytes: int | None = None):
