@@ -38,21 +38,15 @@ class DraftModel:
     of the row in between, and the rest is computed, in passes of at most `num_tokens`. A row without drafts, because it
     is far behind or short of pages, tries again in the next step.
 
+        drafter = DraftModel(small.forward)
+        stepper = Stepper(large.forward, token_counts_for(8, num_drafts=4), drafter=drafter)
+        state = drafter.create(small.params, KVCache.create(small_config), capacity=prompts.shape[1] + 64)
+        rollout(stepper, large.params, prompts, lengths, cache, max_new_tokens=64, drafter_state=state)
+
     Args:
         forward: the decoder that drafts.
         num_drafts: D, from 1 to 7.
         num_tokens: T of the pass in which rows catch up; at least one token a row.
-
-    Examples:
-        >>> model = models.load(models.DEMO)  # a decoder that drafts for itself is always right
-        >>> config = model.cache_config(num_pages=17, max_sequences=2, max_pages_per_sequence=8)
-        >>> drafter = DraftModel(model.forward)
-        >>> stepper = Stepper(model.forward, token_counts=(2, 8, 16), drafter=drafter)
-        >>> state = drafter.create(model.params, KVCache.create(config), capacity=4 + 16)
-        >>> sizes = jnp.array([[5, 6, 7, 8]]), jnp.array([4]), KVCache.create(config)
-        >>> result, _ = rollout(stepper, model.params, *sizes, max_new_tokens=16, drafter_state=state)
-        >>> int(result.counters.steps.sum()) < 8
-        True
     """
 
     forward: Forward
