@@ -129,7 +129,7 @@ def make_replay(model: models.Model, width: int, parents: np.ndarray, num_pages:
         def step(i, state):
             state, _ = reserve(state, jnp.ones(width, jnp.int32))
             tables = state.cache.tables.permute(parents[i])
-            return dataclasses.replace(state, cache=KVCache(tables, state.cache.pool))
+            return state.with_tables(tables)
 
         state_now = lax.fori_loop(0, len(parents), step, dataclasses.replace(state, cache=begun, rows=rows))
         return KVCache(state_now.cache.tables.release(jnp.ones(width, bool)), state_now.cache.pool)

@@ -138,7 +138,7 @@ def _transition(state: DecodeState, what, row, num_tokens, handles):
         return tables.drop(handles), handles
 
     tables, handles = jax.lax.switch(what, [publish, attach, drop], state.cache.tables)
-    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, tables=tables)), handles
+    return state.with_tables(tables), handles
 
 
 @functools.cache

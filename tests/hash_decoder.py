@@ -41,8 +41,7 @@ def _logits(total, xp):
 def forward(params, tokens, pool: PagePool, metadata: AttentionMetadata, windows=(None, None)):
     """Follows `paged_jax.Forward`; `params` is added to the hash."""
     at = metadata.logits_at
-    row = jnp.searchsorted(metadata.query_starts[1:], at, side="right").astype(jnp.int32)
-    row = jnp.minimum(row, len(metadata.lengths) - 1)
+    row = jnp.minimum(metadata.sequences[at], len(metadata.lengths) - 1)
     length = metadata.positions[at][:, None] + 1
     totals = []
     for layer, window in enumerate(windows):

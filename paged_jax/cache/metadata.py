@@ -44,6 +44,12 @@ class AttentionMetadata:
     max_query_len: int
     sharing: Any = None
 
+    @property
+    def sequences(self) -> Int32[Array, " T"]:
+        """The sequence of each token; R for padding."""
+        token = jnp.arange(len(self.positions), dtype=jnp.int32)
+        return jnp.searchsorted(self.query_starts[1:], token, side="right").astype(jnp.int32)
+
     @classmethod
     def decode(cls, tables: PageTables, active: Bool[Array, " B"]) -> "AttentionMetadata":
         """One new token a row: T = B, token b is row b's, and rows that are not `active` compute nothing."""

@@ -201,7 +201,7 @@ def _squares(tables: PageTables, group: int, width: int = 32, size: int = 18) ->
         )
     height = -(-len(states) // width) * size
     more = len(page_states(tables, group)) - len(states)
-    note = "a number: the row that owns the page; ×n: n rows share it; c: cached; grey: free"
+    note = "a number: the row that owns the page; ×n: n rows share it; c: cached; white: free"
     note += f"; {more} more pages are not drawn" if more else ""
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width * size}" height="{height}" font-family="sans-serif">'
     return f"{svg}{''.join(squares)}</svg><div><small>{note}</small></div>"

@@ -156,13 +156,9 @@ def _check_sizes(
         )
     if num_return > width:
         raise ValueError(f"num_return={num_return} sequences of width={width} beams: ask for at most {width}")
-    if num_rows > stepper.token_counts[-1]:
-        raise ValueError(
-            f"token_counts={stepper.token_counts} for a batch of {num_rows} rows: the largest must hold one token of "
-            "each"
-        )
     if stepper.drafter is not None:
         raise ValueError("drafts are for rows that draw for themselves: leave the stepper's drafter out for beams")
+    stepper.check_rows(num_rows)
     if stepper.num_logprobs or stepper.processed_logprobs:
         raise ValueError(
             "num_logprobs and processed_logprobs of the stepper are for tokens that are drawn: leave them out, a "
@@ -228,7 +224,7 @@ def _wait_for_each_other(
     waits = search.of_rows(falls_behind, len(counts)) & (counts > 0) & (tables.lengths == rows.num_known)
     waiting = waits.astype(jnp.int32)
     tables = lax.cond(jnp.any(waits), lambda t: t.truncate(t.lengths - waiting), lambda t: t, tables)
-    state = dataclasses.replace(state, cache=KVCache(tables, state.cache.pool))
+    state = state.with_tables(tables)
     return state, counts - waiting, is_active & ~falls_behind
 
 
@@ -295,5 +291,5 @@ def _continue(
         active=jnp.where(moved, learns, rows.active & ~ends),
         sampling=dataclasses.replace(rows.sampling, processor=processor),
     )
-    state = dataclasses.replace(state, cache=KVCache(tables, state.cache.pool), rows=rows)
+    state = state.with_tables(tables, rows=rows)
     return release(state, (moved & ~learns & (tables.lengths > 0)) | ends)

@@ -55,12 +55,14 @@ class Drafter(Protocol):
 class Lookup:
     """Drafts the continuation of an earlier occurrence of a row's last tokens (Yang et al. 2023, section 2).
 
-    The occurrence is looked for in the row's hints, in the row itself, and in the sample of the same prompt that has
-    come farthest, which is a row of the same seed. The longest continuation counts; of those, the latest one.
+    The occurrence is looked for in the row's hints, in the row itself, and in the sample of the same prompt and seed
+    that has come farthest. The longest continuation counts; of those, the latest one.
 
     Args:
         num_drafts: D, from 1 to 7.
         num_matched: n, the last tokens of a row that must occur again.
+        reads_siblings: look in other rows. Leave it out where rows of different users must not tell each other, by how
+            long a step takes, what they say.
 
     Examples:
         >>> rows = Rows.create(1, capacity=12, sampling=SamplingState.create(1))
@@ -73,6 +75,7 @@ class Lookup:
 
     num_drafts: int = 4
     num_matched: int = 3
+    reads_siblings: bool = True
 
     def __post_init__(self):
         if self.num_matched < 1:
@@ -82,13 +85,12 @@ class Lookup:
         row, n = jnp.arange(len(rows.active), dtype=jnp.int32), self.num_matched
         place = rows.num_known[:, None] - n + jnp.arange(n, dtype=jnp.int32)[None, :]
         last = rows.tokens.at[row[:, None], jnp.maximum(place, 0)].get(mode="clip")
-        sibling = _farthest_sibling(rows)
-        num_told = jnp.where(sibling == row, 0, rows.num_known[sibling])
-        found = (
+        found = [
             self._continue(rows.hints, jnp.full_like(row, rows.hints.shape[1]), last),
             self._continue(rows.tokens, rows.num_known, last, repeats=True),
-            self._continue(rows.tokens[sibling], num_told, last),
-        )
+        ]
+        if self.reads_siblings:
+            found.append(self._continue(*_farthest_sibling(rows), last))
         best = found[0]
         for other in found[1:]:
             has_it = best.counts >= other.counts
@@ -132,22 +134,27 @@ class Lookup:
         )
 
 
-def _farthest_sibling(rows: Rows) -> Int32[Array, " B"]:
-    """The row of the same seed that knows most, where it knows more than the row itself; else the row itself."""
-    seed, num_known = rows.sampling.seed, jnp.where(rows.active, rows.num_known, 0)
-    is_sibling = seed[:, None] == seed[None, :]
-    return jnp.argmax(jnp.where(is_sibling, num_known[None, :], -1), axis=1).astype(jnp.int32)
+def _farthest_sibling(rows: Rows) -> tuple[Int32[Array, "B C"], Int32[Array, " B"]]:
+    """What the row of the same seed and prompt that has come farthest knows, and how many tokens; 0 where none has."""
+    row, num_known = jnp.arange(len(rows.active), dtype=jnp.int32), jnp.where(rows.active, rows.num_known, 0)
+    is_like = rows.sampling.seed[:, None] == rows.sampling.seed[None, :]
+    is_like &= rows.num_prompt[:, None] == rows.num_prompt[None, :]
+    sibling = jnp.argmax(jnp.where(is_like, num_known[None, :], -1), axis=1).astype(jnp.int32)
+    tokens = rows.tokens[sibling]
+    is_prompt = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] < rows.num_prompt[:, None]
+    has_prompt = jnp.all((tokens == rows.tokens) | ~is_prompt, axis=1)
+    return tokens, jnp.where(has_prompt & (sibling != row), num_known[sibling], 0)
 
 
 # ---- trust: how many drafts a row asks for -------------------------------------------------------------------------
 
-RECOVERY = 1 / 64  # what trust regains in a step without drafts: who is always wrong tries once in 32 tokens
+RECOVERY = 1 / 64  # what trust regains in a step without drafts: a row that is always wrong tries once in 32 tokens
 
 
 def update_trust(
     trust: Float[Array, " B"], proposed: Int32[Array, " B"], accepted: Int32[Array, " B"], num_drafts: int
 ) -> Float[Array, " B"]:
-    """How many drafts each row asks for next: twice as many while all are right, else fewer.
+    """How many drafts each row asks for next: twice as many while all are right, else half, and one for each right one.
 
     Args:
         trust: so far; a row asks for its integer part.
@@ -234,5 +241,4 @@ def settle_drafts(state: DecodeState, num_drawn: Int32[Array, " B"], num_drafts:
         drafted_tokens=counters.drafted_tokens + jnp.sum(proposed, dtype=jnp.int32),
         accepted_tokens=counters.accepted_tokens + jnp.sum(accepted, dtype=jnp.int32),
     )
-    cache = dataclasses.replace(state.cache, tables=tables)
-    return dataclasses.replace(state, cache=cache, rows=dataclasses.replace(rows, trust=trust), counters=counters)
+    return state.with_tables(tables, rows=dataclasses.replace(rows, trust=trust), counters=counters)

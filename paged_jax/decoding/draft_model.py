@@ -117,9 +117,7 @@ class DraftModel:
     ) -> tuple[Float[Array, "B V"], Any]:
         """Logits after the next tokens of each row."""
         metadata = AttentionMetadata.ragged(cache.tables, counts, self.num_tokens)
-        token = jnp.arange(self.num_tokens, dtype=jnp.int32)
-        row = jnp.searchsorted(metadata.query_starts[1:], token, side="right").astype(jnp.int32)
-        tokens = rows.tokens.at[row, metadata.positions].get(mode="clip")
+        tokens = rows.tokens.at[metadata.sequences, metadata.positions].get(mode="clip")
         return self.forward(params, tokens, cache.pool, metadata)
 
     def _draw(

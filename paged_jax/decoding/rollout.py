@@ -277,7 +277,7 @@ def _attach(state: DecodeState, queue: _Queue, new: Bool[Array, " B"], num_sampl
     """New rows take the pages of their prompt, if handles hold them."""
     takes_handles = new & (queue.sample // num_samples == queue.handles_of)
     tables = state.cache.tables.attach_each(takes_handles, queue.handles)
-    state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, tables=tables))
+    state = state.with_tables(tables)
     is_complete = queue.next >= (queue.handles_of + 1) * num_samples
     return _drop_prompt(state, queue, is_complete)
 
@@ -292,7 +292,7 @@ def _attach_prefix(state: DecodeState, prefix: Handles | None) -> DecodeState:
     rows, tables = state.rows, state.cache.tables
     takes = rows.active & (rows.source == NO_ROW) & (tables.lengths == 0) & (rows.num_prompt > prefix[0].num_tokens)
     tables = tables.attach_each(takes, prefix)
-    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, tables=tables))
+    return state.with_tables(tables)
 
 
 def _keep_prompt(state: DecodeState, queue: _Queue, num_samples: int) -> tuple[DecodeState, _Queue]:
@@ -306,7 +306,7 @@ def _keep_prompt(state: DecodeState, queue: _Queue, num_samples: int) -> tuple[D
 
     def publish(state: DecodeState, queue: _Queue) -> tuple[DecodeState, _Queue]:
         tables, handles = state.cache.tables.publish(row, state.rows.num_prompt[row] - 1)
-        state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, tables=tables))
+        state = state.with_tables(tables)
         return state, dataclasses.replace(queue, handles=handles, handles_of=prompt)
 
     return lax.cond(is_partly_admitted & jnp.any(has_it), publish, lambda state, queue: (state, queue), state, queue)
@@ -317,7 +317,7 @@ def _drop_prompt(state: DecodeState, queue: _Queue, condition: Bool[Array, ""]) 
 
     def drop(state: DecodeState, queue: _Queue) -> tuple[DecodeState, _Queue]:
         tables = state.cache.tables.drop(queue.handles)
-        state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, tables=tables))
+        state = state.with_tables(tables)
         return state, dataclasses.replace(queue, handles_of=jnp.int32(NO_PROMPT))
 
     return lax.cond(

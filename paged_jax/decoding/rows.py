@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from paged_jax.cache.config import CacheConfig
 from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.mesh import everywhere
+from paged_jax.cache.page_tables import PageTables
 from paged_jax.sampling import SamplingState
 
 NO_ROW = -1
@@ -33,9 +34,10 @@ class Finish(IntEnum):
 class Rows:
     """B sequences in flight. Row b knows `num_known[b]` tokens, of which the page tables cache `lengths[b]`.
 
-    A row that has caught up, whose known tokens are all cached, draws its next token. That is all there is to it:
-    prefill is a row far behind, decoding one that is one token behind, and a row that gave up its pages is far behind
-    again.
+    A row that has caught up, whose known tokens are all cached, draws its next token, with drafts perhaps several. That
+    is all there is to it: prefill is a row far behind, decoding one that is one token behind, and a row that gave up
+    its pages is far behind again. Between `ask` and `commit`, drafts stand in `tokens` after what a row knows, and the
+    tables count those that are computed.
     """
 
     tokens: Int32[Array, "B C"]  # the prompt, then what was drawn
@@ -107,7 +109,7 @@ class Counters(NamedTuple):
 
     @classmethod
     def create(cls, num_token_counts: int) -> "Counters":
-        zero = [jnp.zeros((), jnp.int32) for _ in range(6)]
+        zero = [jnp.zeros((), jnp.int32) for _ in cls._fields[1:]]
         return cls(jnp.zeros(num_token_counts, jnp.int32), *zero)
 
 
@@ -161,8 +163,12 @@ class DecodeState:
         usable = [(table.num_pages - 1) * table.page_size for table, group in pairs if group.window is None]
         return min([tables.max_length, *usable])
 
+    def with_tables(self, tables: PageTables, **changes: Any) -> "DecodeState":
+        """The same batch with other page tables, and perhaps other changes."""
+        return dataclasses.replace(self, cache=KVCache(tables, self.cache.pool), **changes)
+
     def settle(self) -> "DecodeState":
-        """All but the pages on every device of their mesh, whatever the decoder split; nothing without a mesh."""
+        """The tables, rows and counters on every device of the pool's mesh, whatever the decoder split."""
         pool = self.cache.pool
         tables, rows, counters = everywhere((self.cache.tables, self.rows, self.counters), pool)
         return DecodeState(KVCache(tables, pool), rows, counters, self.drafter)

@@ -158,8 +158,7 @@ class _Steps(NamedTuple):
         metadata = AttentionMetadata.ragged(cache.tables, counts, num_tokens, rows=row, max_query_len=longest)
         if measures:
             metadata = dataclasses.replace(metadata, logits_at=token)
-        sequence = jnp.searchsorted(metadata.query_starts[1:], token, side="right").astype(jnp.int32)  # R for padding
-        number = number.at[sequence].get(mode="fill", fill_value=num_continuations + 1)
+        number = number.at[metadata.sequences].get(mode="fill", fill_value=num_continuations + 1)
         logits, pool = self.forward(self.params, self.text.at(number, metadata.positions), cache.pool, metadata)
         measured = None
         if measures:

@@ -77,7 +77,26 @@ class Stepper:
 
     def verifies(self, num_tokens: int) -> bool:
         """Whether the pass of so many tokens may have drafts in it."""
-        return self.drafter is not None and num_tokens in self.token_counts[: max(len(self.token_counts) - 1, 1)]
+        return self.drafter is not None and num_tokens <= self.most_verified
+
+    @property
+    def most_verified(self) -> int:
+        """The tokens of the largest pass that may have drafts in it: the largest but one, or the only one."""
+        return self.token_counts[-2:][0]
+
+    def check_rows(self, num_rows: int) -> None:
+        """Refuse token counts that are too small for a batch; raises ValueError."""
+        counts = self.token_counts
+        if counts[-1] < num_rows:
+            raise ValueError(
+                f"token_counts={counts} for a batch of {num_rows} rows: the largest must hold one token of each"
+            )
+        if self.drafter is not None and self.most_verified <= num_rows:
+            raise ValueError(
+                f"token_counts={counts} for a batch of {num_rows} rows with drafts: the largest but one, "
+                f"{self.most_verified}, must hold more than one token of each; "
+                f"token_counts_for({num_rows}, num_drafts={self.num_drafts}) gives some that do"
+            )
 
 
 class Drawn(NamedTuple):
@@ -188,18 +207,7 @@ def step(stepper: Stepper, params: Any, state: DecodeState) -> tuple[DecodeState
     Returns:
         The state, and which rows ended in this step.
     """
-    num_rows = len(state.rows.active)
-    if stepper.token_counts[-1] < num_rows:
-        raise ValueError(
-            f"token_counts={stepper.token_counts} for a batch of {num_rows} rows: the largest must hold "
-            "one token of each"
-        )
-    if stepper.drafter is not None and (most := max(filter(stepper.verifies, stepper.token_counts))) <= num_rows:
-        raise ValueError(
-            f"token_counts={stepper.token_counts} for a batch of {num_rows} rows with drafts: the largest but one, "
-            f"{most}, must hold more than one token of each; token_counts_for({num_rows}, num_drafts="
-            f"{stepper.num_drafts}) gives some that do"
-        )
+    stepper.check_rows(len(state.rows.active))
     if (kept := state.rows.top_tokens.shape[2]) != (stepper.num_logprobs or 0):
         raise ValueError(
             f"num_logprobs={stepper.num_logprobs} of the stepper, but the rows keep {kept} of the most likely tokens: "
@@ -219,15 +227,14 @@ def ask(stepper: Stepper, state: DecodeState) -> tuple[DecodeState, Int32[Array,
     counts = stepper.plan(state, stepper.token_counts[-1])
     if stepper.drafter is None:
         return state, counts
-    largest = max(filter(stepper.verifies, stepper.token_counts))
-    is_short = (jnp.max(counts) <= SHORT) | (largest == stepper.token_counts[-1])
-    return add_drafts(stepper.drafter, state, counts, jnp.where(is_short, largest, 0))
+    is_short = (jnp.max(counts) <= SHORT) | (len(stepper.token_counts) == 1)
+    return add_drafts(stepper.drafter, state, counts, jnp.where(is_short, stepper.most_verified, 0))
 
 
 def release(state: DecodeState, rows: Bool[Array, " B"]) -> DecodeState:
     """Free the pages of some rows."""
     tables = lax.cond(jnp.any(rows), lambda t: t.release(rows), lambda t: t, state.cache.tables)
-    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, tables=tables))
+    return state.with_tables(tables)
 
 
 def compute(
@@ -263,7 +270,7 @@ def compute(
     counters = counters._replace(
         steps=counters.steps.at[which].add(1),
         computed_tokens=counters.computed_tokens + total,
-        drawn_tokens=counters.drawn_tokens + jnp.sum(draws, dtype=jnp.int32),
+        drawn_tokens=counters.drawn_tokens + jnp.sum(draws, dtype=jnp.int32),  # `commit` adds accepted drafts
     )
     return dataclasses.replace(state, cache=KVCache(state.cache.tables, pool), counters=counters), chosen
 
@@ -329,9 +336,7 @@ def _forward(
         metadata = dataclasses.replace(metadata, logits_at=jnp.arange(num_tokens, dtype=jnp.int32))
     if sharing:
         metadata = find_sharing(metadata, state.cache.pool)
-    token = jnp.arange(num_tokens, dtype=jnp.int32)
-    sequence = jnp.searchsorted(metadata.query_starts[1:], token, side="right").astype(jnp.int32)  # R for padding
-    place = row.at[sequence].get(mode="clip"), jnp.minimum(metadata.positions, capacity - 1)
+    place = row.at[metadata.sequences].get(mode="clip"), jnp.minimum(metadata.positions, capacity - 1)
     tokens = state.rows.tokens.at[place].get(mode="clip")
     return stepper.forward(params, tokens, state.cache.pool, metadata)
 
@@ -349,14 +354,15 @@ def share_prompts(state: DecodeState) -> DecodeState:
         child = jnp.arange(len(source), dtype=jnp.int32)
         tables, _ = state.cache.tables.fork(jnp.where(is_ready, source, -1), jnp.where(is_ready, child, -1))
         tables = tables.truncate(jnp.where(is_ready, rows.num_prompt - 1, tables.lengths))
-        rows_now = dataclasses.replace(rows, source=jnp.where(is_ready, NO_ROW, rows.source))
-        return dataclasses.replace(state, cache=KVCache(tables, state.cache.pool), rows=rows_now)
+        return state.with_tables(
+            tables, rows=dataclasses.replace(rows, source=jnp.where(is_ready, NO_ROW, rows.source))
+        )
 
     return lax.cond(jnp.any(is_ready), share, lambda state: state, state)
 
 
 def commit(state: DecodeState, drawn: Drawn) -> tuple[DecodeState, Bool[Array, " B"]]:
-    """Rows learn the tokens that they drew; those that reach their end become inactive.
+    """Rows learn the tokens that they drew and take back the drafts that they did not; those at their end are inactive.
 
     Returns:
         The state, and which rows ended.

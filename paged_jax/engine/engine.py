@@ -118,10 +118,7 @@ class Engine:
             raise ValueError(
                 "host_cache_bytes and store keep cached prefixes: leave prefix_cache on, or both of them out"
             )
-        if counts[-1] < config.max_sequences:
-            raise ValueError(
-                f"Engine(token_counts={counts}): the largest must hold a token of each of {config.max_sequences} rows"
-            )
+        stepper.check_rows(config.max_sequences)
         self.config, self.tokenizer = config, tokenizer
         self._intake = Intake(
             tokenizer,

@@ -17,7 +17,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from paged_jax.cache.config import CacheConfig
-from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.mesh import find_mesh
 from paged_jax.cache.page_table import NULL_PAGE
 from paged_jax.cache.page_tables import Handles
@@ -29,7 +28,7 @@ from paged_jax.sampling import SamplingParams, SamplingState
 _traces = 0  # of the programs below: each is compiled once
 
 
-def _count_traces(function: Callable) -> Callable:
+def count_traces(function: Callable) -> Callable:
     """Count the times that jit traces a function."""
 
     @functools.wraps(function)
@@ -227,7 +226,7 @@ class Runner:
 # Compiled once for all engines of one decoder and one config. The state is donated: a call that raises may have
 # consumed it, and what it held is lost.
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-@_count_traces
+@count_traces
 def _visit(
     stepper: Stepper, visit_steps: int, params: Any, state: DecodeState, num_steps, until_one_ends
 ) -> tuple[DecodeState, Snapshot]:
@@ -250,7 +249,7 @@ def _visit(
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-@_count_traces
+@count_traces
 def _start(state: DecodeState, mask, keeps, tokens, num_prompt, num_known, limit, age, source, sampling) -> DecodeState:
     ages = dataclasses.replace(state.rows, age=age)  # of all rows: a newcomer may be served before others
     rows = dataclasses.replace(
@@ -262,7 +261,7 @@ def _start(state: DecodeState, mask, keeps, tokens, num_prompt, num_known, limit
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-@_count_traces
+@count_traces
 def _stop(state: DecodeState, mask: Bool[Array, " B"]) -> DecodeState:
     """End some rows and free their pages; rows that wait for one of them compute their prompt themselves."""
     rows = state.rows
@@ -273,22 +272,22 @@ def _stop(state: DecodeState, mask: Bool[Array, " B"]) -> DecodeState:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-@_count_traces
+@count_traces
 def _attach(state: DecodeState, row, pages, first_columns, num_tokens) -> DecodeState:
     tables = state.cache.tables
     tables, _ = tables.attach(row, tables.handles_to(pages, first_columns, num_tokens))
-    return dataclasses.replace(state, cache=KVCache(tables, state.cache.pool))
+    return state.with_tables(tables)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-@_count_traces
+@count_traces
 def _publish(state: DecodeState, row, num_tokens) -> tuple[DecodeState, Handles]:
     tables, handles = state.cache.tables.publish(row, num_tokens)
     handles = lax.optimization_barrier(jax.tree.map(jnp.copy, handles))
-    return dataclasses.replace(state, cache=KVCache(tables, state.cache.pool)), handles
+    return state.with_tables(tables), handles
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-@_count_traces
+@count_traces
 def _drop(state: DecodeState, pages: Int32[Array, "G n"]) -> DecodeState:
-    return dataclasses.replace(state, cache=KVCache(state.cache.tables.drop_pages(pages), state.cache.pool))
+    return state.with_tables(state.cache.tables.drop_pages(pages))

@@ -16,7 +16,7 @@ from paged_jax.cache.contents import PageContents, PageFormat, export_from_pool,
 from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.page_table import NULL_PAGE
 from paged_jax.decoding.rows import DecodeState
-from paged_jax.engine.runner import Runner
+from paged_jax.engine.runner import Runner, count_traces
 
 WIDTHS = (8, 64)  # pages that go at once
 
@@ -73,17 +73,20 @@ def _width(part: slice) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=1)
+@count_traces
 def _export(cache: KVCache, group: int, ids: Int32[Array, " n"]) -> PageContents:
     return export_from_pool(cache.pool, group, ids)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
+@count_traces
 def _claim(state: DecodeState, num_pages: Int32[Array, " G"]) -> tuple[DecodeState, Int32[Array, "G M"]]:
     tables, pages = state.cache.tables.claim(num_pages)
-    return dataclasses.replace(state, cache=KVCache(tables, state.cache.pool)), pages
+    return state.with_tables(tables), pages
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=1)
+@count_traces
 def _fill(
     state: DecodeState, group: int, claimed: Int32[Array, "G M"], where: Int32[Array, " 2"], contents: PageContents
 ) -> tuple[DecodeState, None]:

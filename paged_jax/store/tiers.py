@@ -118,7 +118,7 @@ class Tiers:
         self.counts: dict[str, Counter[str]] = {"loaded": Counter(), "declined": Counter(), "saved": Counter()}
         self._config, self._reach = config, Reach(config)
         self._known: OrderedDict[PageKey, None] = OrderedDict()  # in the store, or soon
-        self._num_queued, self._lock = 0, threading.Lock()
+        self._num_queued, self._lock = 0, threading.Lock()  # of both: three threads use them
         if store is not None:
             self._readers = concurrent.futures.ThreadPoolExecutor(1, "paged_jax_store_reads")
             self._writers = concurrent.futures.ThreadPoolExecutor(1, "paged_jax_store_writes")
@@ -168,8 +168,9 @@ class Tiers:
             num_new = self.store.write(whole)
             self.counts["saved"][STORE] += num_new or 0
             if num_new is None:
-                for page in pages:
-                    self._known.pop(PageKey(page.digest, page.group), None)
+                with self._lock:
+                    for page in pages:
+                        self._known.pop(PageKey(page.digest, page.group), None)
         except Exception:  # a bug, which must not end the thread: the pages are computed again
             _log.exception("pages could not be written")
         finally:
@@ -177,10 +178,11 @@ class Tiers:
                 self._num_queued -= num_bytes
 
     def _know(self, key: PageKey) -> None:
-        self._known[key] = None
-        self._known.move_to_end(key)
-        while len(self._known) > MOST_KNOWN:
-            self._known.popitem(last=False)
+        with self._lock:
+            self._known[key] = None
+            self._known.move_to_end(key)
+            while len(self._known) > MOST_KNOWN:
+                self._known.popitem(last=False)
 
     # ---- pages that come back --------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ def program_of(lookup: Lookup):
     return jax.jit(functools.partial(lookup.propose, None))
 
 
-def proposals(*texts: list[int], hints=(), seeds=range(4), **options) -> list[list[int]]:
+def proposals(*texts: list[int], hints=(), seeds: Sequence[int] = range(4), **options) -> list[list[int]]:
     """What is proposed for each of up to four rows."""
     tokens, told = np.zeros((4, 32), np.int32), np.full((4, 16), NO_TOKEN, np.int32)
     for row, text in enumerate(texts):
@@ -32,8 +33,9 @@ def proposals(*texts: list[int], hints=(), seeds=range(4), **options) -> list[li
     sampling = SamplingState.create(4)
     sampling = dataclasses.replace(sampling, seed=jnp.array(np.array(seeds, np.uint32)))
     rows = dataclasses.replace(
-        Rows.create(4, 32, sampling, num_hints=16), tokens=tokens, hints=told, num_known=num_known, active=num_known > 0
-    )
+        Rows.create(4, 32, sampling, num_hints=16),
+        tokens=tokens, hints=told, num_prompt=np.minimum(num_known, 4), num_known=num_known, active=num_known > 0,
+    )  # fmt: skip
     lookup = Lookup(**options)
     drafts, _ = jax.device_get(program_of(lookup)(rows, np.full(4, lookup.num_drafts, np.int32)))
     return [drafts.tokens[row, : drafts.counts[row]].tolist() for row in range(len(texts))]
@@ -67,6 +69,8 @@ def test_a_lookup_takes_an_earlier_occurrence_that_goes_on_for_longer():
 def test_a_lookup_reads_the_sibling_that_has_come_farthest():
     texts = [7, 1, 2, 3], [7, 1, 2, 3, 4, 5, 6], [7, 1, 2, 3, 8], [7, 1, 2, 3]
     assert proposals(*texts, seeds=(5, 5, 5, 6)) == [[4, 5, 6], [], [], []]
+    assert proposals(*texts, seeds=(5, 5, 5, 6), reads_siblings=False) == [[], [], [], []]
+    assert proposals([8, 1, 2, 3], *texts[1:], seeds=(5, 5, 5, 5)) == [[], [], [], [4, 5, 6]], "another prompt"
 
 
 def test_trust_doubles_while_drafts_are_right_and_recovers_slowly_after_they_were_not():

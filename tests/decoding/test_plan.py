@@ -10,7 +10,6 @@ import numpy as np
 
 import hash_decoder as decoder
 from batch_model import PLAIN, Batch, Request, Stages, stages_of
-from paged_jax.cache.kv_cache import KVCache
 from paged_jax.decoding.plan import first_come_first_served
 from paged_jax.decoding.rows import NO_ROW, DecodeState
 
@@ -50,7 +49,7 @@ def plan(
     tables = dataclasses.replace(tables, groups=tuple(groups))
     known, age, source = (jnp.array(each(x), jnp.int32) for x in (known, list(age), source))
     rows = dataclasses.replace(state.rows, num_known=known, age=age, active=jnp.array(each(active)), source=source)
-    state = dataclasses.replace(state, cache=KVCache(tables, state.cache.pool), rows=rows)
+    state = state.with_tables(tables, rows=rows)
     return plan_jit(state, budget).tolist()
 
 

@@ -11,11 +11,13 @@ import random
 import sys
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import hash_decoder as decoder
 from engine_cases import Numbers, pool_is_empty
+from paged_jax import DraftModel, KVCache
 from paged_jax import engine as package
 from paged_jax.engine import Completion, Engine
 from paged_jax.sampling import SamplingParams
@@ -111,6 +113,26 @@ def test_long_random_traffic(windows, preemptions):
     statistics = run_traffic(2000, seed=1, windows=windows).stats()
     print(statistics)
     assert statistics.preemptions > preemptions
+
+
+def drafts() -> dict[str, Any]:
+    """A decoder that drafts, with a shorter window: some of its drafts are right."""
+    drafter = DraftModel(decoder.forward_with((None, 5)), num_tokens=16)
+    config = decoder.config(1 + 40, windows=(None, 5))
+    state = drafter.create(jnp.int32(0), KVCache.create(config), CONFIG.max_length + 1)
+    return {"drafter": drafter, "drafter_state": state}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("windows", [(None, None), HYBRID], ids=["plain", "hybrid"])
+def test_long_random_traffic_with_drafts(windows):
+    """What is rejected leaves no trace in the pool, in the prefix cache or after an error."""
+    engine = run_traffic(500, seed=2, windows=windows, **drafts())
+    counters = engine._core.runner.state.counters
+    assert counters.accepted_tokens > 100 and counters.drafted_tokens - counters.accepted_tokens > 100
+    assert engine.stats().preemptions > 20 and engine.stats().cached_tokens > 100
+    run_faults(100, seed=3, windows=windows, **drafts())
 
 
 # ---- errors --------------------------------------------------------------------------------------------------
