@@ -84,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_options(generate)
     beams = generate.add_argument_group("beam search", "the --num-samples best sequences, instead of drawn samples")
     beams.add_argument("--beams", type=int, metavar="N", help="search with so many beams")
-    beams.add_argument("--length-penalty", type=float, default=1.0, help="a score is logprob / length ** penalty")
-    beams.add_argument("--early-stopping", choices=["false", "true", "never"], default="false")
+    beams.add_argument("--length-penalty", type=float, help="a score is logprob / length ** penalty; default: 1")
+    beams.add_argument("--early-stopping", choices=["false", "true", "never"], help="default: false")
 
     chat = commands.add_parser("chat", help="talk with a chat model; Ctrl-C cuts an answer, Ctrl-D ends")
     chat.set_defaults(command=_chat)
@@ -235,6 +235,9 @@ def _generate(options: argparse.Namespace) -> None:
     asked = [_Asked.read(line, options) for line in _read_prompts(options)]
     if options.beams is not None:
         return _search(folder, asked, options)
+    for name in ("length_penalty", "early_stopping"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is for beam search: add --beams, or leave it out")
     tokenizer = models.Tokenizer.load(folder)
     sizes = [len(one.encode(tokenizer)) + one.params.max_new_tokens for one in asked]
     num_samples = sum(options.best_of or one.params.num_samples for one in asked)
@@ -259,7 +262,7 @@ def _search(folder: pathlib.Path, asked: Sequence["_Asked"], options: argparse.N
     fits = "max_new_tokens", "num_samples", "stop_tokens"
     others = [f.name for f in dataclasses.fields(params) if f.name not in fits]
     wrong = [name for name in others if getattr(params, name) != getattr(drawing, name)]
-    wrong += [name for name in ("best_of", "json_input") if getattr(options, name)]
+    wrong += [name for name in ("best_of", "json_input", "drafts") if getattr(options, name)]
     if wrong:
         raise ValueError(f"--beams finds the likeliest sequences: leave out --{wrong[0].replace('_', '-')}")
     if params.num_samples > options.beams:
@@ -299,6 +302,7 @@ def _find(model: "Model", prompts: list[list[int]], params: SamplingParams, opti
         max_sequences=num_groups * width,
         max_pages_per_sequence=columns,
         page_size=options.page_size,
+        dtype=options.cache_dtype or model.dtype,
     )
     search = functools.partial(
         beam_search,
@@ -306,8 +310,8 @@ def _find(model: "Model", prompts: list[list[int]], params: SamplingParams, opti
         width=width,
         max_new_tokens=params.max_new_tokens,
         num_return=params.num_samples,
-        length_penalty=options.length_penalty,
-        early_stopping={"false": False, "true": True}.get(options.early_stopping, "never"),
+        length_penalty=1.0 if options.length_penalty is None else options.length_penalty,
+        early_stopping={None: False, "false": False, "true": True, "never": "never"}[options.early_stopping],
         stop_tokens=(*params.stop_tokens, *model.stop_tokens),
     )
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)

@@ -205,6 +205,15 @@ def test_every_command_keeps_compiled_programs(monkeypatch):
         (["generate", "x", "--num-pages", "2"], "needs 5 pages, but the pool has 1 besides the null page"),
         (["generate", "x", "--top-p", "2"], r"top_p must be in"),
         (["generate", "x", "--beams", "2", "--top-k", "3"], "--beams finds the likeliest sequences: leave out --top-k"),
+        (
+            ["generate", "x", "--beams", "2", "--drafts", "3"],
+            "--beams finds .*: leave out --drafts",
+        ),
+        (
+            ["generate", "x", "--length-penalty", "2"],
+            "--length-penalty is for beam search: add --beams",
+        ),
+        (["generate", "x", "--drafts", "9"], "num_drafts of the drafter must be from 1 to 7, got 9"),
         (["generate", "x", "--beams", "2", "--num-samples", "3"], "--num-samples 3 of --beams 2: ask for no more than"),
         (["demo", "--num-samples", "0"], "num_samples must be at least 1"),
     ],

@@ -130,7 +130,7 @@ def test_long_random_traffic_with_drafts(windows):
     """What is rejected leaves no trace in the pool, in the prefix cache or after an error."""
     engine = run_traffic(500, seed=2, windows=windows, **drafts())
     counters = engine._core.runner.state.counters
-    assert counters.accepted_tokens > 100 and counters.drafted_tokens - counters.accepted_tokens > 100
+    assert counters.accepted_tokens > 50 and counters.drafted_tokens - counters.accepted_tokens > 100
     assert engine.stats().preemptions > 20 and engine.stats().cached_tokens > 100
     run_faults(100, seed=3, windows=windows, **drafts())
 
