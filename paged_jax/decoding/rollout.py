@@ -41,7 +41,7 @@ class _Queue:
     prompt_lens: Int32[Array, " Q"]
     limits: Int32[Array, " Q"]  # tokens that a sample may draw
     sampling: SamplingState  # of Q rows
-    hints: Int32[Array, "Q H"]
+    hints: Int32[Array, "Q hints"]
     next: Int32[Array, ""]  # the next sample that gets a row
     sample: Int32[Array, " B"]  # the sample in each row; its total number where the row is free
     # The pages of the one prompt of which only some samples have rows: the others will share them.
@@ -62,7 +62,7 @@ def rollout(
     sampling: SamplingParams | SamplingState = SamplingParams(temperature=1.0),  # noqa: B008  frozen
     limits: Int32[Array, " Q"] | None = None,
     prefix: Handles | None = None,
-    hints: Int32[Array, "Q H"] | None = None,
+    hints: Int32[Array, "Q hints"] | None = None,
     drafter_state: Any = None,
 ) -> tuple[Rollout, KVCache]:
     """Draw samples of many prompts, through a batch of fixed size, in one XLA program.

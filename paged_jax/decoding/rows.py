@@ -52,7 +52,7 @@ class Rows:
     keeps: Bool[Array, " B"]  # when it ends, its pages stay until somebody needs them
     source: Int32[Array, " B"]  # the row that computes this row's prompt, and is forked then; NO_ROW: it does so itself
     finish: Int32[Array, " B"]  # of Finish
-    hints: Int32[Array, "B H"]  # texts that the row may repeat, with NO_TOKEN between and after them; H is often 0
+    hints: Int32[Array, "B hints"]  # texts that it may repeat, NO_TOKEN between and after them; often of no tokens
     trust: Float[Array, " B"]  # how many drafts the row asks for
     sampling: SamplingState
 
@@ -67,7 +67,7 @@ class Rows:
             capacity: C, tokens that a row can know.
             sampling: of these rows.
             num_logprobs: k, the most likely tokens that a row keeps beside each drawn one.
-            num_hints: H, tokens of the texts that a row may repeat.
+            num_hints: tokens of the texts that a row may repeat.
         """
 
         def zeros(*shape: int, dtype=jnp.int32) -> Array:  # distinct buffers: each is donated
