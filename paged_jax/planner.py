@@ -240,8 +240,12 @@ def make_plan(
         (13, 7116, 712)
     """
     model, chip = find_sizes(model, dtype), find_chip(memory)
-    if model.num_kv_heads % num_devices:
-        raise ValueError(f"num_devices={num_devices} does not divide the {model.num_kv_heads} KV heads of {model.name}")
+    split = {"KV heads": model.num_kv_heads}
+    if model.decoder is not None:
+        split["numbers in an MLP"] = model.decoder.intermediate_size
+    for what, size in split.items():
+        if size % num_devices:
+            raise ValueError(f"num_devices={num_devices} does not divide the {size} {what} of {model.name}")
     if not 0 <= headroom < 1:
         raise ValueError(f"headroom={headroom}: the share that is left to programs must lie in [0, 1)")
     usable = int(chip.memory_bytes * (1 - headroom))

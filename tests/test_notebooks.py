@@ -24,9 +24,9 @@ def run_cell(source: str, names: dict) -> None:
     """Runs a cell as Jupyter does: the value of its last line is shown."""
     *body, last = ast.parse(source).body or [ast.Pass()]
     is_shown = isinstance(last, ast.Expr)
-    exec(compile(ast.Module([*body, *([] if is_shown else [last])], []), "<cell>", "exec"), names)  # noqa: S102  ours
+    exec(compile(ast.Module([*body, *([] if is_shown else [last])], []), "<cell>", "exec"), names)
     if is_shown:
-        shown = eval(compile(ast.Expression(last.value), "<cell>", "eval"), names)  # noqa: S307
+        shown = eval(compile(ast.Expression(last.value), "<cell>", "eval"), names)
         getattr(shown, "_repr_html_", lambda: repr(shown))()
 
 

@@ -114,8 +114,6 @@ def test_layers_with_windows_leave_more_rows():
     full = make_plan(f"{sizes},window=64,window_layers=5", "16MiB", context=1024, windows=False)
     assert plan.num_sequences() >= plan.config.max_sequences > 3 * full.num_sequences()
     assert plan.pool_bytes <= 2**24 * 0.9
-    more = dataclasses.replace(plan.config, max_sequences=plan.config.max_sequences + 1)
-    assert make_plan(f"{sizes},window=64,window_layers=5", "16MiB", context=1024, max_sequences=more.max_sequences)
 
 
 def test_bandwidth_bounds_the_tokens(tmp_path):
@@ -147,6 +145,12 @@ def test_bandwidth_bounds_the_tokens(tmp_path):
 def test_what_is_not_understood_is_named(model, memory, options, message):
     with pytest.raises((ValueError, OSError), match=re.escape(message)):
         make_plan(model, memory, context=64, **options)
+
+
+def test_an_mlp_that_does_not_split_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"intermediate_size": 65}))
+    with pytest.raises(ValueError, match="num_devices=2 does not divide the 65 numbers in an MLP of"):
+        make_plan(tmp_path, "1GiB", context=64, num_devices=2)
 
 
 def test_sizes_are_read_as_people_write_them():
