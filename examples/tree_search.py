@@ -47,9 +47,14 @@ def search(engine: Engine, prompt: str, depth: int, width: int, num_branches: in
     for level in range(depth):
         children = [child for node in beam for child in grow(node, num_branches, seed=level)]
         children.sort(key=lambda node: node.value, reverse=True)
-        for node in beam + children[width:]:
-            node.session.close()
-        beam = children[:width]
+        distinct: dict[str, Node] = {}
+        for node in children:
+            distinct.setdefault(node.text, node)
+        best = list(distinct.values())[:width]
+        for node in [*beam, *children]:
+            if node not in best:
+                node.session.close()
+        beam = best
     return beam
 
 

@@ -29,17 +29,19 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 after bad input, which is named on stderr, or 130 after Ctrl-C."""
+    """Run a command; returns the exit status.
+
+    0, 1 where `store verify` found damage, 2 after bad input, which is named on stderr, or 130 after Ctrl-C.
+    """
     options = _parser().parse_args(argv)
     keep_compiled_programs()
     try:
-        options.command(options)
+        return options.command(options) or 0
     except (ValueError, OSError) as error:
         print(f"paged_jax: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def keep_compiled_programs() -> None:
@@ -182,7 +184,7 @@ def _families(options: argparse.Namespace) -> None:
         print(f"{model_type:{width}}  {family.title}")
 
 
-def _store(options: argparse.Namespace) -> None:
+def _store(options: argparse.Namespace) -> int:
     from paged_jax.store import Store
 
     if not (options.folder / "pages").is_dir():
@@ -191,10 +193,10 @@ def _store(options: argparse.Namespace) -> None:
         raise ValueError("`prune` needs --max-bytes, and the other actions take none")
     if options.action == "prune" and options.max_bytes < 0:
         raise ValueError(f"--max-bytes={options.max_bytes}: give a number of bytes, or 0 to remove all pages")
-    store = Store(options.folder)
+    store, num_bad = Store(options.folder), 0
     if options.action == "verify":
         num_good, num_bad = store.verify()
-        print(f"{num_good} pages are good, {num_bad} were not and were set aside")
+        print(f"{num_good} pages are good, {num_bad} were not and were set aside, in {options.folder / 'aside'}")
     if options.action == "prune":
         print(f"{store.prune(options.max_bytes)} pages were removed")
     contents = store.contents()
@@ -203,6 +205,7 @@ def _store(options: argparse.Namespace) -> None:
         print(f"  {count} of the model {fingerprint[:16]}")
     print(f"{contents.aside} damaged files were set aside")
     store.close()
+    return 1 if num_bad else 0
 
 
 def _plan(options: argparse.Namespace) -> None:

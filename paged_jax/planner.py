@@ -57,6 +57,9 @@ class Weights(NamedTuple):
     looked_up: int  # of these, an embedding of which a token reads one row
 
 
+WEIGHT_DTYPES = "float32", "bfloat16"  # that `models.load` makes of a checkpoint's
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelSizes:
     """What a plan needs to know of a model.
@@ -246,10 +249,19 @@ def make_plan(
     for what, size in split.items():
         if size % num_devices:
             raise ValueError(f"num_devices={num_devices} does not divide the {size} {what} of {model.name}")
+    if model.dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"dtype={model.dtype!r} of the weights is not supported: use {' or '.join(WEIGHT_DTYPES)}")
+    if not 0 <= shared_tokens < context:
+        raise ValueError(f"shared_tokens={shared_tokens} must lie in [0, {context}), below the tokens of a sequence")
     if not 0 <= headroom < 1:
         raise ValueError(f"headroom={headroom}: the share that is left to programs must lie in [0, 1)")
     usable = int(chip.memory_bytes * (1 - headroom))
     left = usable - model.weights(num_devices).total
+    if left <= 0:
+        raise ValueError(
+            f"the weights of {model.name} take {write_bytes(usable - left)}, and the device has {write_bytes(usable)} "
+            "for them: use more devices, or one with more memory"
+        )
     fields = {
         "num_layers": model.num_layers,
         "num_kv_heads": model.num_kv_heads,

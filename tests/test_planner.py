@@ -138,7 +138,20 @@ def test_bandwidth_bounds_the_tokens(tmp_path):
         ("num_layers=2,num_kv_heads=1,head_dim=8,num_params=1", "v9", {}, "or name one of v5e, v5p"),
         ("num_layers=2,num_kv_heads=1,head_dim=8,num_params=1", "1GiB", {"num_devices": 2}, "does not divide the 1 KV"),
         ("num_layers=2,num_kv_heads=1,head_dim=8,num_params=1", "1GiB", {"headroom": 1.0}, "must lie in"),
-        ("num_layers=2,num_kv_heads=1,head_dim=8,num_params=1e9", "1GiB", {}, "no sequence of 64 tokens fits beside"),
+        (
+            "num_layers=2,num_kv_heads=1,head_dim=8,num_params=1e9",
+            "1GiB",
+            {},
+            "take 1.9 GiB, and the device has 921.6 MiB",
+        ),
+        (
+            "num_layers=99,num_kv_heads=99,head_dim=99,num_params=4e8",
+            "1GiB",
+            {},
+            "no sequence of 64 tokens fits beside",
+        ),
+        ("num_layers=2,num_kv_heads=1,head_dim=8,num_params=1", "1GiB", {"shared_tokens": 64}, "must lie in [0, 64)"),
+        ("num_layers=2,num_kv_heads=1,head_dim=8,num_params=1", "1GiB", {"dtype": "int8"}, "use float32 or bfloat16"),
         ("/nowhere", "1GiB", {}, "/nowhere/config.json"),
     ],
 )

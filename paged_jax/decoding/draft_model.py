@@ -59,14 +59,17 @@ class DraftModel:
         Args:
             params: of the decoder that drafts.
             cache: its own, empty, with as many rows as the batch.
-            capacity: C, tokens that a row of the batch can know.
+            capacity: C, tokens that a row of the batch can know: in a rollout those of the longest prompt and the most
+                new ones, in an engine `config.max_length + 1`.
         """
         num_rows = cache.tables.num_rows
         if self.num_tokens < num_rows:
             raise ValueError(f"num_tokens={self.num_tokens} must hold a token of each of {num_rows} rows: raise it")
         return DraftState(params, cache, jnp.zeros((num_rows, capacity), jnp.int32))
 
-    def propose(self, state: DraftState, rows: Rows, asks: Int32[Array, " B"]) -> tuple[Drafts, DraftState]:
+    def propose(self, state: DraftState | None, rows: Rows, asks: Int32[Array, " B"]) -> tuple[Drafts, DraftState]:
+        if state is None:
+            raise ValueError("a DraftModel needs its state: pass drafter_state=drafter.create(params, cache, capacity)")
         if state.tokens.shape != rows.tokens.shape:
             raise ValueError(
                 f"the draft model's state is for rows and tokens of {state.tokens.shape}, the batch has "

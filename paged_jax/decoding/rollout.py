@@ -13,7 +13,7 @@ from paged_jax.cache.config import LayerGroup, pages_mapped
 from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.page_table import PageTable
 from paged_jax.cache.page_tables import Handles, PageTables
-from paged_jax.decoding.rows import NO_ROW, Counters, DecodeState, Finish, Rows
+from paged_jax.decoding.rows import NO_ROW, NO_TOKEN, Counters, DecodeState, Finish, Rows
 from paged_jax.decoding.step import Stepper, release, start, step
 from paged_jax.sampling import SamplingParams, SamplingState
 
@@ -62,7 +62,7 @@ def rollout(
     sampling: SamplingParams | SamplingState = SamplingParams(temperature=1.0),  # noqa: B008  frozen
     limits: Int32[Array, " Q"] | None = None,
     prefix: Handles | None = None,
-    hints: Int32[Array, "Q hints"] | None = None,
+    hints: "Int32[Array, 'Q hints'] | Rollout | None" = None,
     drafter_state: Any = None,
 ) -> tuple[Rollout, KVCache]:
     """Draw samples of many prompts, through a batch of fixed size, in one XLA program.
@@ -94,8 +94,8 @@ def rollout(
             (seed, i).
         limits: the most tokens of each prompt's samples, 0 to X; None: X for all.
         prefix: handles to the first tokens of all prompts, which were computed before; the prompts repeat these tokens.
-        hints: texts that each prompt's samples may repeat, such as those that it drew before, for the stepper's drafter
-            (`Lookup`); -1 between two texts, and after the last. They change the speed, not what is drawn.
+        hints: for the stepper's drafter (`Lookup`), texts that each prompt's samples may repeat: an earlier `Rollout`
+            of the same prompts, or token ids, -1 between two texts and after the last. They change the speed only.
         drafter_state: of the stepper's drafter, if it has one (`DraftModel`).
 
     Returns:
@@ -109,7 +109,7 @@ def rollout(
     _check_sizes(stepper, cache, num_samples, max_new_tokens, num_prompts)
     num_all = num_prompts * num_samples
     limits = jnp.full(num_prompts, max_new_tokens, jnp.int32) if limits is None else limits
-    hints = jnp.zeros((num_prompts, 0), jnp.int32) if hints is None else hints
+    hints = hint_texts(stepper, hints, num_prompts)
     state = _idle_state(stepper, cache, width + max_new_tokens, _each_prompt(sampling, num_prompts), hints.shape[1])
     state = dataclasses.replace(state, drafter=drafter_state)
     tables, handles = cache.tables.publish(0, 0)  # of no tokens: only their shapes matter
@@ -178,6 +178,24 @@ def _check_sizes(stepper: Stepper, cache: KVCache, num_samples: int, max_new_tok
                 f"{budget} tokens in a step needs {need}: raise window_pages to {need + 1}, or lower the largest of "
                 f"token_counts={stepper.token_counts}"
             )
+
+
+def hint_texts(stepper: Stepper, hints: Any, num_prompts: int) -> Int32[Array, "Q hints"]:
+    """The `hints` of a rollout as token ids."""
+    if hints is None:
+        return jnp.zeros((num_prompts, 0), jnp.int32)
+    if stepper.drafter is None:
+        raise ValueError("hints are for a drafter: give the stepper one, such as Lookup(), or leave them out")
+    if isinstance(hints, Rollout):
+        index = jnp.arange(hints.tokens.shape[2] + 1, dtype=jnp.int32)[None, None, :]
+        tokens = jnp.pad(hints.tokens, ((0, 0), (0, 0), (0, 1)))
+        hints = jnp.where(index < hints.lengths[:, :, None], tokens, NO_TOKEN).reshape(len(tokens), -1)
+    if hints.ndim != 2 or len(hints) != num_prompts or not jnp.issubdtype(hints.dtype, jnp.integer):
+        raise ValueError(
+            f"hints of {hints.dtype}{list(hints.shape)} for {num_prompts} prompts: give token ids of shape "
+            f"[{num_prompts}, most tokens], or an earlier Rollout of these prompts"
+        )
+    return jnp.asarray(hints, jnp.int32)
 
 
 def _each_prompt(sampling: SamplingParams | SamplingState, num_prompts: int) -> SamplingState:

@@ -294,7 +294,8 @@ class Core:
             self.tiers.visits.measured(1, self._last_read - start)
         if self.tiers is not None and new.computed_tokens >= PREFILL_TOKENS * visit.num_steps:
             self.tiers.prefill.measured(int(new.computed_tokens), self._last_read - start)
-        counts.update(computed_tokens=int(new.computed_tokens), recomputed_tokens=int(new.recomputed_tokens))
+        names = "computed_tokens", "recomputed_tokens", "drafted_tokens", "accepted_tokens"
+        counts.update({name: int(getattr(new, name)) for name in names})
         counts.update({f"steps {t}": int(n) for t, n in zip(self.runner.stepper.token_counts, new.steps, strict=True)})
 
     def _pass_on(self, sample: Sample, row: int, is_there: bool) -> None:

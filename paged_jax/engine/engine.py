@@ -112,6 +112,8 @@ class Engine:
         num_drafts = 0 if drafter is None else drafter.num_drafts
         counts = token_counts or token_counts_for(config.max_sequences, num_drafts=num_drafts)
         stepper = Stepper(forward, counts, drafter=drafter, processor=processor, num_logprobs=num_logprobs)
+        if store is not None and not isinstance(store, Store):
+            raise ValueError(f"Engine(store={store!r}): give a paged_jax.store.Store, such as Store({str(store)!r})")
         if host_cache_bytes < 0:
             raise ValueError(f"Engine(host_cache_bytes={host_cache_bytes}): give a number of bytes, or 0 for none")
         if (host_cache_bytes or store is not None) and not prefix_cache:

@@ -43,6 +43,8 @@ class Statistics:
     cached_tokens: int = 0  # of these, found in the prefix cache or shared with another sample of the request
     drawn_tokens: int = 0  # that were handed out
     computed_tokens: int = 0
+    drafted_tokens: int = 0  # drafts among these
+    accepted_tokens: int = 0  # drafts that were drawn
     preemptions: int = 0  # times that a sample gave up its pages or its row
     recomputed_tokens: int = 0  # whose pages were given up so
     evicted_pages: int = 0

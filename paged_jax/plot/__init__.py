@@ -1,7 +1,8 @@
 """Pictures of the memory: for a notebook by matplotlib (the extra `notebook`), for a terminal as text.
 
-A `draw_...` function makes a figure and returns it; what ends in `_map` or `_tree` is text for a terminal. All of them
-take what you have in hand: an `Engine`, a `KVCache`, its `PageTables`. Colours go from light to dark, so that they can
+A `draw_...` function makes a figure and returns it; what ends in `_map` or `_tree` is text for a terminal. Those of
+pages, forks and bytes take what you have in hand: an `Engine`, a `KVCache`, its `PageTables`. Those of time take an
+engine's events, or measurements of yours. Colours go from light to dark, so that they can
 be told apart without seeing colour and in print.
 """
 

@@ -196,9 +196,14 @@ class Automaton:
         return jnp.full(num_rows, ROOT, jnp.int32)
 
     def process(
-        self, state: Int32[Array, " R"], logits: Float32[Array, "R V"], tokens: Any, num_known: Any
+        self, state: Int32[Array, " R"] | None, logits: Float32[Array, "R V"], tokens: Any, num_known: Any
     ) -> Float32[Array, "R V"]:
         """-inf for all tokens but those on the edges of each row's node."""
+        if state is None:
+            raise ValueError(
+                "an Automaton needs its state: give automaton.start(num_rows) to an Engine or beam_search as "
+                "processor_state, or to SamplingState.of as processor"
+            )
         if logits.shape[1] != self.vocab_size:
             raise ValueError(
                 f"logits of {logits.shape[1]} tokens, but an automaton with vocab_size={self.vocab_size}: make it with "

@@ -82,6 +82,15 @@ class Store:
         with self._errors("be opened"):
             self._open()
 
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.folder)!r}, max_bytes={self.max_bytes})"
+
     def close(self) -> None:
         """Let go of the folder."""
         index, self._index = self._index, None

@@ -13,6 +13,7 @@ import hash_decoder as decoder
 from batch_model import Told
 from paged_jax import DraftModel, Engine, KVCache, Lookup, Rollout, SamplingParams, SamplingState, Stepper, rollout
 from paged_jax.decoding.draft import update_trust
+from paged_jax.decoding.rollout import hint_texts
 from paged_jax.decoding.rows import NO_TOKEN, DecodeState, Rows
 from paged_jax.decoding.step import step, token_counts_for
 
@@ -71,6 +72,31 @@ def test_a_lookup_reads_the_sibling_that_has_come_farthest():
     assert proposals(*texts, seeds=(5, 5, 5, 6)) == [[4, 5, 6], [], [], []]
     assert proposals(*texts, seeds=(5, 5, 5, 6), reads_siblings=False) == [[], [], [], []]
     assert proposals([8, 1, 2, 3], *texts[1:], seeds=(5, 5, 5, 5)) == [[], [], [], [4, 5, 6]], "another prompt"
+
+
+def test_hints_and_states_that_do_not_fit_are_refused():
+    prompts, lengths = jnp.ones((2, 4), jnp.int32), jnp.array([4, 4])
+    cache = KVCache.create(decoder.config(9))
+    drafting = Stepper(decoder.forward, (4, 8, 16), drafter=Lookup())
+    for stepper, hints, message in (
+        (drafting, jnp.zeros((1, 4), jnp.int32), r"hints of int32\[1, 4\] for 2 prompts: give token ids of shape \[2,"),
+        (drafting, jnp.zeros((2, 4)), r"hints of float32\[2, 4\] for 2 prompts"),
+        (Stepper(decoder.forward, (4, 8)), jnp.zeros((2, 4), jnp.int32), "hints are for a drafter"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hint_texts(stepper, hints, 2)
+    drafting = Stepper(decoder.forward, (4, 8, 16), drafter=DraftModel(decoder.forward))
+    with pytest.raises(ValueError, match="a DraftModel needs its state: pass drafter_state"):
+        rollout(drafting, jnp.int32(0), prompts, lengths, cache, max_new_tokens=4)
+    with pytest.raises(ValueError, match="num_tokens=2 must hold a token of each of 4 rows"):
+        DraftModel(decoder.forward, num_tokens=2).create(jnp.int32(0), cache, 8)
+
+
+def test_an_earlier_rollout_is_a_hint():
+    drawn = rollout_with(Lookup())({})
+    told = hint_texts(Stepper(decoder.forward, drafter=Lookup()), drawn._replace(lengths=drawn.lengths - 1), 4)
+    assert told.shape == (4, 49) and np.array_equal(told[:, :47], drawn.tokens[:, 0, :47])
+    assert np.all(told[:, 47:] == NO_TOKEN)
 
 
 def test_trust_doubles_while_drafts_are_right_and_recovers_slowly_after_they_were_not():

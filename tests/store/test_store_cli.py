@@ -25,9 +25,9 @@ def test_info_verify_and_prune(tmp_path, capsys):
     assert capsys.readouterr().out == expected
     path = next((tmp_path / "pages").iterdir())
     path.write_bytes(path.read_bytes()[:-1])
-    assert main(["store", "verify", str(tmp_path)]) == 0
+    assert main(["store", "verify", str(tmp_path)]) == 1
     out = capsys.readouterr().out
-    assert out.startswith("5 pages are good, 1 were not and were set aside\n5 pages, ")
+    assert out.startswith(f"5 pages are good, 1 were not and were set aside, in {tmp_path / 'aside'}\n5 pages, ")
     assert out.endswith("1 damaged files were set aside\n")
     assert main(["store", "prune", str(tmp_path), "--max-bytes", "0"]) == 0
     assert capsys.readouterr().out.startswith("5 pages were removed\n0 pages, 0 bytes")
