@@ -243,6 +243,9 @@ def make_plan(
         (13, 7116, 712)
     """
     model, chip = find_sizes(model, dtype), find_chip(memory)
+    for name, value in {"num_devices": num_devices, "page_size": page_size, "context": context}.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
     split = {"KV heads": model.num_kv_heads}
     if model.decoder is not None:
         split["numbers in an MLP"] = model.decoder.intermediate_size

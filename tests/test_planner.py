@@ -152,6 +152,8 @@ def test_bandwidth_bounds_the_tokens(tmp_path):
         ),
         ("num_layers=2,num_kv_heads=1,head_dim=8,num_params=1", "1GiB", {"shared_tokens": 64}, "must lie in [0, 64)"),
         ("num_layers=2,num_kv_heads=1,head_dim=8,num_params=1", "1GiB", {"dtype": "int8"}, "use float32 or bfloat16"),
+        ("num_layers=2,num_kv_heads=1,head_dim=8,num_params=1", "1GiB", {"num_devices": 0}, "num_devices=0 must be a"),
+        ("num_layers=2,num_kv_heads=1,head_dim=8,num_params=1", "1GiB", {"page_size": 0}, "page_size=0 must be a"),
         ("/nowhere", "1GiB", {}, "/nowhere/config.json"),
     ],
 )

@@ -105,13 +105,18 @@ def beam_search(
     num_prompts, longest = prompts.shape
     num_return = width if num_return is None else num_return
     num_rows = cache.tables.num_rows
+    wrong = {x.shape for x in jax.tree.leaves(processor_state) if x.shape[:1] != (num_prompts,)}
+    if wrong:
+        raise ValueError(
+            f"processor_state has an array of shape {wrong.pop()}: its first axis must be the {num_prompts} prompts"
+        )
     _check_sizes(stepper, num_rows, width, max_new_tokens, num_return, num_prompts)
     rules = Rules(length_penalty, early_stopping)
     queue = Queue(
         prompts=prompts,
         prompt_lens=prompt_lens,
-        limits=_within(limits, num_prompts, max_new_tokens),
-        widths=_within(widths, num_prompts, width),
+        limits=_within(limits, num_prompts, max_new_tokens, "limits"),
+        widths=_within(widths, num_prompts, width, "widths"),
         processor=processor_state,
     )
     state = _idle_state(stepper, cache, longest + max_new_tokens, stop_tokens, processor_state)
@@ -166,7 +171,9 @@ def _check_sizes(
         )
 
 
-def _within(values: Int32[Array, " Q"] | None, num_prompts: int, most: int) -> Int32[Array, " Q"]:
+def _within(values: Any, num_prompts: int, most: int, name: str) -> Int32[Array, " Q"]:
+    if values is not None and (jnp.shape(values) != (num_prompts,) or not jnp.issubdtype(values.dtype, jnp.integer)):
+        raise ValueError(f"{name} of {values.dtype}{list(jnp.shape(values))}: give a whole number for each prompt")
     return jnp.full(num_prompts, most, jnp.int32) if values is None else jnp.clip(values, 1, most).astype(jnp.int32)
 
 

@@ -189,7 +189,7 @@ def add_drafts(
 
     def propose(state: DecodeState) -> tuple[DecodeState, Array]:
         drafts, kept = drafter.propose(state.drafter, rows, asks)
-        wanted = _divide(jnp.clip(asks, 0, drafts.counts), max_tokens - jnp.sum(counts, dtype=jnp.int32))
+        wanted = _divide(jnp.clip(drafts.counts, 0, asks), max_tokens - jnp.sum(counts, dtype=jnp.int32))
         wanted = jnp.where(_fit(state, counts + wanted), wanted, 0)
         i = jnp.arange(drafts.tokens.shape[1], dtype=jnp.int32)[None, :]
         place = jnp.where(i < wanted[:, None], rows.num_known[:, None] + i, rows.tokens.shape[1] + i)

@@ -97,7 +97,7 @@ class Rules:
 
     def score(self, totals: Float[Array, "*n"], lengths: Int32[Array, "*n"]) -> Float[Array, "*n"]:
         """What sequences of these log-probabilities and lengths are worth."""
-        return totals / lengths.astype(jnp.float32) ** self.length_penalty
+        return totals / lengths.astype(jnp.float32) ** jnp.asarray(self.length_penalty, jnp.float32)
 
     def are_over(
         self,

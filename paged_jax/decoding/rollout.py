@@ -110,6 +110,8 @@ def rollout(
     num_all = num_prompts * num_samples
     limits = jnp.full(num_prompts, max_new_tokens, jnp.int32) if limits is None else limits
     hints = hint_texts(stepper, hints, num_prompts)
+    if drafter_state is not None and stepper.drafter is None:
+        raise ValueError("drafter_state is that of a drafter: give the stepper one, or leave the state out")
     state = _idle_state(stepper, cache, width + max_new_tokens, _each_prompt(sampling, num_prompts), hints.shape[1])
     state = dataclasses.replace(state, drafter=drafter_state)
     tables, handles = cache.tables.publish(0, 0)  # of no tokens: only their shapes matter

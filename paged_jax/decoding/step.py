@@ -67,8 +67,10 @@ class Stepper:
             raise ValueError(f"token_counts must be numbers of at least 1 in ascending order, got {counts}")
         if self.num_logprobs is not None and self.num_logprobs < 0:
             raise ValueError(f"num_logprobs must be None or at least 0, got {self.num_logprobs}")
-        if self.drafter is not None and not 1 <= self.num_drafts < SHORT:
-            raise ValueError(f"num_drafts of the drafter must be from 1 to {SHORT - 1}, got {self.num_drafts}")
+        if isinstance(self.drafter, type) or not (self.drafter is None or isinstance(self.drafter, Drafter)):
+            raise ValueError(f"drafter={self.drafter!r} is no drafter: give one, such as Lookup()")
+        if self.drafter is not None and not (isinstance(self.num_drafts, int) and 1 <= self.num_drafts < SHORT):
+            raise ValueError(f"num_drafts of the drafter must be from 1 to {SHORT - 1}, got {self.num_drafts!r}")
 
     @property
     def num_drafts(self) -> int:
@@ -188,6 +190,8 @@ def token_counts_for(num_rows: int, budget: int = TOKEN_COUNTS[-1], *, num_draft
     """
     if budget < num_rows:
         raise ValueError(f"a budget of {budget} tokens a step does not hold one of each of {num_rows} rows: raise it")
+    if num_drafts < 0:
+        raise ValueError(f"num_drafts={num_drafts} must be at least 0")
     few = [count for count in (8, 32, 128, 512) if 2 * count <= num_rows]
     drafting = num_rows + -(-num_rows * num_drafts // 2)
     if num_drafts and drafting >= budget:

@@ -198,7 +198,7 @@ class Engine:
         prompt: Prompt,
         params: SamplingParams | Any = SamplingParams(),  # noqa: B008  frozen
         *,
-        priority: int = 0,
+        priority: int | Any = 0,
         salt: str = "",
         adapter: str = "",
         echo: bool = False,
@@ -404,7 +404,7 @@ class Engine:
         self,
         prompt: Prompt,
         params: SamplingParams | Any,
-        priority: int = 0,
+        priority: int | Any = 0,
         salt: str = "",
         adapter: str = "",
         echo: bool = False,
@@ -418,6 +418,8 @@ class Engine:
         if echo:
             text = prompt if isinstance(prompt, str) else self.tokenizer.decode(tokens) if self.tokenizer else ""
         core, number = self._core, next(self._numbers)
+        if not isinstance(priority, int | np.integer):
+            raise ValueError(f"priority={priority!r} must be a whole number: the lowest is served first")
         request = Request(number, tokens, params, priority, salt, adapter, best_of, text, core.pieces)
         request.samples = [
             Sample(request, i, next(self._orders), core.output(request)) for i in range(request.num_drawn)

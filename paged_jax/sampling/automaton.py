@@ -1,7 +1,6 @@
 """Constraints as data: which tokens may follow, read from arrays on the device."""
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -103,8 +102,16 @@ class Automaton:
             ValueError: a node has two edges with one token, or none though an edge leads to it; a token is not in the
                 vocabulary.
         """
+        sources, tokens, targets = (_whole_numbers(x, "edges") for x in (sources, tokens, targets))
+        if not len(sources) or len({len(sources), len(tokens), len(targets)}) > 1:
+            raise ValueError(
+                f"{len(sources)} sources, {len(tokens)} tokens and {len(targets)} targets: an automaton needs edges, "
+                "and each has one of each"
+            )
+        if sources.min() < 0 or targets.min() < 0:
+            raise ValueError(f"an edge has node {min(sources.min(), targets.min())}: nodes are numbered from 0")
         order = np.lexsort((tokens, sources))
-        sources, tokens, targets = (np.asarray(x)[order] for x in (sources, tokens, targets))
+        sources, tokens, targets = (x[order] for x in (sources, tokens, targets))
         if tokens.min() < 0 or tokens.max() >= vocab_size:
             raise ValueError(
                 f"an edge has token {tokens.max() if tokens.min() >= 0 else tokens.min()}: tokens must be in "
@@ -118,10 +125,11 @@ class Automaton:
             )
         num_nodes = 1 + int(max(sources.max(), targets.max()))
         degrees = np.bincount(sources, minlength=num_nodes)
-        stuck = np.flatnonzero(degrees[targets] == 0)
+        reached = np.append(targets, ROOT)
+        stuck = np.flatnonzero(degrees[reached] == 0)
         if len(stuck):
             raise ValueError(
-                f"node {targets[stuck[0]]} has no edge, so that no token could follow: give it one to itself, with a "
+                f"node {reached[stuck[0]]} has no edge, so that no token could follow: give it one to itself, with a "
                 "stop token"
             )
         bitmap, bitmaps = _bitmaps(sources, tokens, degrees, vocab_size)
@@ -283,6 +291,13 @@ def _outlines() -> Any:
     return outlines_core
 
 
+def _whole_numbers(values: Any, what: str) -> np.ndarray:
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ValueError(f"{what} of {array.dtype}{list(array.shape)}: give a list of whole numbers")
+    return array.astype(np.int64)
+
+
 def _table(sequences: Iterable[Sequence[int]] | np.ndarray, end_token: int, vocab_size: int) -> np.ndarray:
     """The sequences [n, length + 1], each followed by the end token and padding, sorted."""
     rows = sequences if isinstance(sequences, np.ndarray) else list(sequences)
@@ -290,7 +305,8 @@ def _table(sequences: Iterable[Sequence[int]] | np.ndarray, end_token: int, voca
     if len(rows) == 0 or lengths.min() == 0:
         what = "there are no sequences" if len(rows) == 0 else f"sequence {int(np.argmin(lengths))} is empty"
         raise ValueError(f"{what}: a trie needs at least one, and each at least one token")
-    flat = np.fromiter(itertools.chain.from_iterable(rows), np.int64, int(lengths.sum()))
+    parts = [rows.reshape(-1)] if isinstance(rows, np.ndarray) else [np.asarray(row) for row in rows]
+    flat = _whole_numbers(np.concatenate(parts), "sequences")
     wrong = np.flatnonzero((flat < 0) | (flat >= vocab_size) | (flat == end_token))
     if len(wrong):
         number = int(np.searchsorted(np.cumsum(lengths), wrong[0], side="right"))

@@ -1,6 +1,7 @@
 """What the pages of a prefix depend on besides its tokens, as a digest that is the same in every process."""
 
 import dataclasses
+import os
 import re
 from hashlib import blake2b
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Literal
 
 from paged_jax.cache.config import CacheConfig
 from paged_jax.cache.kv_cache import KVCache
@@ -58,9 +60,30 @@ def _program(forward: Forward, params: Any, config: CacheConfig) -> str:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
     traced = jax.make_jaxpr(compute)(shapes)
     hashed = blake2b(digest_size=DIGEST_BYTES)
-    for constant in traced.consts:
-        _add_array(hashed, "", constant)
+    _add_constants(hashed, traced)
     return _ADDRESS.sub("", str(traced)) + hashed.hexdigest()
+
+
+def _add_constants(hashed: blake2b, part: Any) -> None:
+    """All arrays in a program, also in those inside it, which its text leaves out.
+
+    A call back to Python may do anything, so a program that has one is like no other, not even like itself.
+    """
+    if hasattr(part, "eqns"):  # a program, with its arrays or without
+        _add_constants(hashed, getattr(part, "consts", ()))
+        for equation in part.eqns:
+            if "callback" in equation.primitive.name:
+                _add(hashed, os.urandom(DIGEST_BYTES))
+            _add_constants(hashed, (equation.invars, equation.params))
+    elif isinstance(part, Literal):
+        _add_constants(hashed, part.val)
+    elif isinstance(part, dict):
+        _add_constants(hashed, [part[key] for key in sorted(part, key=str)])
+    elif isinstance(part, list | tuple):
+        for one in part:
+            _add_constants(hashed, one)
+    elif isinstance(part, np.ndarray | np.generic | jax.Array):
+        _add_array(hashed, "", part)
 
 
 def _add_array(hashed: blake2b, name: str, array: Any) -> None:

@@ -57,9 +57,9 @@ class HostPages:
             self._forget(key)
             if num_bytes > self.max_bytes:
                 return
-            self._pages[key] = Entry(parent, tokens, num_bytes)
             self._tokens.setdefault(parent, Counter())[tokens] += 1
             self.num_bytes += num_bytes
+            self._pages[key] = Entry(parent, tokens, num_bytes)  # last: an interrupt leaves nothing that is not counted
             while self.num_bytes > self.max_bytes:
                 self._forget(next(iter(self._pages)))
 

@@ -11,8 +11,19 @@ import pytest
 
 import hash_decoder as decoder
 from batch_model import Told
-from paged_jax import DraftModel, Engine, KVCache, Lookup, Rollout, SamplingParams, SamplingState, Stepper, rollout
-from paged_jax.decoding.draft import update_trust
+from paged_jax import (
+    DraftModel,
+    Drafts,
+    Engine,
+    KVCache,
+    Lookup,
+    Rollout,
+    SamplingParams,
+    SamplingState,
+    Stepper,
+    rollout,
+)
+from paged_jax.decoding.draft import add_drafts, update_trust
 from paged_jax.decoding.rollout import hint_texts
 from paged_jax.decoding.rows import NO_TOKEN, DecodeState, Rows
 from paged_jax.decoding.step import step, token_counts_for
@@ -92,6 +103,30 @@ def test_hints_and_states_that_do_not_fit_are_refused():
         DraftModel(decoder.forward, num_tokens=2).create(jnp.int32(0), cache, 8)
 
 
+@dataclasses.dataclass(frozen=True)
+class Miscounts:
+    """Says that it drafts more, or fewer, tokens than there can be."""
+
+    count: int
+    num_drafts: int = 3
+
+    def propose(self, state, rows, asks):
+        return Drafts(jnp.full((len(asks), self.num_drafts), 5), jnp.full(len(asks), self.count)), state
+
+
+@pytest.mark.parametrize("count, expected", [(-3, 1), (99, 1 + 2)])
+def test_a_drafter_that_miscounts_costs_nobody_a_token(count, expected):
+    state = DecodeState.create(decoder.config(9), 16, (4, 8, 16))
+    tables, _ = state.cache.tables.reserve(jnp.array([1, 0, 0, 0]))
+    rows = dataclasses.replace(
+        state.rows, num_known=jnp.array([2, 0, 0, 0]), limit=jnp.full(4, 9), active=jnp.arange(4) == 0
+    )
+    _, counts = add_drafts(
+        Miscounts(count), state.with_tables(tables, rows=rows), jnp.array([1, 0, 0, 0]), jnp.int32(8)
+    )
+    assert counts.tolist() == [expected, 0, 0, 0]
+
+
 def test_an_earlier_rollout_is_a_hint():
     drawn = rollout_with(Lookup())({})
     told = hint_texts(Stepper(decoder.forward, drafter=Lookup()), drawn._replace(lengths=drawn.lengths - 1), 4)
@@ -114,6 +149,8 @@ def test_drafters_that_no_pass_can_hold_are_refused():
     state = DecodeState.create(decoder.config(9), 8, (4, 16))
     with pytest.raises(ValueError, match=r"4 rows with drafts: the largest but one, 4, must hold more than one token"):
         step(Stepper(decoder.forward, (4, 16), drafter=Lookup()), None, state)
+    with pytest.raises(ValueError, match=r"drafter=<class .*Lookup'> is no drafter: give one, such as Lookup\(\)"):
+        Stepper(decoder.forward, drafter=Lookup)  # pyright: ignore[reportArgumentType]  the class, by mistake
     with pytest.raises(ValueError, match="num_matched must be at least 1, got 0"):
         Lookup(num_matched=0)
 

@@ -215,6 +215,14 @@ def test_an_abort_leaves_the_row_alone_that_an_ended_sample_had():
     assert pool_is_empty(g)
 
 
+def test_a_priority_that_is_no_number_is_refused_and_nothing_is_lost():
+    g = engine()
+    for priority in ("a", None, 2.5):
+        with pytest.raises(ValueError, match="must be a whole number: the lowest is served first"):
+            g.add_request([1, 2, 3], GREEDY, priority=priority)
+    assert not g.has_work
+
+
 def test_nothing_is_compiled_again_after_the_first_run():
     g = engine()
     g.generate(prompts(3, 30, 9), [GREEDY, SamplingParams(max_new_tokens=5, temperature=1.0, num_samples=2), GREEDY])
@@ -291,7 +299,9 @@ def test_without_a_tokenizer_text_is_refused():
 def test_wrong_options_are_named():
     with pytest.raises(ValueError, match=r"params is 7: pass SamplingParams\(...\)"):
         engine().add_request([1], 7)
-    with pytest.raises(ValueError, match=r"token_counts=\(3,\)\): the largest must hold a token of each of 4 rows"):
+    with pytest.raises(
+        ValueError, match=r"token_counts=\(3,\) for a batch of 4 rows: the largest must hold one token of each"
+    ):
         engine(token_counts=(3,))
     with pytest.raises(ValueError, match="visit_steps must be at least 1"):
         engine(visit_steps=0)

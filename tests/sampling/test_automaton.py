@@ -286,6 +286,19 @@ def test_what_no_automaton_can_be_made_of_is_named():
         Automaton.of_edges(np.array([0]), np.array([1]), np.array([3]), V)
     with pytest.raises(ValueError, match=r"an edge has token -2: tokens must be in \[0, 97\)"):
         Automaton.of_edges(np.array([0]), np.array([-2]), np.array([0]), V)
+    for edges, message in (
+        (([], [], []), "0 sources, 0 tokens and 0 targets: an automaton needs edges"),
+        (([0], [1, 2], [0]), "1 sources, 2 tokens and 1 targets"),
+        (([0], [1], [-1]), "an edge has node -1: nodes are numbered from 0"),
+        (([1], [1], [1]), "node 0 has no edge, so that no token could follow"),
+        (([0], [1.5], [0]), r"edges of float64\[1\]: give a list of whole numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Automaton.of_edges(np.array(edges[0]), np.array(edges[1]), np.array(edges[2]), V)
+    with pytest.raises(ValueError, match=r"sequences of float64\[2\]: give a list of whole numbers"):
+        Automaton.of_sequences(np.array([[1.7, 2.2]]), END, V)
     trie = Automaton.of_sequences(SEQUENCES, END, V)
+    with pytest.raises(ValueError, match="an Automaton needs its state: give automaton.start"):
+        trie.process(None, jnp.zeros((1, 97)), None, None)
     with pytest.raises(ValueError, match="logits of 98 tokens, but an automaton with vocab_size=97: make it with that"):
         trie.process(trie.start(1), jnp.zeros((1, 98)), None, None)

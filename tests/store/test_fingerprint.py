@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
+import hash_decoder as decoder
 from paged_jax import CacheConfig, models
 from paged_jax.models.rope import Rope
 from paged_jax.prefix.digests import Namespace, chain
@@ -38,6 +41,26 @@ def of(config: models.DecoderConfig = TINY, seed: int = 0, sizes: CacheConfig = 
 @pytest.fixture(scope="module")
 def ours() -> str:
     return of()
+
+
+def of_function(function) -> str:
+    """Of a decoder that changes its tokens first."""
+    config = dataclasses.replace(decoder.config(9), max_sequences=2)
+    return fingerprint(lambda p, t, *step: decoder.forward(p, function(t), *step), jnp.int32(0), config).hex()
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint, lambda f: jax.jit(jax.jit(f))])
+def test_arrays_inside_of_the_program_count_wherever_they_stand(wrap):
+    tables = [jnp.asarray(np.random.default_rng(seed).permutation(97), jnp.int32) for seed in (0, 0, 1)]
+    first, same, other = (of_function(wrap(lambda tokens, table=table: table[tokens])) for table in tables)
+    assert first == same != other
+
+
+def test_a_program_that_calls_back_to_python_is_like_no_other():
+    def call_back(tokens):
+        return jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct(tokens.shape, tokens.dtype), tokens)
+
+    assert of_function(call_back) != of_function(call_back)
 
 
 FIVE = (5, None)
