@@ -185,7 +185,7 @@ def add_drafts(
     decodes = (counts == 1) & (state.behind == 1)
     asks = jnp.where(decodes, jnp.floor(rows.trust).astype(jnp.int32), 0)
     most = jnp.minimum(rows.limit - rows.num_known - 1, tables.max_length - tables.lengths - 1)
-    asks = jnp.clip(asks, 0, most)
+    asks = jnp.maximum(jnp.minimum(asks, most), 0)  # rows that rest may have room for less than nothing
 
     def propose(state: DecodeState) -> tuple[DecodeState, Array]:
         drafts, kept = drafter.propose(state.drafter, rows, asks)

@@ -119,7 +119,7 @@ def test_a_drafter_that_miscounts_costs_nobody_a_token(count, expected):
     state = DecodeState.create(decoder.config(9), 16, (4, 8, 16))
     tables, _ = state.cache.tables.reserve(jnp.array([1, 0, 0, 0]))
     rows = dataclasses.replace(
-        state.rows, num_known=jnp.array([2, 0, 0, 0]), limit=jnp.full(4, 9), active=jnp.arange(4) == 0
+        state.rows, num_known=jnp.array([2, 0, 0, 0]), limit=jnp.array([9, 0, 0, 0]), active=jnp.arange(4) == 0
     )
     _, counts = add_drafts(
         Miscounts(count), state.with_tables(tables, rows=rows), jnp.array([1, 0, 0, 0]), jnp.int32(8)
