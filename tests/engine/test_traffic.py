@@ -125,13 +125,13 @@ def drafts() -> dict[str, Any]:
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("windows", [(None, None), HYBRID], ids=["plain", "hybrid"])
-def test_long_random_traffic_with_drafts(windows):
+@pytest.mark.parametrize(("windows", "preemptions"), [((None, None), 20), (HYBRID, 0)], ids=["plain", "hybrid"])
+def test_long_random_traffic_with_drafts(windows, preemptions):
     """What is rejected leaves no trace in the pool, in the prefix cache or after an error."""
     engine = run_traffic(500, seed=2, windows=windows, **drafts())
     counters = engine._core.runner.state.counters
     assert counters.accepted_tokens > 50 and counters.drafted_tokens - counters.accepted_tokens > 100
-    assert engine.stats().preemptions > 20 and engine.stats().cached_tokens > 100
+    assert engine.stats().preemptions > preemptions and engine.stats().cached_tokens > 100
     run_faults(100, seed=3, windows=windows, **drafts())
 
 
