@@ -64,7 +64,8 @@ def runner(model: models.Model, prompts: np.ndarray, temperature: float, drafter
             state = drafter.create(params, KVCache.create(config), PROMPT + NEW)
         sampling = SamplingParams(temperature=temperature, seed=1)
         lengths = jnp.full(len(prompts), PROMPT, jnp.int32)
-        options = {"max_new_tokens": NEW, "sampling": sampling, "hints": hints, "drafter_state": state}
+        options = {"max_new_tokens": NEW, "sampling": sampling, "drafter_state": state}
+        options |= {"hints": hints} if drafter else {}
         return rollout(stepper, params, prompts, lengths, KVCache.create(config), **options)[0]
 
     return lambda: run(model.params, prompts, hints)

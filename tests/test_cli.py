@@ -207,7 +207,7 @@ def test_every_command_keeps_compiled_programs(monkeypatch):
         (["generate", "x", "--beams", "2", "--top-k", "3"], "--beams finds the likeliest sequences: leave out --top-k"),
         (
             ["generate", "x", "--beams", "2", "--drafts", "3"],
-            "--beams finds .*: leave out --drafts",
+            "leave out --drafts",
         ),
         (
             ["generate", "x", "--length-penalty", "2"],

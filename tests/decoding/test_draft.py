@@ -187,7 +187,7 @@ def sampled(drafter) -> Rollout:
     def run(cache):
         return rollout(
             stepper, jnp.int32(0), jnp.array(PROMPTS), jnp.array([4, 4]), cache,
-            max_new_tokens=NUM_NEW, num_samples=NUM_SAMPLES, sampling=sampling, hints=hints,
+            max_new_tokens=NUM_NEW, num_samples=NUM_SAMPLES, sampling=sampling, hints=hints if drafter else None,
         )  # fmt: skip
 
     result, cache = run(KVCache.create(decoder.config(1 + 80, max_sequences=16)))
@@ -234,7 +234,7 @@ def rollout_with(drafter):
 
     @jax.jit
     def run(cache, sampling, hints):
-        options = {"max_new_tokens": 48, "sampling": sampling, "hints": hints}
+        options = {"max_new_tokens": 48, "sampling": sampling, "hints": hints if drafter else None}
         return rollout(stepper, jnp.int32(0), prompts, lengths, cache, **options)[0]
 
     def start(bias: dict[int, float], hints=None) -> Rollout:

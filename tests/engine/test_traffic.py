@@ -82,7 +82,8 @@ class Traffic:
                     assert count == len(expected) and completion.finish_reason == "length"
 
 
-def run_traffic(num_requests: int, seed: int, windows=(None, None), **options: Any) -> Engine:
+def run_traffic(num_requests: int, seed: int, windows=(None, None), compiled_late: int = 0, **options: Any) -> Engine:
+    """Serve requests; after the first half at most `compiled_late` programs may be compiled."""
     engine = make_engine(windows, **options)
     engine.generate([[1, 2, 3], [1, 2, 3]], SamplingParams(max_new_tokens=2))
     traffic = Traffic(engine, seed, windows)
@@ -97,7 +98,8 @@ def run_traffic(num_requests: int, seed: int, windows=(None, None), **options: A
             compiled = engine.stats().compilations
     traffic.check()
     assert pool_is_empty(engine)
-    assert engine.stats().compilations == compiled, "something was compiled after the first half"
+    assert compiled is not None
+    assert engine.stats().compilations <= compiled + compiled_late, "something was compiled after the first half"
     return engine
 
 

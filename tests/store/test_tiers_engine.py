@@ -268,6 +268,9 @@ def test_what_makes_no_sense_is_refused(options, message):
 # ---- traffic -----------------------------------------------------------------------------------------------------
 
 
+COPIES = 2 * 2 * 2  # of pages in and out, of two widths and two groups: each is compiled when it is first needed
+
+
 def tiers(folder: Path) -> dict[str, Any]:
     return {"host_cache_bytes": HOST_BYTES, "store": Store(folder, max_bytes=1 << 20)}
 
@@ -275,7 +278,7 @@ def tiers(folder: Path) -> dict[str, Any]:
 @WINDOWS
 def test_random_traffic(tmp_path, windows):
     for seed in (0, 1):  # the second finds what the first has stored
-        engine = run_traffic(20, seed, windows, **tiers(tmp_path))
+        engine = run_traffic(20, seed, windows, COPIES, **tiers(tmp_path))
         engine.flush()
     statistics = engine.stats()
     found = statistics.loaded_tokens.get("store", 0) + statistics.declined_tokens.get("store", 0)
@@ -287,7 +290,7 @@ def test_random_traffic(tmp_path, windows):
 @WINDOWS
 def test_long_random_traffic(tmp_path, windows):
     for seed in range(4):
-        engine = run_traffic(300, seed, windows, **tiers(tmp_path))
+        engine = run_traffic(300, seed, windows, COPIES, **tiers(tmp_path))
         print(engine.stats())
         found = [*engine.stats().loaded_tokens.values(), *engine.stats().declined_tokens.values()]
         assert sum(found) > 100
