@@ -33,6 +33,7 @@ from paged_jax.decoding.hypotheses import NOTHING, Candidates, find_candidates, 
 from paged_jax.decoding.plan import first_come_first_served
 from paged_jax.decoding.room import reserve
 from paged_jax.decoding.rows import DecodeState
+from paged_jax.decoding.step import Logits
 from paged_jax.models import checkpoint
 
 PAGE_SIZE, PROMPT, NEW_TOKENS = 16, 200, 64
@@ -153,7 +154,9 @@ def make_dense(model: models.Model, width: int, prompt: jax.Array):
         return AttentionMetadata((jnp.asarray(own),), lengths, starts, positions, at, longest)
 
     def choose(logits, scores):
-        found: Candidates = find_candidates(num_candidates(width, 0))(stepper, logits, None, None)  # pyright: ignore
+        rows: Any = None  # which only a processor reads, and there is none
+        of_rows = Logits(logits, None, jnp.zeros(len(logits), jnp.int32))
+        found: Candidates = find_candidates(num_candidates(width, 0))(stepper, of_rows, rows, jnp.ones(width, bool))
         chosen = go_on(rank(found, scores, none, jnp.zeros(1, bool)), width, jnp.array([width], jnp.int32))
         return chosen.tokens[0], chosen.parents[0], chosen.totals
 
