@@ -4,8 +4,9 @@ Everything here is about U groups of up to W beams each, one group a prompt, and
 transformers, so that both find the same sequences in the same order.
 """
 
-import dataclasses
-from typing import Any, NamedTuple
+import enum
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,27 +78,46 @@ class Hypotheses(NamedTuple):
         return jnp.sum(self.scores > NOTHING, axis=1, dtype=jnp.int32) >= widths
 
 
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """How sequences of different lengths compare, and when a search is over; named as in transformers.
+class Stopping(enum.IntEnum):
+    """When a search is over that has as many finished sequences as beams; `early_stopping` of transformers."""
 
-    Args:
-        length_penalty: the score of a finished sequence is its log-probability / length ** length_penalty.
-        early_stopping: True ends a search as soon as it has as many finished sequences as beams; False also asks
-            whether the best running beam, were it finished now, is no better than the worst of them; "never" asks
-            the same, but takes the beam for as long as it may get, if the penalty is above 0.
-    """
+    LATE = 0  # False: when the best running beam, were it finished now, is no better than the worst of them
+    EARLY = 1  # True: at once
+    NEVER = 2  # "never": as False, but the beam is taken for as long as it may get, if the penalty is above 0
 
-    length_penalty: Any = 1.0  # a number, or a traced scalar
-    early_stopping: bool | str = False
+    @classmethod
+    def of(cls, early_stopping: bool | str) -> "Stopping":
+        """From the names of transformers; raises ValueError for any other."""
+        if not isinstance(early_stopping, bool) and early_stopping != "never":
+            raise ValueError(f'early_stopping={early_stopping!r} must be True, False or "never"')
+        return cls.NEVER if early_stopping == "never" else cls(int(early_stopping))
 
-    def __post_init__(self):
-        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise ValueError(f'early_stopping={self.early_stopping!r} must be True, False or "never"')
 
-    def score(self, totals: Float[Array, "*n"], lengths: Int32[Array, "*n"]) -> Float[Array, "*n"]:
-        """What sequences of these log-probabilities and lengths are worth."""
-        return totals / lengths.astype(jnp.float32) ** jnp.asarray(self.length_penalty, jnp.float32)
+class Rules(NamedTuple):
+    """How the sequences of each group compare, and when its search is over."""
+
+    length_penalty: Float32[Array, " U"]
+    stopping: Int32[Array, " U"]  # of Stopping
+
+    @classmethod
+    def of(
+        cls,
+        num_groups: int,
+        length_penalty: float | Float[Array, ""] | Float[Array, " U"] = 1.0,
+        early_stopping: bool | str | Sequence[bool | str] = False,
+    ) -> "Rules":
+        """Rules of all groups, or of each; raises ValueError for others than there are."""
+        each = [early_stopping] if isinstance(early_stopping, bool | str) else list(early_stopping)
+        stopping = jnp.array([Stopping.of(one) for one in each], jnp.int32)
+        given = {"length_penalty": jnp.asarray(length_penalty, jnp.float32), "early_stopping": stopping}
+        for name, values in given.items():
+            if values.shape not in ((), (1,), (num_groups,)):
+                raise ValueError(f"{name} has {values.shape} values: give one, or one for each of {num_groups} prompts")
+        return cls(*(jnp.broadcast_to(values, num_groups) for values in given.values()))
+
+    def score(self, totals: Float[Array, "U n"], lengths: Int32[Array, "U n"]) -> Float[Array, "U n"]:
+        """What sequences of these log-probabilities and lengths are worth: totals / lengths ** length_penalty."""
+        return totals / lengths.astype(jnp.float32) ** self.length_penalty[:, None]
 
     def are_over(
         self,
@@ -116,15 +136,11 @@ class Rules:
             lengths: new tokens of the running beams.
             limits: the most new tokens.
         """
-        is_full = finished.are_full(widths)
-        over = (lengths >= limits) | (best == NOTHING)
-        if self.early_stopping is True:
-            return over | is_full
-        hoped = lengths
-        if self.early_stopping == "never":
-            hoped = jnp.where(jnp.asarray(self.length_penalty) > 0, limits, lengths)
+        hoped = jnp.where((self.stopping == Stopping.NEVER) & (self.length_penalty > 0), limits, lengths)
+        hope = self.score(best[:, None], hoped[:, None])[:, 0]
         worst = jnp.take_along_axis(finished.scores, widths[:, None] - 1, axis=1)[:, 0]
-        return over | (is_full & (self.score(best, hoped) <= worst))
+        is_enough = (self.stopping == Stopping.EARLY) | (hope <= worst)
+        return (lengths >= limits) | (best == NOTHING) | (finished.are_full(widths) & is_enough)
 
 
 def find_candidates(num: int):

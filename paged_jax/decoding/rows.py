@@ -122,6 +122,7 @@ class DecodeState:
     rows: Rows
     counters: Counters
     drafter: Any = None  # the state of the stepper's drafter
+    groups: Any = None  # of rows that hold the beams of a prompt, see `paged_jax.decoding.groups`; None: there are none
 
     @classmethod
     def create(
@@ -133,6 +134,7 @@ class DecodeState:
         mesh: Mesh | None = None,
         num_logprobs: int = 0,
         drafter: Any = None,
+        groups: Any = None,
     ) -> "DecodeState":
         """An empty batch.
 
@@ -144,10 +146,11 @@ class DecodeState:
             mesh: splits the pool as in `PagePool.create`; each device holds all else.
             num_logprobs: that of the steps; see `Stepper`.
             drafter: the state of the stepper's drafter, if it has one.
+            groups: of beams, if there are any.
         """
         num_rows = config.max_sequences
         rows = Rows.create(num_rows, capacity, sampling or SamplingState.create(num_rows), num_logprobs)
-        return cls(KVCache.create(config, mesh), rows, Counters.create(len(token_counts)), drafter).settle()
+        return cls(KVCache.create(config, mesh), rows, Counters.create(len(token_counts)), drafter, groups).settle()
 
     @property
     def behind(self) -> Int32[Array, " B"]:
@@ -168,7 +171,8 @@ class DecodeState:
         return dataclasses.replace(self, cache=KVCache(tables, self.cache.pool), **changes)
 
     def settle(self) -> "DecodeState":
-        """The tables, rows and counters on every device of the pool's mesh, whatever the decoder split."""
+        """All but the pool and the drafter on every device of the pool's mesh, whatever the decoder split."""
         pool = self.cache.pool
-        tables, rows, counters = everywhere((self.cache.tables, self.rows, self.counters), pool)
-        return DecodeState(KVCache(tables, pool), rows, counters, self.drafter)
+        parts = self.cache.tables, self.rows, self.counters, self.groups
+        tables, rows, counters, groups = everywhere(parts, pool)
+        return DecodeState(KVCache(tables, pool), rows, counters, self.drafter, groups)

@@ -203,6 +203,10 @@ def token_counts_for(num_rows: int, budget: int = TOKEN_COUNTS[-1], *, num_draft
     return tuple(sorted({*few, *drafts, min(max(num_rows, 8), budget), budget}))
 
 
+Step = Callable[[Stepper, Any, DecodeState], tuple[DecodeState, Bool[Array, " B"]]]
+"""(stepper, params, state) -> (state, which rows ended)"""
+
+
 def step(stepper: Stepper, params: Any, state: DecodeState) -> tuple[DecodeState, Bool[Array, " B"]]:
     """Every row that the plan chooses computes tokens; those that catch up draw; those that end are inactive.
 
@@ -438,6 +442,7 @@ def run(
     max_steps: int | Int32[Array, ""],
     *,
     until_one_ends: bool | Bool[Array, ""] = False,
+    step: Step = step,
 ) -> DecodeState:
     """Steps in one `lax.while_loop`, until no row is active or `max_steps` were made.
 
@@ -449,6 +454,7 @@ def run(
         state: the batch; donate it at the jit boundary.
         max_steps: may be traced.
         until_one_ends: also return as soon as a row has ended.
+        step: that of `paged_jax.decoding.beam_step`, where some rows hold beams; static.
     """
 
     def goes_on(carry: tuple[Array, Array, DecodeState]) -> Array:

@@ -16,11 +16,12 @@ from collections.abc import Callable
 import jax
 
 from paged_jax.cache.config import CacheConfig
+from paged_jax.decoding.hypotheses import NOTHING
 from paged_jax.decoding.rows import NO_ROW, Counters, Finish
 from paged_jax.engine.output import Output, Tokenizer
 from paged_jax.engine.prefixes import CachedPrefixes, UncachedPrefixes
 from paged_jax.engine.request import WAITING, Piece, Request, Sample
-from paged_jax.engine.runner import Runner, Snapshot, Start
+from paged_jax.engine.runner import Found, Runner, Snapshot, Start
 from paged_jax.engine.scheduler import Admission, Scheduler
 from paged_jax.engine.session import Session
 from paged_jax.engine.stats import Recorder
@@ -102,6 +103,7 @@ class Core:
         self.free = tuple(group.num_pages - 1 for group in self._config.groups)  # pages, when the host last looked
         self._ended: list[Sample] = []  # whose rows were not stopped yet
         self._counters: Counters | None = None  # of the device, when the host last looked
+        self._is_stuck = False  # the last visit that was read computed nothing
         self._last_read = 0.0
 
     # ---- requests --------------------------------------------------------------------------------------------
@@ -235,7 +237,7 @@ class Core:
             self._prefixes.leave(sample, row)
             self.recorder.preempted(1, [sample])
         if plan.paused:
-            self.runner.stop([row for row, _ in plan.paused])
+            self.runner.stop([each for row, sample in plan.paused for each in sample.rows_from(row)])
         for sample, source in plan.admitted:
             num_found = sample.num_prompt - 1 if source else self._prefixes.attach(sample)
             self.recorder.admitted(sample, num_found)
@@ -259,6 +261,8 @@ class Core:
         """Read the visit before the one that was just dispatched."""
         if self.runner.num_unread > 1:
             self._read()
+        if self._is_stuck:
+            self._begin_searches_again()
 
     def _read(self) -> None:
         visit, snapshot, published = self.runner.read()
@@ -273,7 +277,11 @@ class Core:
                 if sample.stop_at:
                     self._pass_on(sample, row, bool(snapshot.finish[row]))
                     continue
-                self._commit(sample, self._piece(sample, row, snapshot))
+                if sample.request.beams is None:
+                    self._commit(sample, self._piece(sample, row, snapshot))
+                elif (found := snapshot.found) is not None and found.has_ended[row // sample.num_rows]:
+                    sample.held = dict(enumerate(self._sequences(sample, row // sample.num_rows, found)))
+                    self._commit(sample, sample.held[0])
                 if self.scheduler.running.get(row) is sample:
                     self._prefixes.watch(sample)
 
@@ -287,6 +295,7 @@ class Core:
         before, counts = self._counters, self.recorder.counts
         new = counters if before is None else jax.tree.map(operator.sub, counters, before)
         self._counters = counters
+        self._is_stuck = int(new.computed_tokens) == 0 < int(sum(new.steps))
         num_times = int(new.preemptions)
         self.recorder.preempted(num_times, preempted[:num_times])
         start, self._last_read = max(visit.dispatched, self._last_read), time.perf_counter()
@@ -306,11 +315,26 @@ class Core:
             self.recorder.queued(sample)
             self.runner.stop([row])
 
+    def _begin_searches_again(self) -> None:
+        """Nobody could go on: beams that gave up pages to older samples share them no longer, and need too many.
+
+        From their prompts on they share them again, and the oldest always has enough.
+        """
+        while self.runner.num_unread:
+            self._read()
+        self._is_stuck = False
+        for row, sample in list(self.scheduler.running.items()):
+            if sample.request.beams is not None:
+                self._prefixes.leave(sample, row)
+                self.runner.stop(sample.rows_from(row))
+                self.scheduler.add(sample)
+                self.recorder.preempted(1, [sample])
+
     def _retire(self) -> None:
         for sample in self._ended:
             self._prefixes.leave(sample, sample.row)
         if self._ended:
-            self.runner.stop([sample.row for sample in self._ended])
+            self.runner.stop([row for sample in self._ended for row in sample.rows_from(sample.row)])
             self._ended = []
         if not self.scheduler.running:  # then nothing is gained by reading late
             while self.runner.num_unread:
@@ -343,6 +367,22 @@ class Core:
             finish_reason="stop" if is_stopped else reason,
         )
 
+    def _sequences(self, sample: Sample, group: int, found: Found) -> list[Piece]:
+        """What a beam search has found, the best first; a piece without tokens if there is nothing."""
+        request, pieces = sample.request, []
+        each = zip(*(x[group].tolist() for x in found.sequences), strict=True)
+        for tokens, logprobs, length, score, is_stopped in list(each)[: request.num_wanted]:
+            if score > NOTHING or not pieces:
+                given = tuple(tokens[:length]), "", tuple(logprobs[:length]), (), "stop" if is_stopped else "length"
+                piece = Piece(request.number, len(pieces), *given, score=score)
+                try:
+                    text = self.output(request).push(tokens[:length], is_last=True).text
+                    pieces.append(dataclasses.replace(piece, text=text))
+                except Exception as error:  # as for samples
+                    what = f"{type(error).__name__}: {error}"
+                    pieces.append(dataclasses.replace(piece, finish_reason="error", error=what))
+        return pieces
+
     def _commit(self, sample: Sample, piece: Piece) -> None:
         """Hand out a piece, wholly or not at all: a step that is interrupted here is completed by the next one."""
         if piece.tokens or piece.text or piece.finish_reason:
@@ -360,7 +400,7 @@ class Core:
         self.recorder.handed_out(sample, piece)
         if piece.finish_reason is not None:
             self._end(sample, piece.finish_reason)
-        pieces = request.chosen() if request.best_of is not None else [piece]
+        pieces = request.chosen() if request.is_held else [piece]
         if request.is_finished:
             self.requests.pop(request.number, None)
         given = [] if request.is_aborted else pieces
@@ -381,4 +421,5 @@ def _start(admission: Admission) -> Start:
     if sample.stop_at:  # it ends there, with a token that nobody gets
         num_prompt, tokens = sample.stop_at, tokens[: sample.stop_at]
         params = dataclasses.replace(params, max_new_tokens=1, min_new_tokens=0)
-    return Start(sample.row, tokens, num_prompt, params, sample.number, row)
+    beams = None if sample.stop_at else sample.request.beams
+    return Start(sample.row, tokens, num_prompt, params, sample.number, row, beams)

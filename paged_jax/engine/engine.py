@@ -31,7 +31,7 @@ from paged_jax.engine.stream import Stream
 from paged_jax.forward import Forward
 from paged_jax.prefix.policies import LeastRecentlyUsed, Policy
 from paged_jax.prefix.prefix_cache import PrefixCache
-from paged_jax.sampling import Processor, SamplingParams
+from paged_jax.sampling import BeamParams, Processor, SamplingParams
 from paged_jax.store import Store
 from paged_jax.store.fingerprint import fingerprint
 from paged_jax.store.tiers import Tiers
@@ -67,6 +67,7 @@ class Engine:
         num_logprobs: how many of the most likely tokens come with each token; None: no log-probabilities at all.
         max_stop_tokens: the most stop tokens of a request, beside the engine's.
         max_bias_tokens: the most tokens that a request biases or forbids.
+        max_beams: the widest beam search of a request, which takes so many rows; 0: there are none.
         prefix_cache: keep the pages of prompts and answers for later prompts that begin alike.
         eviction: which of them go first; see `paged_jax.prefix.policies`.
         host_cache_bytes: of host memory for pages that the pool gives up; they come back when they are needed.
@@ -100,6 +101,7 @@ class Engine:
         num_logprobs: int | None = 0,
         max_stop_tokens: int = 8,
         max_bias_tokens: int = 0,
+        max_beams: int = 0,
         prefix_cache: bool = True,
         eviction: Callable[[], Policy] = LeastRecentlyUsed,
         host_cache_bytes: int = 0,
@@ -121,6 +123,7 @@ class Engine:
                 "host_cache_bytes and store keep cached prefixes: leave prefix_cache on, or both of them out"
             )
         stepper.check_rows(config.max_sequences)
+        _check_beams(max_beams, config, stepper)
         self.config, self.tokenizer = config, tokenizer
         self._intake = Intake(
             tokenizer,
@@ -138,6 +141,7 @@ class Engine:
             drafter_state=drafter_state,
             max_stop_tokens=max_stop_tokens + len(stop_tokens),
             max_bias_tokens=max_bias_tokens,
+            max_beams=max_beams,
         )
         kept = (config.num_pages - 1) // 2 if max_kept_pages is None else max_kept_pages
         make_cache = functools.partial(PrefixCache, config, eviction, None, kept) if prefix_cache else None
@@ -196,7 +200,7 @@ class Engine:
     def add_request(
         self,
         prompt: Prompt,
-        params: SamplingParams | Any = SamplingParams(),  # noqa: B008  frozen
+        params: SamplingParams | BeamParams | Any = SamplingParams(),  # noqa: B008  frozen
         *,
         priority: int | Any = 0,
         salt: str = "",
@@ -208,7 +212,7 @@ class Engine:
 
         Args:
             prompt: a text, token ids, or the messages of a chat, of which an assistant's last one is continued.
-            params: how it is continued.
+            params: how it is continued: by samples, or by a beam search, whose sequences come when it is over.
             priority: the lowest is served first, and takes rows and pages from others.
             salt: cached prefixes are found only under the salt that they were computed with.
             adapter: likewise, for adapters of the weights.
@@ -358,12 +362,12 @@ class Engine:
     def generate(
         self,
         prompts: Prompt | Iterable[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008  frozen
+        params: SamplingParams | BeamParams | Sequence[SamplingParams | BeamParams] = SamplingParams(),  # noqa: B008  frozen
         *,
         progress: bool | None = None,
         **options: Any,
     ) -> list[list[Completion]]:
-        """All samples of all prompts, in their order.
+        """All samples of all prompts, in their order; of a beam search its sequences, the best first.
 
         Args:
             prompts: a list of prompts, or a single one; see `add_request`.
@@ -375,7 +379,7 @@ class Engine:
             ValueError: a prompt is wrong, or could never fit; none is queued.
         """
         prompts = as_batch(prompts)
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        each = [params] * len(prompts) if isinstance(params, SamplingParams | BeamParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts, but {len(each)} SamplingParams: give one, or one for each")
         requests = [self._make(prompt, one, **options) for prompt, one in zip(prompts, each, strict=True)]
@@ -388,7 +392,8 @@ class Engine:
             )
             for request, stream in pairs:
                 pieces = list(stream)
-                samples = range(request.num_wanted)
+                num_found = len({piece.sample for piece in pieces})  # a search may find fewer
+                samples = range(request.num_wanted if request.beams is None else num_found)
                 completions.append([Completion.join(p for p in pieces if p.sample == i) for i in samples])
         except BaseException:
             for request in requests:
@@ -403,7 +408,7 @@ class Engine:
     def _make(
         self,
         prompt: Prompt,
-        params: SamplingParams | Any,
+        params: SamplingParams | BeamParams | Any,
         priority: int | Any = 0,
         salt: str = "",
         adapter: str = "",
@@ -412,7 +417,18 @@ class Engine:
     ) -> Request:
         """A request, checked."""
         tokens = self._intake.tokens(prompt)
-        params = self._intake.params(params, len(tokens), best_of)
+        beams, num_rows = None, 1
+        if isinstance(params, BeamParams):
+            beams, num_rows = params, self._core.runner.max_beams
+            if beams.width > num_rows:
+                raise ValueError(
+                    f"{beams!r} of an Engine with max_beams={num_rows}: narrow the search, or make the engine with "
+                    f"max_beams={beams.width}"
+                )
+            if best_of is not None:
+                raise ValueError(f"best_of={best_of} is for samples: of a beam search, num_return are the best")
+            params = beams.sampling
+        params = self._intake.params(params, len(tokens), best_of, 1 if beams is None else beams.width)
         self._core.runner.sampling([(params, 0)])  # raises where it names more tokens than there is room for
         text = ""
         if echo:
@@ -420,11 +436,21 @@ class Engine:
         core, number = self._core, next(self._numbers)
         if not isinstance(priority, int | np.integer):
             raise ValueError(f"priority={priority!r} must be a whole number: the lowest is served first")
-        request = Request(number, tokens, params, int(priority), salt, adapter, best_of, text, core.pieces)
+        request = Request(number, tokens, params, beams, int(priority), salt, adapter, best_of, text, core.pieces)
         request.samples = [
-            Sample(request, i, next(self._orders), core.output(request)) for i in range(request.num_drawn)
+            Sample(request, i, next(self._orders), core.output(request), num_rows) for i in range(request.num_drawn)
         ]
         return request
+
+
+def _check_beams(max_beams: int, config: CacheConfig, stepper: Stepper) -> None:
+    if not 0 <= max_beams <= config.max_sequences:
+        raise ValueError(
+            f"Engine(max_beams={max_beams}): beams need a row each, so give a number from 0 to the "
+            f"max_sequences={config.max_sequences} of the cache"
+        )
+    if max_beams and stepper.drafter is not None:
+        raise ValueError(f"Engine(max_beams={max_beams}, drafter=...): drafts are for rows that draw; leave one out")
 
 
 def _shapes(params: Any) -> Any:

@@ -21,13 +21,13 @@ class Intake:
         tokenizer: None: prompts are token ids.
         stop_tokens: that end every sample.
         vocab_size: V, asked when it is first needed.
-        check_size: raises ValueError for a number of prompt tokens and of new ones that never fit.
+        check_size: raises ValueError for a number of prompt tokens, of new ones and of beams that never fit.
     """
 
     tokenizer: Tokenizer | None
     stop_tokens: tuple[int, ...]
     vocab_size: Callable[[], int]
-    check_size: Callable[[int, int], None]
+    check_size: Callable[[int, int, int], None]
 
     def tokens(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt.
@@ -50,14 +50,16 @@ class Intake:
             raise ValueError(f"the prompt holds {outside[0]}: token ids are in [0, {self.vocab_size()})")
         return tuple(int(token) for token in given)
 
-    def params(self, params: SamplingParams | Any, num_prompt: int, best_of: int | None) -> SamplingParams:
+    def params(
+        self, params: SamplingParams | Any, num_prompt: int, best_of: int | None, width: int = 1
+    ) -> SamplingParams:
         """The parameters of a request, with the stop tokens of all.
 
         Raises:
             ValueError: they name tokens outside the vocabulary, or ask for more than can ever fit.
         """
         if not isinstance(params, SamplingParams):
-            raise ValueError(f"params is {params!r}: pass SamplingParams(...)")
+            raise ValueError(f"params is {params!r}: pass SamplingParams(...) or BeamParams(...)")
         params = dataclasses.replace(params, stop_tokens=(*params.stop_tokens, *self.stop_tokens))
         params.check(self.vocab_size())
         if params.stop_strings and self.tokenizer is None:
@@ -66,7 +68,7 @@ class Intake:
             raise ValueError(
                 f"best_of={best_of} samples, of which num_samples={params.num_samples} are wanted: raise the first"
             )
-        self.check_size(num_prompt, params.max_new_tokens)
+        self.check_size(num_prompt, params.max_new_tokens, width)
         return params
 
     def _encode(self, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:

@@ -144,8 +144,10 @@ class CachedPrefixes:
             self._publish(sample, whole, row_goes_on=True)
 
     def leave(self, sample: Sample, row: int) -> None:
-        """A sample leaves its row, which still holds its pages: publish them."""
-        self._publish(sample, min(sample.num_cached, sample.num_known), row_goes_on=False, row=row)
+        """A sample leaves its row, which still holds its pages: publish them; of beams, those of their prompt."""
+        num_known = sample.num_known if sample.request.beams is None else sample.num_prompt
+        has_slid = self._config.has_windows and sample.num_cached > num_known
+        self._publish(sample, 0 if has_slid else min(sample.num_cached, num_known), row_goes_on=False, row=row)
         self._leaving.add(sample)
         self._taken.pop(sample, None)
         self._published.pop(sample, None)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from paged_jax.engine.output import Output
-from paged_jax.sampling import SamplingParams
+from paged_jax.sampling import BeamParams, SamplingParams
 
 WAITING = -1  # the row of a sample that has none
 
@@ -25,6 +25,7 @@ class Piece:
         top_logprobs: for each token the most likely ones in its place, as pairs of token id and log-probability.
         finish_reason: None while more will come, then "stop", "length" or "error".
         error: what went wrong, where the reason is "error".
+        score: of the sequence, where a beam search found it: its log-probability / length ** length_penalty.
     """
 
     request: int
@@ -35,6 +36,7 @@ class Piece:
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
     finish_reason: str | None = None
     error: str | None = None
+    score: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Completion:
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...]
     finish_reason: str
     error: str | None = None
+    score: float | None = None  # of a sequence that a beam search found
 
     @classmethod
     def join(cls, pieces: Iterable[Piece]) -> "Completion":
@@ -59,12 +62,13 @@ class Completion:
             top_logprobs=tuple(top for piece in pieces for top in piece.top_logprobs),
             finish_reason=(pieces[-1].finish_reason if pieces else None) or "abort",
             error=pieces[-1].error if pieces else None,
+            score=pieces[-1].score if pieces else None,
         )
 
 
 @dataclasses.dataclass(eq=False)
 class Sample:
-    """One continuation of a request's prompt, waiting or in a row.
+    """One continuation of a request's prompt, waiting or in a row; or all beams of a search, in a group of rows.
 
     `drawn` are the tokens that were handed out. They, the prompt and the parameters are all that it takes to start the
     sample again: draws depend on seed, sample number and position alone.
@@ -74,9 +78,11 @@ class Sample:
     number: int
     order: int  # among all samples: first come, first served
     output: Output
+    num_rows: int = 1  # those of a search stand side by side, in a group of the batch
     drawn: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)  # of these
-    held: dict[int, Piece] = dataclasses.field(default_factory=dict)  # pieces by their first token, for the best
+    held: dict[int, Piece] = dataclasses.field(default_factory=dict)  # until all have ended: pieces by their first
+    # token, or the sequences of a search, the best first
     num_told: int = 0  # of these tokens, how many `output` has seen
     finish_reason: str | None = None
     was_admitted: bool = False
@@ -102,6 +108,15 @@ class Sample:
         return len(self.request.prompt) + len(self.drawn)
 
     @property
+    def width(self) -> int:
+        """Beams of a search; 1 for a sample that is drawn."""
+        return 1 if self.request.beams is None else self.request.beams.width
+
+    def rows_from(self, first: int) -> range:
+        """Its rows, if this is the first of them."""
+        return range(first, first + self.num_rows)
+
+    @property
     def longest(self) -> int:
         """The most tokens that it will cache: all but the last one drawn."""
         return self.num_prompt + self.request.params.max_new_tokens - 1
@@ -120,6 +135,7 @@ class Request:
         number: which request.
         prompt: token ids.
         params: how they are continued.
+        beams: a search, instead of samples.
         priority: the lowest is served first.
         salt: its pages are found only under the same salt.
         adapter: likewise.
@@ -131,6 +147,7 @@ class Request:
     number: int
     prompt: tuple[int, ...]
     params: SamplingParams
+    beams: BeamParams | None = None
     priority: int = 0
     salt: str = ""
     adapter: str = ""
@@ -148,13 +165,20 @@ class Request:
 
     @property
     def num_drawn(self) -> int:
-        """Samples that are drawn."""
-        return self.best_of or self.params.num_samples
+        """Samples that are drawn; one for all beams."""
+        return 1 if self.beams is not None else self.best_of or self.params.num_samples
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is known only at the end what is handed out."""
+        return self.best_of is not None or self.beams is not None
 
     def chosen(self) -> list[Piece]:
-        """The pieces of the best samples as one piece each, the best as sample 0, once all have ended."""
+        """The pieces of the best samples or beams as one piece each, the best as sample 0, once all have ended."""
         if not self.is_finished:
             return []
+        if self.beams is not None:
+            return [piece for sample in self.samples for piece in sample.held.values()]
         means = [(sum(s.logprobs) / max(1, len(s.logprobs)), -s.number, s) for s in self.samples]
         best = [sample for *_, sample in sorted(means, key=operator.itemgetter(0, 1), reverse=True)]
         joined = [Completion.join(sample.held.values()) for sample in best[: self.num_wanted]]

@@ -20,10 +20,13 @@ from paged_jax.cache.config import CacheConfig
 from paged_jax.cache.mesh import find_mesh
 from paged_jax.cache.page_table import NULL_PAGE
 from paged_jax.cache.page_tables import Handles
+from paged_jax.decoding import beam_step
+from paged_jax.decoding.groups import Groups
+from paged_jax.decoding.hypotheses import Hypotheses, Rules, Stopping
 from paged_jax.decoding.rows import NO_ROW, Counters, DecodeState
-from paged_jax.decoding.step import Stepper, release, run, start
+from paged_jax.decoding.step import Stepper, release, run, start, step
 from paged_jax.prefix.prefix_cache import Taken
-from paged_jax.sampling import SamplingParams, SamplingState
+from paged_jax.sampling import BeamParams, SamplingParams, SamplingState
 
 _traces = 0  # of the programs below: each is compiled once
 
@@ -40,6 +43,13 @@ def count_traces(function: Callable) -> Callable:
     return counted
 
 
+class Found(NamedTuple):
+    """What the beams of U groups have found."""
+
+    has_ended: Bool[Array, " U"]
+    sequences: Hypotheses
+
+
 class Snapshot(NamedTuple):
     """What a visit did; X is the most tokens of a row in it, k `Stepper.num_logprobs`, G the groups of layers."""
 
@@ -52,10 +62,11 @@ class Snapshot(NamedTuple):
     finish: Int32[Array, " B"]  # of Finish
     num_free: Int32[Array, " G"]
     counters: Counters
+    found: Found | None  # None: the batch has no groups
 
 
 class Start(NamedTuple):
-    """A sequence for a row."""
+    """A sequence for a row, or for the first row of a group."""
 
     row: int
     tokens: Sequence[int]  # prompt, and what was drawn already
@@ -63,6 +74,7 @@ class Start(NamedTuple):
     params: SamplingParams
     sample: int
     source: int = NO_ROW  # the row that computes its prompt
+    beams: BeamParams | None = None  # of the group
 
 
 class Runner:
@@ -76,6 +88,7 @@ class Runner:
         keeps: rows that end keep their pages until they are stopped, or somebody needs them.
         processor_state: of all rows, for the stepper's processor.
         drafter_state: for the stepper's drafter.
+        max_beams: the rows of a group of beams; 0: there are no groups.
         widths: `max_stop_tokens` and `max_bias_tokens` of a row.
     """
 
@@ -88,9 +101,11 @@ class Runner:
         keeps: bool = False,
         processor_state: Any = None,
         drafter_state: Any = None,
+        max_beams: int = 0,
         **widths: int,
     ):
         self.stepper, self.params, self.config, self.visit_steps = stepper, params, config, visit_steps
+        self.max_beams = max_beams
         self._keeps, self._processor, self._drafter, self._widths = keeps, processor_state, drafter_state, widths
         self._unread: collections.deque[tuple[Any, Any]] = collections.deque()
         self._published: list[tuple[Any, Any]] = []
@@ -105,7 +120,11 @@ class Runner:
             sizes = self.config, self.config.max_length + 1, self.stepper.token_counts
             mesh, num_logprobs = find_mesh(self.params), self.stepper.num_logprobs or 0
             drafter = jax.tree.map(jnp.copy, self._drafter)  # it is donated
-            self._state = DecodeState.create(*sizes, sampling, mesh, num_logprobs, drafter)
+            groups = None
+            if self.max_beams:
+                num_groups = self.config.max_sequences // self.max_beams
+                groups = Groups.create(num_groups, self.max_beams, self.config.max_length)
+            self._state = DecodeState.create(*sizes, sampling, mesh, num_logprobs, drafter, groups)
         return self._state
 
     def reset(self) -> None:
@@ -122,19 +141,36 @@ class Runner:
     def start(self, starts: Sequence[Start], ages: Sequence[int]) -> None:
         """Put sequences into rows that are free; `ages` are those of all rows, the lowest is served first."""
         num_rows, capacity = self.config.max_sequences, self.config.max_length + 1
-        mask, tokens = np.zeros(num_rows, bool), np.zeros((num_rows, capacity), np.int32)
+        mask, active = np.zeros((2, num_rows), bool)
+        tokens = np.zeros((num_rows, capacity), np.int32)
         num_prompt, num_known, limit = np.zeros((3, num_rows), np.int32)
         source = np.full(num_rows, NO_ROW, np.int32)
         each: list[tuple[SamplingParams, int] | None] = [None] * num_rows
-        for row, known, prompt, params, sample, leader in starts:
-            mask[row], tokens[row, : len(known)] = True, known
-            num_prompt[row], num_known[row], limit[row] = prompt, len(known), prompt + params.max_new_tokens
-            source[row], each[row] = leader, (params, sample)
+        searches = [(row // self.max_beams, beams) for row, *_, beams in starts if beams is not None]
+        for first, known, prompt, params, sample, leader, beams in starts:
+            active[first] = True
+            for row in range(first, first + (1 if beams is None else self.max_beams)):
+                mask[row], tokens[row, : len(known)] = True, known
+                num_prompt[row], num_known[row], limit[row] = prompt, len(known), prompt + params.max_new_tokens
+                source[row], each[row] = leader, (params, sample)
         sampling = self._advance_processor(self.sampling(each), tokens, num_prompt, num_known)
         age = np.asarray(ages, np.int32)
+        keeps, groups = active & self._keeps, self._begin_groups(searches)
         self._state = _start(
-            self.state, mask, mask & self._keeps, tokens, num_prompt, num_known, limit, age, source, sampling
+            self.state, mask, active, keeps, tokens, num_prompt, num_known, limit, age, source, sampling, groups
         )
+
+    def _begin_groups(self, searches: Sequence[tuple[int, BeamParams]]) -> tuple | None:
+        """Which groups begin, of what width, by which rules; None: the batch has none."""
+        if not self.max_beams:
+            return None
+        num_groups = self.config.max_sequences // self.max_beams
+        begins, widths = np.zeros(num_groups, bool), np.ones(num_groups, np.int32)
+        penalty, stopping = np.ones(num_groups, np.float32), np.zeros(num_groups, np.int32)
+        for group, beams in searches:
+            begins[group], widths[group] = True, beams.width
+            penalty[group], stopping[group] = beams.length_penalty, Stopping.of(beams.early_stopping)
+        return begins, widths, penalty, stopping
 
     def _advance_processor(self, sampling: SamplingState, tokens, num_prompt, num_known) -> SamplingState:
         """The processor's state after the tokens that were drawn before."""
@@ -231,7 +267,8 @@ def _visit(
     stepper: Stepper, visit_steps: int, params: Any, state: DecodeState, num_steps, until_one_ends
 ) -> tuple[DecodeState, Snapshot]:
     before = state.rows.num_known
-    state = run(stepper, params, state, num_steps, until_one_ends=until_one_ends)
+    which = step if state.groups is None else beam_step.step
+    state = run(stepper, params, state, num_steps, until_one_ends=until_one_ends, step=which)
     rows, tables = state.rows, state.cache.tables
     most = visit_steps * (1 + stepper.num_drafts)
     place = before[:, None] + jnp.arange(most, dtype=jnp.int32)[None, :]
@@ -241,7 +278,8 @@ def _visit(
         return x.at[row, place].get(mode="fill", fill_value=0)
 
     # Written anew, so that no buffer of the snapshot is one of the state, which the next visit consumes.
-    copies = jax.tree.map(jnp.copy, (tables.lengths, rows.finish, tables.num_free, state.counters))
+    found = None if state.groups is None else Found(state.groups.have_ended(rows), state.groups.finished)
+    copies = jax.tree.map(jnp.copy, (tables.lengths, rows.finish, tables.num_free, state.counters, found))
     num_drawn = rows.num_known - before
     return state, Snapshot(
         new(rows.tokens), new(rows.logprobs), new(rows.top_tokens), new(rows.top_logprobs), num_drawn, *copies
@@ -250,14 +288,19 @@ def _visit(
 
 @functools.partial(jax.jit, donate_argnums=0)
 @count_traces
-def _start(state: DecodeState, mask, keeps, tokens, num_prompt, num_known, limit, age, source, sampling) -> DecodeState:
+def _start(
+    state: DecodeState, mask, active, keeps, tokens, num_prompt, num_known, limit, age, source, sampling, groups
+) -> DecodeState:
+    if groups is not None:
+        begins, widths, *rules = groups
+        groups = state.groups.begin(begins, jnp.zeros_like(widths), widths, Rules(*rules))
     ages = dataclasses.replace(state.rows, age=age)  # of all rows: a newcomer may be served before others
     rows = dataclasses.replace(
         ages,
         tokens=tokens, num_prompt=num_prompt, num_known=num_known, limit=limit, source=source,
-        active=mask, keeps=keeps, finish=state.rows.finish * 0, sampling=sampling,
+        active=active, keeps=keeps, finish=state.rows.finish * 0, sampling=sampling,
     )  # fmt: skip
-    return start(dataclasses.replace(state, rows=ages), mask, rows)
+    return start(dataclasses.replace(state, rows=ages, groups=groups), mask, rows)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -268,7 +311,8 @@ def _stop(state: DecodeState, mask: Bool[Array, " B"]) -> DecodeState:
     waits_in_vain = (rows.source != NO_ROW) & mask[rows.source]
     source = jnp.where(waits_in_vain, NO_ROW, rows.source)
     rows = dataclasses.replace(rows, active=rows.active & ~mask, source=source)
-    return release(dataclasses.replace(state, rows=rows), mask)
+    groups = None if state.groups is None else state.groups.free(mask)
+    return release(dataclasses.replace(state, rows=rows, groups=groups), mask)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -26,6 +26,11 @@ class Admission(NamedTuple):
     source: Sample | None
 
 
+class _Place(NamedTuple):
+    row: int  # the first
+    outranked: list[Sample]  # who loses rows
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What happens before the next visit, in this order, and how long the visit is."""
@@ -119,17 +124,18 @@ class Scheduler:
         """By rank."""
         return self._waiting
 
-    def check(self, num_prompt: int, max_new_tokens: int) -> None:
-        """Raises ValueError, with the numbers, for a sample that could never run, even alone."""
+    def check(self, num_prompt: int, max_new_tokens: int, width: int = 1) -> None:
+        """Raises ValueError, with the numbers, for a sample, or so many beams, that could never run, even alone."""
         config, longest = self._config, num_prompt + max_new_tokens - 1  # the last token drawn is never cached
         sizes = f"a prompt of {num_prompt} tokens with max_new_tokens={max_new_tokens}"
+        sizes += f" and {width} beams" if width > 1 else ""
         if longest > config.max_length:
             raise ValueError(
                 f"{sizes} needs a row of {longest} tokens, but max_pages_per_sequence={config.max_pages_per_sequence} "
                 f"pages of {config.page_size} hold {config.max_length}: shorten it or raise max_pages_per_sequence to "
                 f"{-(-longest // config.page_size)}"
             )
-        for group, pages in zip(config.groups, self._mapped(longest), strict=True):
+        for group, pages in zip(config.groups, self._most(num_prompt, longest, width), strict=True):
             if pages > group.num_pages - 1:
                 name, of = ("num_pages", "") if group.window is None else ("window_pages", " of layers with a window")
                 raise ValueError(
@@ -158,13 +164,12 @@ class Scheduler:
             free: pages that were free when the host last looked.
             prefixes: what is cached.
         """
-        rows = [row for row in range(self._config.max_sequences) if row not in self.running]
         admitted: list[Admission] = []
         paused: list[tuple[int, Sample]] = []
         fetching: list[Sample] = []
         for sample in list(self._waiting):
-            outranked = None if rows else self._outranked(sample)
-            if not rows and outranked is None:
+            place = self._place(sample)
+            if place is None:
                 break
             of_request = (a.sample for a in admitted if a.sample.request is sample.request and not a.sample.stop_at)
             source = next(of_request, None)
@@ -180,12 +185,11 @@ class Scheduler:
                 continue
             if source is None:
                 prefixes.take(sample)
-            if outranked is not None:
-                rows.append(outranked.row)
-                del self.running[outranked.row]
-                paused.append((outranked.row, outranked))
+            for other in place.outranked:
+                del self.running[other.row]
+                paused.append((other.row, other))
             self._waiting.remove(sample)
-            sample.row, sample.num_cached = rows.pop(0), num_shared
+            sample.row, sample.num_cached = place.row, num_shared
             self.running[sample.row] = sample
             admitted.append(Admission(sample, source))
         for _, sample in paused:
@@ -198,15 +202,34 @@ class Scheduler:
 
     def ages(self) -> list[int]:
         """The age of each row, by rank: the device serves the lowest first."""
-        order = {sample.row: age for age, sample in enumerate(sorted(self.running.values(), key=_rank))}
+        by_age = sorted(self.running.values(), key=_rank)
+        rows = [row for sample in by_age for row in sample.rows_from(sample.row)]
+        order = {row: age for age, row in enumerate(rows)}
         return [order.get(row, len(order)) for row in range(self._config.max_sequences)]
 
     # ---- counting --------------------------------------------------------------------------------------------
 
-    def _outranked(self, sample: Sample) -> Sample | None:
-        """Who would lose its row to a sample: the last of those that run, if it has a lower priority."""
+    def _place(self, sample: Sample) -> _Place | None:
+        """Free rows for a sample, or those of samples of a lower priority, the last of them; None: it waits.
+
+        Beams take a whole group of rows: the highest, since others take the lowest rows.
+        """
+        if sample.num_rows > 1:
+            size = sample.num_rows
+            firsts = reversed(range(0, self._config.max_sequences - size + 1, size))
+            in_groups = [_Place(first, self._in_rows(sample.rows_from(first))) for first in firsts]
+            places = [place for place in in_groups if all(_is_outranked(other, sample) for other in place.outranked)]
+            return min(places, key=lambda place: len(place.outranked), default=None)
+        taken = {row for other in self.running.values() for row in other.rows_from(other.row)}
+        free = next((row for row in range(self._config.max_sequences) if row not in taken), None)
+        if free is not None:
+            return _Place(free, [])
         last = max(self.running.values(), key=_rank)
-        return last if last.request.priority > sample.request.priority else None
+        return _Place(last.row, [last]) if _is_outranked(last, sample) else None
+
+    def _in_rows(self, rows: range) -> list[Sample]:
+        """The samples that have some of these rows."""
+        return [s for s in self.running.values() if s.row < rows.stop and s.rows_from(s.row).stop > rows.start]
 
     def _fits(self, sample: Sample, num_shared: int, room: Pages, fetching: Sequence[Sample]) -> bool:
         """Whether there are pages for a sample and all that are served before it; those after it would give up theirs.
@@ -237,8 +260,18 @@ class Scheduler:
     def _growth(self, sample: Sample, num_cached: int, num_steps: int) -> Pages:
         """The most pages that a sample takes until the end of the next visit."""
         most_drawn = (sample.steps_ahead + num_steps) * self._most_drawn
-        length = min(sample.num_known + most_drawn, sample.longest)
-        return tuple(max(0, n) for n in _add(self._mapped(length), _negative(self._held(num_cached))))
+        num_known = max(sample.num_known, num_cached + 1)  # of beams the host knows no tokens
+        most = self._most(sample.num_prompt, min(num_known + most_drawn, sample.longest), sample.width)
+        return tuple(max(0, n) for n in _add(most, _negative(self._held(num_cached))))
+
+    def _most(self, num_prompt: int, length: int, width: int) -> Pages:
+        """The most pages that so many rows of this length map at once; they share those of their prompt."""
+        mapped = self._mapped(length)
+        if width == 1 or length <= num_prompt:
+            return mapped
+        shared = num_prompt // self._config.page_size
+        kept = (shared if group.window is None else 0 for group in self._config.groups)
+        return tuple(same + width * (pages - same) for same, pages in zip(kept, mapped, strict=True))
 
     def _mapped(self, num_tokens: int) -> Pages:
         """The most pages that a row of this length maps at once."""
@@ -249,6 +282,10 @@ class Scheduler:
         """The fewest pages that a row of so many cached tokens holds."""
         visible = (num_cached if g.window is None else min(num_cached, g.window - 1) for g in self._config.groups)
         return tuple(-(-tokens // self._config.page_size) for tokens in visible)
+
+
+def _is_outranked(one: Sample, other: Sample) -> bool:
+    return one.request.priority > other.request.priority
 
 
 def _add(*pages: Pages) -> Pages:

@@ -2,8 +2,8 @@
 
 from paged_jax.sampling.automaton import Automaton
 from paged_jax.sampling.draw import Draw, draw
-from paged_jax.sampling.params import SamplingParams
+from paged_jax.sampling.params import BeamParams, SamplingParams
 from paged_jax.sampling.processors import Processor
 from paged_jax.sampling.state import SamplingState
 
-__all__ = ["Automaton", "Draw", "Processor", "SamplingParams", "SamplingState", "draw"]
+__all__ = ["Automaton", "BeamParams", "Draw", "Processor", "SamplingParams", "SamplingState", "draw"]

@@ -10,8 +10,48 @@ MAX_INT32 = 2**31 - 1
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 
+class _Checked:
+    """Rules that say, in one sentence, which field has which value and what it must be."""
+
+    def _wrong(self, name: str, rule: str) -> NoReturn:
+        raise ValueError(f"{type(self).__name__}({name}={getattr(self, name)!r}): {name} must be {rule}")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # a frozen dataclass is still being made
+
+    def _whole(self, name: str, low: int, high: int, rule: str) -> None:
+        value = getattr(self, name)
+        if not _is_whole(value):
+            self._wrong(name, f"a whole number, {rule}")
+        if not low <= value <= high:
+            self._wrong(name, rule if value < low or high != MAX_INT32 else f"below 2**31, and {rule}")
+        self._set(name, int(value))
+
+    def _real(self, name: str, low: float, high: float, rule: str, open_low: bool = False) -> None:
+        value = getattr(self, name)
+        if not _is_real(value):
+            self._wrong(name, f"a number, {rule}")
+        if not low <= value <= high or (open_low and value == low):  # false for NaN, too
+            self._wrong(name, rule)
+        self._set(name, float(value))
+
+    def _tokens(self, name: str) -> None:
+        value = getattr(self, name)
+        if _is_whole(value):
+            self._wrong(name, f"a sequence of token ids: write ({value},) for this one token")
+        if isinstance(value, str | bytes):
+            self._wrong(name, "a sequence of token ids, not text: encode it, or use stop_strings")
+        if not isinstance(value, Iterable):
+            self._wrong(name, "a sequence of token ids")
+        tokens = tuple(value)
+        self._set(name, tokens)  # what the message shows, also where a generator was given
+        if not all(_is_token(token) for token in tokens):
+            self._wrong(name, "token ids: whole numbers, at least 0 and below 2**31")
+        self._set(name, tuple(dict.fromkeys(int(token) for token in tokens)))
+
+
 @dataclasses.dataclass(frozen=True)
-class SamplingParams:
+class SamplingParams(_Checked):
     """How the tokens of one request are chosen and when they end; hashable, and checked when it is made.
 
     The order in which the fields act on the logits is that of `paged_jax.sampling.draw`.
@@ -101,42 +141,6 @@ class SamplingParams:
 
     # ---- the rules -------------------------------------------------------------------------------------------
 
-    def _wrong(self, name: str, rule: str) -> NoReturn:
-        raise ValueError(f"SamplingParams({name}={getattr(self, name)!r}): {name} must be {rule}")
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # a frozen dataclass is still being made
-
-    def _whole(self, name: str, low: int, high: int, rule: str) -> None:
-        value = getattr(self, name)
-        if not _is_whole(value):
-            self._wrong(name, f"a whole number, {rule}")
-        if not low <= value <= high:
-            self._wrong(name, rule if value < low or high != MAX_INT32 else f"below 2**31, and {rule}")
-        self._set(name, int(value))
-
-    def _real(self, name: str, low: float, high: float, rule: str, open_low: bool = False) -> None:
-        value = getattr(self, name)
-        if not _is_real(value):
-            self._wrong(name, f"a number, {rule}")
-        if not low <= value <= high or (open_low and value == low):  # false for NaN, too
-            self._wrong(name, rule)
-        self._set(name, float(value))
-
-    def _tokens(self, name: str) -> None:
-        value = getattr(self, name)
-        if _is_whole(value):
-            self._wrong(name, f"a sequence of token ids: write ({value},) for this one token")
-        if isinstance(value, str | bytes):
-            self._wrong(name, "a sequence of token ids, not text: encode it, or use stop_strings")
-        if not isinstance(value, Iterable):
-            self._wrong(name, "a sequence of token ids")
-        tokens = tuple(value)
-        self._set(name, tokens)  # what the message shows, also where a generator was given
-        if not all(_is_token(token) for token in tokens):
-            self._wrong(name, "token ids: whole numbers, at least 0 and below 2**31")
-        self._set(name, tuple(dict.fromkeys(int(token) for token in tokens)))
-
     def _strings(self, name: str) -> None:
         value = getattr(self, name)
         if not isinstance(value, str | Iterable) or isinstance(value, bytes):
@@ -163,6 +167,54 @@ class SamplingParams:
         if both:
             self._wrong(name, f"for tokens that may be drawn, but forbidden_tokens holds {both}: leave them out of one")
         self._set(name, tuple(sorted(biases.items())))
+
+
+@dataclasses.dataclass(frozen=True)
+class BeamParams(_Checked):
+    """A beam search for one request: its likeliest sequences, the best first, instead of drawn samples.
+
+    Args:
+        width: beams: sequences that are followed at the same time.
+        max_new_tokens: most tokens of a sequence, its stop token included.
+        num_return: sequences that are handed out; None: `width`.
+        length_penalty: the score of a sequence is its log-probability / length ** length_penalty.
+        early_stopping: True, False or "never"; see `paged_jax.beam_search`.
+        stop_tokens: a sequence ends with the first of these.
+
+    Raises:
+        ValueError: a field has a value that it cannot have; the message names the field, the value and the rule.
+
+    Examples:
+        >>> engine = Engine.from_pretrained(models.DEMO, max_sequences=8, max_length=64, max_beams=4)
+        >>> best, second = engine.generate("import os\\n", BeamParams(width=4, max_new_tokens=6, num_return=2))[0]
+        >>> best.score > second.score
+        True
+    """
+
+    width: int = 4
+    max_new_tokens: int = 128
+    num_return: int | None = None
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    stop_tokens: Sequence[int] = ()
+
+    def __post_init__(self):
+        self._whole("width", 1, MAX_INT32, "at least 1")
+        self._whole("max_new_tokens", 1, MAX_INT32, "at least 1")
+        self._real("length_penalty", -MAX_FLOAT32, MAX_FLOAT32, "finite")
+        self._tokens("stop_tokens")
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            self._wrong("early_stopping", 'True, False or "never"')
+        if self.num_return is None:
+            self._set("num_return", self.width)
+        self._whole("num_return", 1, self.width, f"from 1 to width={self.width}")
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """What it has in common with samples."""
+        return SamplingParams(
+            self.max_new_tokens, stop_tokens=self.stop_tokens, num_samples=self.num_return or self.width
+        )
 
 
 def _is_whole(value: object) -> bool:

@@ -227,7 +227,7 @@ def test_a_search_is_over_by_its_rule():
     two, lengths, limits = (jnp.array([n], jnp.int32) for n in (2, 2, 6))
 
     def is_over(early, penalty, best=-3.0, finished=full, widths=two) -> bool:
-        rules = Rules(penalty, early)
+        rules = Rules.of(1, penalty, early)
         return bool(rules.are_over(finished, widths, jnp.array([best], jnp.float32), lengths, limits)[0])
 
     assert is_over(True, 1.0) and is_over(True, 0.0)
@@ -262,4 +262,4 @@ def test_sizes_that_do_not_fit_together_are_named():
     with pytest.raises(ValueError, match="num_logprobs and processed_logprobs of the stepper are for tokens that are"):
         start(Stepper(decoder.forward, (16,), num_logprobs=1))
     with pytest.raises(ValueError, match="early_stopping='soon' must be True, False or \"never\""):
-        Rules(early_stopping="soon")
+        Rules.of(1, early_stopping="soon")
