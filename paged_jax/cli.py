@@ -2,30 +2,20 @@
 
 import argparse
 import dataclasses
-import functools
 import json
 import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from paged_jax.cache.kv_cache import KVCache
-from paged_jax.decoding.beam import Beams, beam_search
 from paged_jax.decoding.draft import Lookup
-from paged_jax.decoding.rows import Finish
-from paged_jax.decoding.step import Stepper, token_counts_for
 from paged_jax.engine import Completion, Engine, Piece
 from paged_jax.engine.intake import Prompt, find_folder, prompt_tokens
-from paged_jax.engine.output import Output, Tokenizer
-from paged_jax.sampling import SamplingParams
-
-if TYPE_CHECKING:
-    from paged_jax.models import Model
+from paged_jax.engine.output import Tokenizer
+from paged_jax.sampling import BeamParams, SamplingParams
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -236,16 +226,15 @@ def _generate(options: argparse.Namespace) -> None:
 
     folder = find_folder(options.model or models.DEMO)
     asked = [_Asked.read(line, options) for line in _read_prompts(options)]
-    if options.beams is not None:
-        return _search(folder, asked, options)
     for name in ("length_penalty", "early_stopping"):
-        if getattr(options, name) is not None:
+        if options.beams is None and getattr(options, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} is for beam search: add --beams, or leave it out")
     tokenizer = models.Tokenizer.load(folder)
-    sizes = [len(one.encode(tokenizer)) + one.params.max_new_tokens for one in asked]
-    num_samples = sum(options.best_of or one.params.num_samples for one in asked)
+    sizes = [len(one.encode(tokenizer)) + one.sampling.max_new_tokens for one in asked]
+    num_samples = sum(options.best_of or one.sampling.num_samples for one in asked)
     # In coarse sizes, so that another call of about this size finds its program compiled.
-    sizes = {"max_length": -(-max(sizes) // 128) * 128, "max_sequences": 4 if num_samples <= 4 else 16}
+    num_rows = (4 if num_samples <= 4 else 16) if options.beams is None else min(len(asked), 4) * options.beams
+    sizes = {"max_length": -(-max(sizes) // 128) * 128, "max_sequences": num_rows, "max_beams": options.beams or 0}
     engine = _engine(folder, options, of=asked, **sizes)
     for one in asked:
         engine.add_request(one.prompt, one.params, best_of=options.best_of)
@@ -257,10 +246,8 @@ def _generate(options: argparse.Namespace) -> None:
         printer.finish()
 
 
-def _search(folder: pathlib.Path, asked: Sequence["_Asked"], options: argparse.Namespace) -> None:
-    """Print the best sequences that a beam search finds for each prompt."""
-    from paged_jax import models
-
+def _beams(options: argparse.Namespace) -> BeamParams:
+    """The search that is asked for."""
     params, drawing = _sampling(options), SamplingParams()
     fits = "max_new_tokens", "num_samples", "stop_tokens"
     others = [f.name for f in dataclasses.fields(params) if f.name not in fits]
@@ -272,54 +259,14 @@ def _search(folder: pathlib.Path, asked: Sequence["_Asked"], options: argparse.N
         raise ValueError(
             f"--num-samples {params.num_samples} of --beams {options.beams}: ask for no more than there are"
         )
-    model = models.load(folder, options.dtype)
-    prompts = [one.encode(model.tokenizer) for one in asked]
-    found = _find(model, prompts, params, options)
-    for q, one in enumerate(asked):
-        if np.any(found.finish[q] == Finish.TOO_LONG):
-            raise ValueError(f"the beams of {one.text[:40]!r} need more pages: raise --num-pages")
-        for i in range(params.num_samples):
-            tokens = found.tokens[q, i, : found.lengths[q, i]].tolist()
-            text = Output(model.tokenizer, prompts[q], params).push(tokens, is_last=True).text
-            if not options.json:
-                print(one.text + text)
-                continue
-            reason = "stop" if found.finish[q, i] == Finish.STOP_TOKEN else "length"
-            fields = {"prompt": one.text, "sample": i, "text": text, "finish_reason": reason}
-            fields |= {"logprob": float(np.sum(found.logprobs[q, i])), "score": float(found.scores[q, i])}
-            print(json.dumps(fields))
-
-
-def _find(model: "Model", prompts: list[list[int]], params: SamplingParams, options: argparse.Namespace) -> Beams:
-    """The search in one program, of coarse sizes, so that another call of about this size finds it compiled."""
-    import jax
-
-    longest, width = -(-max(map(len, prompts)) // 64) * 64, options.beams
-    padded = np.zeros((len(prompts), longest), np.int32)
-    for row, prompt in enumerate(prompts):
-        padded[row, : len(prompt)] = prompt
-    num_groups = min(len(prompts), 4)
-    columns = -(-(longest + params.max_new_tokens) // options.page_size)
-    config = model.cache_config(
-        num_pages=options.num_pages or 1 + num_groups * width * columns,
-        max_sequences=num_groups * width,
-        max_pages_per_sequence=columns,
-        page_size=options.page_size,
-        dtype=options.cache_dtype or model.dtype,
-    )
-    search = functools.partial(
-        beam_search,
-        Stepper(model.forward, token_counts_for(num_groups * width, max(num_groups * width, 64))),
-        width=width,
+    return BeamParams(
+        width=options.beams,
         max_new_tokens=params.max_new_tokens,
         num_return=params.num_samples,
         length_penalty=1.0 if options.length_penalty is None else options.length_penalty,
         early_stopping={None: False, "false": False, "true": True, "never": "never"}[options.early_stopping],
-        stop_tokens=(*params.stop_tokens, *model.stop_tokens),
+        stop_tokens=params.stop_tokens,
     )
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    found, _ = jax.jit(search, donate_argnums=3)(model.params, padded, lengths, KVCache.create(config))
-    return jax.device_get(found)
 
 
 def _engine(folder, options: argparse.Namespace, of: Sequence["_Asked"], **sizes) -> Engine:
@@ -329,8 +276,8 @@ def _engine(folder, options: argparse.Namespace, of: Sequence["_Asked"], **sizes
         num_pages=options.num_pages,
         dtype=options.dtype,
         cache_dtype=options.cache_dtype,
-        max_stop_tokens=max(len(one.params.stop_tokens) for one in of),
-        max_bias_tokens=max(len(one.params.logit_bias) + len(one.params.forbidden_tokens) for one in of),
+        max_stop_tokens=max(len(one.sampling.stop_tokens) for one in of),
+        max_bias_tokens=max(len(one.sampling.logit_bias) + len(one.sampling.forbidden_tokens) for one in of),
         drafter=Lookup(options.drafts) if options.drafts else None,
         **sizes,
     )
@@ -342,13 +289,17 @@ class _Asked:
 
     text: str
     prompt: Prompt
-    params: SamplingParams
+    params: SamplingParams | BeamParams
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.params.sampling if isinstance(self.params, BeamParams) else self.params
 
     @classmethod
     def read(cls, line: str, options: argparse.Namespace) -> "_Asked":
         """From a line, which is a text, or with --json-input an object."""
         fields = {"prompt": line}
-        if options.json_input:
+        if options.json_input and options.beams is None:
             try:
                 fields = json.loads(line)
                 text = fields.pop("prompt", None)
@@ -359,7 +310,8 @@ class _Asked:
                 raise ValueError(f'{line[:40]!r} names no "prompt" and no "messages"')
             return cls(text or "", prompt, _sampling(options, **fields))
         prompt: Prompt = [{"role": "user", "content": line}] if options.chat else line
-        return cls(line + ("\n" if options.chat else ""), prompt, _sampling(options))
+        params = _sampling(options) if options.beams is None else _beams(options)
+        return cls(line + ("\n" if options.chat else ""), prompt, params)
 
     def encode(self, tokenizer: Tokenizer) -> list[int]:
         return prompt_tokens(tokenizer, self.prompt)
@@ -370,7 +322,7 @@ class _Printer:
 
     def __init__(self, asked: Sequence[_Asked], as_json: bool):
         self._asked, self._as_json = asked, as_json
-        self._order = [(r, i) for r, one in enumerate(asked) for i in range(one.params.num_samples)]
+        self._order = [(r, i) for r, one in enumerate(asked) for i in range(one.sampling.num_samples)]
         self._pieces: dict[tuple[int, int], list[Piece]] = {key: [] for key in self._order}
         self._num_shown = 0  # pieces of the first sample in the order
 
@@ -404,7 +356,7 @@ class _Printer:
         completion = Completion.join(self._pieces[request, sample])
         fields = {"prompt": self._asked[request].text, "sample": sample, "text": completion.text}
         fields |= {"finish_reason": completion.finish_reason, "logprob": sum(completion.logprobs)}
-        return fields | ({"error": completion.error} if completion.error else {})
+        return fields | {name: value for name in ("score", "error") if (value := getattr(completion, name)) is not None}
 
 
 def _chat(options: argparse.Namespace) -> None:

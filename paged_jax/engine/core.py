@@ -7,6 +7,7 @@ raised, is mended by beginning anew from there.
 
 import collections
 import dataclasses
+import itertools
 import operator
 import threading
 import time
@@ -151,8 +152,13 @@ class Core:
         return Stream(self.pieces, self._is_idle, self._is_void, self.advance)
 
     def take(self) -> list[Piece]:
-        """The pieces of that stream that are there."""
-        return [piece for piece in (self.pieces.popleft() for _ in range(len(self.pieces))) if not self._is_void(piece)]
+        """The pieces of that stream that are there; all stay, if anything is raised."""
+        taken = list(map(collections.deque.popleft, itertools.repeat(self.pieces, len(self.pieces))))  # at one stroke
+        try:
+            return [piece for piece in taken if not self._is_void(piece)]
+        except BaseException:
+            self.pieces.extendleft(reversed(taken))
+            raise
 
     def _is_void(self, piece: Piece) -> bool:
         return piece.request in self._aborted

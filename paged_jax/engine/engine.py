@@ -436,7 +436,9 @@ class Engine:
         core, number = self._core, next(self._numbers)
         if not isinstance(priority, int | np.integer):
             raise ValueError(f"priority={priority!r} must be a whole number: the lowest is served first")
-        request = Request(number, tokens, params, beams, int(priority), salt, adapter, best_of, text, core.pieces)
+        request = Request(
+            number, tokens, params, int(priority), salt, adapter, best_of, beams, echo=text, pieces=core.pieces
+        )
         request.samples = [
             Sample(request, i, next(self._orders), core.output(request), num_rows) for i in range(request.num_drawn)
         ]

@@ -135,11 +135,11 @@ class Request:
         number: which request.
         prompt: token ids.
         params: how they are continued.
-        beams: a search, instead of samples.
         priority: the lowest is served first.
         salt: its pages are found only under the same salt.
         adapter: likewise.
         best_of: draw so many samples and hand out the best; None: hand out all, as they come.
+        beams: search with so many, instead of drawing samples.
         echo: the text that comes before that of the samples.
         pieces: where its pieces go.
     """
@@ -147,11 +147,11 @@ class Request:
     number: int
     prompt: tuple[int, ...]
     params: SamplingParams
-    beams: BeamParams | None = None
     priority: int = 0
     salt: str = ""
     adapter: str = ""
     best_of: int | None = None
+    beams: BeamParams | None = None
     echo: str = ""
     pieces: collections.deque[Piece] = dataclasses.field(default_factory=collections.deque)
     samples: Sequence[Sample] = ()

@@ -260,7 +260,9 @@ class Scheduler:
     def _growth(self, sample: Sample, num_cached: int, num_steps: int) -> Pages:
         """The most pages that a sample takes until the end of the next visit."""
         most_drawn = (sample.steps_ahead + num_steps) * self._most_drawn
-        num_known = max(sample.num_known, num_cached + 1)  # of beams the host knows no tokens
+        num_known = sample.num_known
+        if sample.request.beams is not None:  # of whose tokens the host knows nothing
+            num_known = max(num_known, num_cached + 1)
         most = self._most(sample.num_prompt, min(num_known + most_drawn, sample.longest), sample.width)
         return tuple(max(0, n) for n in _add(most, _negative(self._held(num_cached))))
 

@@ -11,20 +11,29 @@ from paged_jax.cache.config import CacheConfig
 from paged_jax.engine import scheduler
 from paged_jax.engine.output import Output
 from paged_jax.engine.request import Request, Sample
-from paged_jax.sampling import SamplingParams
+from paged_jax.sampling import BeamParams, SamplingParams
 from state_machine import run_machine
 
 CONFIG = CacheConfig(
     num_layers=2, num_kv_heads=1, head_dim=64, num_pages=1 + 12, max_sequences=3, max_pages_per_sequence=8, page_size=4,
     windows=(None, 6), window_pages=1 + 12,
 )  # fmt: skip
-STEP_TOKENS, VISIT_STEPS = 8, 4
+STEP_TOKENS, VISIT_STEPS, MAX_BEAMS = 8, 4, 2
 
 
 def pages(num_tokens: int) -> tuple[int, int]:
     """The most that a row of this length maps in the two groups, by hand."""
     full = -(-num_tokens // 4)
     return full, min(full, -(-(6 + STEP_TOKENS - 2) // 4) + 1)
+
+
+def most_pages(sample: Sample, length: int) -> tuple[int, int]:
+    """The most that a sample of this length maps; beams have the pages of their prompt in common, but for windows."""
+    full, window = pages(length)
+    if sample.request.beams is None or length <= sample.num_prompt:
+        return full, window
+    common, width = sample.num_prompt // 4, sample.request.beams.width
+    return common + width * (full - common), width * window
 
 
 class Machine(RuleBasedStateMachine):
@@ -38,12 +47,13 @@ class Machine(RuleBasedStateMachine):
         self.prefixes = self.module.NoPrefixes(2)
         self.samples: list[Sample] = []  # that have not ended
         self.visits: list[tuple[int, dict[int, Sample]]] = []  # on their way
+        self.beam_tokens: dict[Sample, int] = {}  # that beams have, of which the host knows nothing
         self.order = 0
         self.is_sound = True  # no check has failed
 
     def free(self) -> tuple[int, ...]:
         """Pages that the running samples leave."""
-        held = [pages(s.num_cached) for s in self.scheduler.running.values()]
+        held = [most_pages(s, s.num_cached) for s in self.scheduler.running.values()]
         return tuple(12 - sum(h[group] for h in held) for group in range(2))
 
     @rule(
@@ -60,6 +70,21 @@ class Machine(RuleBasedStateMachine):
         for sample in request.samples:
             self.scheduler.add(sample)
         self.samples += request.samples
+
+    @rule(
+        num_prompt=st.integers(1, 24), num_new=st.integers(1, 8), priority=st.sampled_from((0, 0, 0, -1, 1)),
+        width=st.integers(1, MAX_BEAMS),
+    )  # fmt: skip
+    def search(self, num_prompt, num_new, priority, width):
+        beams = BeamParams(width, num_new)
+        self.scheduler.check(num_prompt, num_new, width)
+        request = Request(self.order, (1,) * num_prompt, beams.sampling, priority, beams=beams)
+        sample = Sample(request, 0, self.order, Output(None, request.prompt, request.params), MAX_BEAMS)
+        request.samples = [sample]
+        self.order += 1
+        self.scheduler.add(sample)
+        self.samples.append(sample)
+        self.beam_tokens[sample] = 0
 
     @precondition(lambda self: self.samples)
     @rule(index=st.integers(0, 50))
@@ -88,9 +113,14 @@ class Machine(RuleBasedStateMachine):
             if self.scheduler.running.get(row) is not sample:
                 continue
             sample.steps_ahead -= num_steps
-            sample.drawn += [1] * min(progress[row], num_steps, sample.longest + 1 - sample.num_known)
-            sample.num_cached = min(sample.num_known, sample.longest)
-            if sample.num_known > sample.longest:
+            num_known = sample.num_known + self.beam_tokens.get(sample, 0)
+            new = min(progress[row], num_steps, sample.longest + 1 - num_known)
+            if sample in self.beam_tokens:
+                self.beam_tokens[sample] += new
+            else:
+                sample.drawn += [1] * new
+            sample.num_cached = min(num_known + new, sample.longest)
+            if num_known + new > sample.longest:
                 self.scheduler.remove(sample)
                 self.samples.remove(sample)
         for sample in sorted(self.scheduler.running.values(), key=lambda s: s.rank, reverse=True):
@@ -100,21 +130,24 @@ class Machine(RuleBasedStateMachine):
     def check(self, plan, waiting, running, free, pages_held):
         now = self.scheduler.running
         assert sorted(now) == sorted({s.row for s in now.values()}), "a row for each, and each in its row"
+        rows = [row for s in now.values() for row in s.rows_from(s.row)]
+        assert len(rows) == len(set(rows)) and all(row < CONFIG.max_sequences for row in rows), "each row once"
+        assert all(row % s.num_rows == 0 for row, s in now.items()), "beams are a group of the batch"
         assert set(self.scheduler.waiting) | set(now.values()) == set(self.samples), "nobody is forgotten"
         assert not set(self.scheduler.waiting) & set(now.values())
-        assert len(now) <= CONFIG.max_sequences
         assert bool(now) == bool(self.samples) and (plan.num_steps > 0) == bool(now), "somebody always runs"
         assert list(self.scheduler.waiting) == sorted(self.scheduler.waiting, key=lambda s: s.rank)
         ages = self.scheduler.ages()
         by_age = sorted(now.values(), key=lambda s: ages[s.row])
         assert by_age == sorted(now.values(), key=lambda s: s.rank), "the device serves by rank"
+        assert len({ages[row] for row in rows}) == len(rows), "each row has an age of its own"
         admitted = [a.sample for a in plan.admitted]
         assert [s for s in waiting if s in admitted] == admitted, "in their order"
         passed_over = [s for s in self.scheduler.waiting if admitted and s.rank < admitted[-1].rank]
         assert not passed_over, "nobody is overtaken"
         for row, sample in plan.paused:
-            urgent = now[row]
-            assert running[row] is sample and urgent.request.priority < sample.request.priority
+            urgent = [s for s in now.values() if row in s.rows_from(s.row)]
+            assert running[row] is sample and urgent[0].request.priority < sample.request.priority
         if self.scheduler.waiting and not admitted:
             first = self.scheduler.waiting[0]
             least = max(s.request.priority for s in now.values())
@@ -135,8 +168,9 @@ class Machine(RuleBasedStateMachine):
     @staticmethod
     def growth(sample: Sample, more_steps: int = 0) -> list[int]:
         """Pages that a sample takes until the end of the planned visit."""
-        length = min(sample.num_known + sample.steps_ahead + more_steps, sample.longest)
-        return [max(0, most - has) for most, has in zip(pages(length), held(sample), strict=True)]
+        num_known = sample.num_known if sample.request.beams is None else max(sample.num_prompt, sample.num_cached + 1)
+        length = min(num_known + sample.steps_ahead + more_steps, sample.longest)
+        return [max(0, most - has) for most, has in zip(most_pages(sample, length), held(sample), strict=True)]
 
     def teardown(self):
         for _ in range(1000):
@@ -170,11 +204,16 @@ MUTANTS = {
     "who comes before is not counted": ("if s.rank < sample.rank)]", "if s.rank < (-9, 0))]"),
     "pages in flight are forgotten": ("(sample.steps_ahead + num_steps)", "num_steps"),
     "windows hold everything": ("num_cached if g.window is None else min(num_cached, g.window - 1)", "num_cached"),
-    "a row is given twice": ("rows.pop(0), num_shared", "rows[0], num_shared"),
+    "a row is given twice": ("place.row, num_shared", "0, num_shared"),
     "equals take rows from each other": (
-        "last.request.priority > sample.request.priority", "last.request.priority >= sample.request.priority"
+        "one.request.priority > other.request.priority", "one.request.priority >= other.request.priority"
     ),
-    "priorities take no rows": ("last.request.priority > sample.request.priority", "False"),
+    "priorities take no rows": ("one.request.priority > other.request.priority", "False"),
+    "beams stand anywhere": ("max_sequences - size + 1, size)", "max_sequences - size + 1)"),
+    "the rows of beams go to others": ("for row in other.rows_from(other.row)}", "for row in (other.row,)}"),
+    "beams take the pages of one row": ("if width == 1 or length <= num_prompt:", "if True:"),
+    "beams share no prompt": ("shared = num_prompt // self._config.page_size", "shared = 0"),
+    "what beams have cached is not counted": ("max(num_known, num_cached + 1)", "num_known"),
     "who is paused is forgotten": ("        for _, sample in paused:\n            self.add(sample)\n", ""),
     "a sample that has ended keeps its row": ("            del self.running[sample.row]\n", "            pass\n"),
     "samples wait for a prompt of others": ("a.sample.request is sample.request and", "True and"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import plain_beams
 import pytest
 
 import hash_decoder as decoder
@@ -20,7 +21,7 @@ from engine_cases import Numbers, pool_is_empty
 from paged_jax import DraftModel, KVCache
 from paged_jax import engine as package
 from paged_jax.engine import Completion, Engine
-from paged_jax.sampling import SamplingParams
+from paged_jax.sampling import BeamParams, SamplingParams
 
 CONFIG = decoder.config(1 + 24)  # so few pages that rows are preempted all the time
 HYBRID = (None, 7)
@@ -40,7 +41,8 @@ class Traffic:
     def __init__(self, engine: Engine, seed: int, windows=(None, None)):
         self.engine, self.rng, self.windows = engine, random.Random(seed), windows
         self.prompts: dict[int, list[int]] = {}
-        self.params: dict[int, SamplingParams] = {}
+        self.params: dict[int, SamplingParams | BeamParams] = {}
+        self.max_beams = engine._core.runner.max_beams
         self.pieces = collections.defaultdict(list)
         self.aborted: set[int] = set()
         self.failed: set[tuple[int, int]] = set()
@@ -49,7 +51,15 @@ class Traffic:
     def add(self) -> None:
         prompt = self.rng.choice(self.texts)[: self.rng.randint(1, 40)]
         prompt = prompt + [self.rng.randrange(decoder.VOCAB) for _ in range(self.rng.randint(0, 4))]
-        params = SamplingParams(max_new_tokens=self.rng.randint(1, 16), num_samples=self.rng.choice((1, 1, 1, 2, 3)))
+        params: Any = SamplingParams(
+            max_new_tokens=self.rng.randint(1, 16), num_samples=self.rng.choice((1, 1, 1, 2, 3))
+        )
+        if self.max_beams and self.rng.random() < 0.4:
+            width = self.rng.randint(1, self.max_beams)
+            params = BeamParams(
+                width, self.rng.randint(1, 10), self.rng.randint(1, width), self.rng.choice((0.5, 1.0, 2.0)),
+                self.rng.choice((False, True, "never")), (5, 9, 60, 61, 62, 63) if self.rng.random() < 0.5 else (),
+            )  # fmt: skip
         number = self.engine.add_request(
             prompt, params, priority=self.rng.choice((0, 0, 0, -1, 1)), salt=self.rng.choice(("", "", "", "other"))
         )
@@ -72,14 +82,47 @@ class Traffic:
     def check(self) -> None:
         """After all has ended: the tokens are those of a run without any cache, or their beginning."""
         for number, prompt in self.prompts.items():
-            expected = decoder.dense_greedy(prompt, self.params[number].max_new_tokens, self.windows)
-            for sample in range(self.params[number].num_samples):
+            params = self.params[number]
+            if isinstance(params, BeamParams):
+                self.check_beams(number, prompt, params)
+                continue
+            expected = decoder.dense_greedy(prompt, params.max_new_tokens, self.windows)
+            for sample in range(params.num_samples):
                 completion = Completion.join(self.pieces[number, sample])
                 count = len(completion.tokens)
                 assert list(completion.tokens) == expected[:count]
                 assert completion.text == Numbers().decode(completion.tokens)
                 if number not in self.aborted and (number, sample) not in self.failed:
                     assert count == len(expected) and completion.finish_reason == "length"
+
+    def check_beams(self, number: int, prompt: list[int], params: BeamParams) -> None:
+        """The sequences are those that plain Python finds; of an aborted request they may not have come."""
+        found = [pieces for key, pieces in sorted(self.pieces.items()) if key[0] == number]
+        assert all(len(pieces) == 1 for pieces in found), "a sequence comes as one piece"
+        if number in self.aborted and not found:
+            return
+        tokens = [piece.tokens for (piece,) in found]
+        # Two beams may be equally likely but for rounding: then either is right.
+        searches = (self.plain_search(prompt, params, noise) for noise in (0, *[1e-6] * 10))
+        expected = next(e for e in searches if [sequence.tokens for sequence in e] == tokens)
+        for (piece,), sequence in zip(found, expected, strict=True):
+            assert np.isclose(piece.score, sequence.score, atol=1e-4, rtol=1e-5)
+            assert np.isclose(sum(piece.logprobs), sequence.total, atol=1e-4, rtol=1e-5)
+            if piece.finish_reason != "error":
+                assert piece.finish_reason == ("stop" if piece.tokens[-1] in params.stop_tokens else "length")
+                assert piece.text == Numbers().decode(piece.tokens)
+
+    def plain_search(self, prompt: list[int], params: BeamParams, noise: float) -> list[plain_beams.Sequence]:
+        rng = np.random.default_rng(self.rng.randrange(1000))
+
+        def logprobs_after(drawn):
+            logits = decoder.dense_logits([*prompt, *drawn], self.windows) + noise * rng.standard_normal(decoder.VOCAB)
+            return logits - np.log(np.sum(np.exp(logits)))
+
+        stop, early = tuple(params.stop_tokens), params.early_stopping
+        sizes = params.width, params.max_new_tokens
+        found = plain_beams.search(logprobs_after, *sizes, penalty=params.length_penalty, early=early, stop=stop)
+        return found[: params.num_return]
 
 
 def run_traffic(num_requests: int, seed: int, windows=(None, None), compiled_late: int = 0, **options: Any) -> Engine:
@@ -115,6 +158,23 @@ def test_long_random_traffic(windows, preemptions):
     statistics = run_traffic(2000, seed=1, windows=windows).stats()
     print(statistics)
     assert statistics.preemptions > preemptions
+
+
+def test_random_traffic_with_beams():
+    """One of the two groups of rows, or both, or none, hold beams; the others draw meanwhile."""
+    engine = run_traffic(50, seed=3, max_beams=2)
+    statistics = engine.stats()
+    assert statistics.preemptions > 3 and statistics.cached_tokens > 100 and statistics.evicted_pages > 10, statistics
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("windows", [(None, None), HYBRID], ids=["plain", "hybrid"])
+def test_long_random_traffic_with_beams(windows):
+    for max_beams in (2, 4):
+        statistics = run_traffic(500, seed=4, windows=windows, max_beams=max_beams).stats()
+        assert statistics.preemptions > 50, statistics
+    run_faults(100, seed=5, windows=windows, max_beams=2)
 
 
 def drafts() -> dict[str, Any]:
