@@ -26,12 +26,13 @@ from paged_jax.engine import Completion, Engine, Piece
 from paged_jax.forward import Forward
 from paged_jax.memory import CacheReport, MemoryReport
 from paged_jax.prefix.prefix_cache import PrefixCache
-from paged_jax.sampling import Automaton, Processor, SamplingParams, SamplingState
+from paged_jax.sampling import Automaton, BeamParams, Processor, SamplingParams, SamplingState
 
 __version__ = "0.1.0"
 __all__ = [
     "AttentionMetadata",
     "Automaton",
+    "BeamParams",
     "Beams",
     "CacheConfig",
     "CacheReport",

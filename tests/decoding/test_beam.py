@@ -18,6 +18,7 @@ PLAIN, HYBRID = (None, None), (None, 6)
 Q, LONGEST, W, NEW = 6, 20, 4, 10  # prompts, and two groups of rows for them: one program for most tests
 STOPS, NO_STOPS = np.array([5, 9, 60, 61, 62, 63], np.int32), np.full(6, -1, np.int32)
 WIDTHS, LIMITS = np.array([4, 1, 3, 2, 4, 4], np.int32), np.array([10, 10, 5, 10, 10, 1], np.int32)
+EARLY = (False, True, "never", False, True, "never")  # of each prompt
 TRACES = {PLAIN: 0, HYBRID: 0}
 
 
@@ -36,7 +37,7 @@ def program(windows):
     def search(cache, prompts, lens, stops, widths, limits, penalty):
         return beam_search(
             Stepper(forward, (16,)), jnp.int32(0), prompts, lens, cache, width=W, max_new_tokens=NEW,
-            stop_tokens=stops, widths=widths, limits=limits, length_penalty=penalty,
+            stop_tokens=stops, widths=widths, limits=limits, length_penalty=penalty, early_stopping=EARLY,
         )  # fmt: skip
 
     return jax.jit(search)
@@ -68,7 +69,8 @@ def run(prompts, lens, *, windows=PLAIN, stops=STOPS, widths=WIDTHS, limits=LIMI
     holding = np.zeros(2 * W + 1, np.int32)
     holding[: len(held)] = held
     cache, handles = hold(empty_cache(windows), holding)
-    result, cache = program(windows)(cache, prompts, lens, stops, widths, limits, np.float32(penalty))
+    penalty = np.broadcast_to(np.float32(penalty), Q)
+    result, cache = program(windows)(cache, prompts, lens, stops, widths, limits, penalty)
     tables = drop(cache.tables, handles)
     for table in tables.groups:
         check(table)
@@ -107,10 +109,12 @@ def check_prompt(found: Beams, q: int, expected: list[plain_beams.Sequence], sto
 )
 def test_every_prompt_finds_what_plain_python_finds_with_plenty_of_pages_and_with_few(windows):
     prompts, lens = queue(0)
-    for penalty, held in ((1.0, ()), (0.5, (64, 64, 40)), (2.0, (64, 64, 44))):  # the largest tree has 13 pages
+    several = [0.5, 1.0, 2.0, 0.0, -1.0, 0.5]  # one for each prompt
+    for penalty, held in ((1.0, ()), (0.5, (64, 64, 40)), (several, (64, 64, 44))):  # the largest tree has 13 pages
         found = run(prompts, lens, windows=windows, penalty=penalty, held=held)
         for q in range(Q):
-            options = dict(width=int(WIDTHS[q]), limit=int(LIMITS[q]), stop=tuple(STOPS.tolist()), penalty=penalty)
+            options = dict(width=int(WIDTHS[q]), limit=int(LIMITS[q]), stop=tuple(STOPS.tolist()), early=EARLY[q])
+            options["penalty"] = np.broadcast_to(penalty, Q)[q]
             check_prompt(found, q, plain(prompts[q, : lens[q]], windows, **options))
         assert found.peak_pages[0] <= 56 - sum(held) // 4
         if not held:
@@ -191,7 +195,7 @@ def test_random_searches_with_few_pages_find_what_plain_python_finds(windows):
         expected = [
             plain(
                 prompts[q, : lens[q]], windows, width=int(widths[q]), limit=int(limits[q]), penalty=penalty,
-                stop=tuple(stops.tolist()), see=trees[q].see,
+                stop=tuple(stops.tolist()), see=trees[q].see, early=EARLY[q],
             )
             for q in range(Q)
         ]  # fmt: skip
@@ -215,7 +219,7 @@ def test_one_compilation_served_all_searches_without_a_host_callback():
     run(prompts, lens)
     run(prompts, lens, penalty=0.5, widths=np.full(Q, 2, np.int32))
     assert TRACES[PLAIN] == 1
-    options = STOPS, WIDTHS, LIMITS, np.float32(1)
+    options = STOPS, WIDTHS, LIMITS, np.ones(Q, np.float32)
     text = program(PLAIN).lower(empty_cache(PLAIN), prompts, lens, *options).as_text()
     assert "callback" not in text and "infeed" not in text
 
@@ -263,3 +267,5 @@ def test_sizes_that_do_not_fit_together_are_named():
         start(Stepper(decoder.forward, (16,), num_logprobs=1))
     with pytest.raises(ValueError, match="early_stopping='soon' must be True, False or \"never\""):
         Rules.of(1, early_stopping="soon")
+    with pytest.raises(ValueError, match=r"early_stopping has \(3,\) values: give one, or one for each of 2 prompts"):
+        Rules.of(2, early_stopping=(True, False, "never"))
