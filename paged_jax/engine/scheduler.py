@@ -267,13 +267,17 @@ class Scheduler:
         return tuple(max(0, n) for n in _add(most, _negative(self._held(num_cached))))
 
     def _most(self, num_prompt: int, length: int, width: int) -> Pages:
-        """The most pages that so many rows of this length map at once; they share those of their prompt."""
-        mapped = self._mapped(length)
+        """The most pages that so many rows of this length map at once.
+
+        Beams share those of their prompt, which one of them computes; then each computes a token a step.
+        """
         if width == 1 or length <= num_prompt:
-            return mapped
-        shared = num_prompt // self._config.page_size
-        kept = (shared if group.window is None else 0 for group in self._config.groups)
-        return tuple(same + width * (pages - same) for same, pages in zip(kept, mapped, strict=True))
+            return self._mapped(length)
+        config, shared = self._config, num_prompt // self._config.page_size
+        kept = (shared if group.window is None else 0 for group in config.groups)
+        each = (config.pages_mapped(group.window, length, 1) for group in config.groups)
+        beams = (same + width * (pages - same) for same, pages in zip(kept, each, strict=True))
+        return tuple(map(max, self._mapped(num_prompt), beams))
 
     def _mapped(self, num_tokens: int) -> Pages:
         """The most pages that a row of this length maps at once."""

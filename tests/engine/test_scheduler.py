@@ -21,19 +21,19 @@ CONFIG = CacheConfig(
 STEP_TOKENS, VISIT_STEPS, MAX_BEAMS = 8, 4, 2
 
 
-def pages(num_tokens: int) -> tuple[int, int]:
+def pages(num_tokens: int, step_tokens: int = STEP_TOKENS) -> tuple[int, int]:
     """The most that a row of this length maps in the two groups, by hand."""
     full = -(-num_tokens // 4)
-    return full, min(full, -(-(6 + STEP_TOKENS - 2) // 4) + 1)
+    return full, min(full, -(-(6 + step_tokens - 2) // 4) + 1)
 
 
 def most_pages(sample: Sample, length: int) -> tuple[int, int]:
     """The most that a sample of this length maps; beams have the pages of their prompt in common, but for windows."""
-    full, window = pages(length)
-    if sample.request.beams is None or length <= sample.num_prompt:
-        return full, window
-    common, width = sample.num_prompt // 4, sample.request.beams.width
-    return common + width * (full - common), width * window
+    if sample.width == 1 or length <= sample.num_prompt:
+        return pages(length)
+    full, window = pages(length, step_tokens=1)
+    common, width = sample.num_prompt // 4, sample.width
+    return common + width * (full - common), max(width * window, pages(sample.num_prompt)[1])
 
 
 class Machine(RuleBasedStateMachine):
@@ -212,7 +212,7 @@ MUTANTS = {
     "beams stand anywhere": ("max_sequences - size + 1, size)", "max_sequences - size + 1)"),
     "the rows of beams go to others": ("for row in other.rows_from(other.row)}", "for row in (other.row,)}"),
     "beams take the pages of one row": ("if width == 1 or length <= num_prompt:", "if True:"),
-    "beams share no prompt": ("shared = num_prompt // self._config.page_size", "shared = 0"),
+    "beams share no prompt": ("num_prompt // self._config.page_size", "0"),
     "what beams have cached is not counted": ("max(num_known, num_cached + 1)", "num_known"),
     "who is paused is forgotten": ("        for _, sample in paused:\n            self.add(sample)\n", ""),
     "a sample that has ended keeps its row": ("            del self.running[sample.row]\n", "            pass\n"),
