@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ NUM_LEVELS = 2  # for example a system prompt, and after it a question with seve
 NOBODY = -1  # the leader of a row without a group
 HASH_PLACES = 32  # a row, so that few pages meet in one place
 FEWEST_ROWS = 4  # of a group that pays
+RUN = 8  # rows, to a multiple of which kernels round the size of a group
 FEWEST_TOKENS = 512  # that a group must save to pay: those of all its rows but one
 
 
@@ -49,11 +51,61 @@ class Sharing:
         return cls(jnp.where(member, leader, NOBODY)[None], jnp.where(member, tokens, 0).astype(jnp.int32)[None])
 
 
-def shared_by_all(sharing: Sharing, lengths: Int32[Array, " B"]) -> Int32[Array, ""]:
-    """The tokens that all rows share which have any, for kernels that know no other group; 0 where there are none."""
-    leader, tokens = sharing.leader[0], sharing.tokens[0]
-    member = (leader == jnp.max(leader)) & (leader >= 0)
-    return jnp.where(jnp.all(member | (lengths == 0)), jnp.max(tokens), 0)
+class Runs(NamedTuple):
+    """The groups of a decode step on each level, as runs of rows that read the same tokens.
+
+    The rows of a group stand side by side, from a multiple of `RUN` places on; P places are enough for any groups.
+
+    Args:
+        row: `[levels, P]`, the row at each place; -1 where there is none.
+        place: `[levels, B]`, the place of each row; P where it has none.
+        size: `[levels, B]`, how many rows the group of row b has; 0 where it has none.
+        leads: `[levels, B]`, whether row b is the first of its group.
+        begin: `[levels, B]`, the first of the tokens that the group of row b reads.
+        end: `[levels, B]`, the end of these.
+        rest: `[B]`, the first token that is left for row b.
+    """
+
+    row: Int32[Array, "levels P"]
+    place: Int32[Array, "levels B"]
+    size: Int32[Array, "levels B"]
+    leads: Bool[Array, "levels B"]
+    begin: Int32[Array, "levels B"]
+    end: Int32[Array, "levels B"]
+    rest: Int32[Array, " B"]
+
+
+def runs_of(sharing: Sharing, lengths: Int32[Array, " B"], takes_part: Bool[Array, " B"], page_size: int) -> Runs:
+    """Runs of the rows that take part in a step in which each has one query, its last token.
+
+    Each level reads what the one before it has left. Rows of groups in which too few take part read by themselves.
+
+    Args:
+        sharing: the groups.
+        lengths: tokens of each row.
+        takes_part: rows that have a query.
+        page_size: S; runs read whole pages.
+    """
+    row = jnp.arange(lengths.size, dtype=jnp.int32)
+    place = jnp.arange(lengths.size // FEWEST_ROWS * RUN, dtype=jnp.int32)
+    rest, levels = jnp.zeros_like(row), []
+    for leader, tokens in zip(sharing.leader, sharing.tokens, strict=True):
+        end = tokens - tokens % page_size
+        member = takes_part & (leader >= 0) & (end > rest) & (end < lengths)
+        same = member[:, None] & member[None, :] & (leader[:, None] == leader[None, :])
+        same &= (rest[:, None] == rest[None, :]) & (end[:, None] == end[None, :])
+        size = jnp.sum(same, axis=1, dtype=jnp.int32)
+        size = jnp.where(size >= FEWEST_ROWS, size, 0)
+        rank = jnp.sum(same & (row[None, :] < row[:, None]), axis=1, dtype=jnp.int32)
+        leads = (size > 0) & (rank == 0)
+        first = jnp.min(jnp.where(same, row[None, :], row.size), axis=1)
+        places = jnp.where(leads, -(-size // RUN) * RUN, 0)
+        start = jnp.sum(jnp.where(row[None, :] < first[:, None], places[None, :], 0), axis=1, dtype=jnp.int32)
+        mine = jnp.where(size > 0, start + rank, place.size)
+        at = jnp.max(jnp.where(mine[None, :] == place[:, None], row[None, :], -1), axis=1)
+        levels.append((at, mine, size, leads, rest, end))
+        rest = jnp.where(size > 0, end, rest)
+    return Runs(*(jnp.stack(x) for x in zip(*levels, strict=True)), rest)
 
 
 def pays(num_rows: Int32[Array, " B"], tokens: Int32[Array, " B"]) -> Bool[Array, " B"]:

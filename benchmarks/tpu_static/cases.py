@@ -12,6 +12,7 @@ import numpy as np
 
 from pallas_kernels import Sharing, init_pages, page_bytes, paged_attention
 from pallas_kernels.pages import stored
+from pallas_kernels.sharing import RUN, runs_of
 from pallas_kernels.tpu import attention
 from pallas_kernels.tpu.blocks import decode_sizes, prefill_kernels, prefill_sizes
 from pallas_kernels.tpu.heads import pack_heads
@@ -30,7 +31,7 @@ class StaticCase:
     page_size: int = 16
     dtype: str = "bfloat16"
     in_grid: bool = False  # one of the 27 cells of chips x pages x contexts
-    shared_prefix: int | None = None
+    levels: tuple[tuple[int, int], ...] = ()  # how many rows side by side share how many tokens, a pair for each level
     prefill_tokens: int | None = None  # most of a sequence in a step, as the step knows; None: as many as come
     pool_bytes: int | None = None  # None: a page for every column of the table
 
@@ -45,6 +46,25 @@ class StaticCase:
     @property
     def new_tokens(self) -> tuple[int, ...]:
         return self.query_lens or (1,) * len(self.lengths)
+
+    @property
+    def sharing(self) -> Sharing | None:
+        """Who shares what."""
+        if not self.levels:
+            return None
+        row = np.arange(len(self.lengths), dtype=np.int32)
+        leader = [row - row % size for size, _ in self.levels]
+        tokens = [np.full_like(row, count) for _, count in self.levels]
+        return Sharing(jnp.asarray(np.stack(leader)), jnp.asarray(np.stack(tokens)))
+
+    @property
+    def unique_tokens(self) -> int:
+        """Tokens whose keys and values a step must read, once each."""
+        total, before = sum(self.lengths), 0
+        for size, count in self.levels:
+            total -= (count - before) * (len(self.lengths) - len(self.lengths) // size)
+            before = count
+        return total
 
     @property
     def max_pages(self) -> int:
@@ -81,7 +101,9 @@ def shapes() -> list[StaticCase]:
         StaticCase("decode, head size 96", (1024,) * 32, head_dim=96),
         StaticCase("decode, head size 256", (1024,) * 32, head_dim=256),
         StaticCase("decode, lengths 1 to 4096", ragged),
-        StaticCase("decode, 64 sequences share 2048 of 2176", (2176,) * 64, shared_prefix=2048),
+        StaticCase("decode, 64 sequences share 2048 of 2176", (2176,) * 64, levels=((64, 2048),)),
+        StaticCase("decode, 8 groups of 8 share 2048 of 2176", (2176,) * 64, levels=((8, 2048),)),
+        StaticCase("decode, 64 share 512, 8 of them 2048 of 2176", (2176,) * 64, levels=((64, 512), (8, 2048))),
         StaticCase("decode, 64 sequences of 2176, nothing shared", (2176,) * 64),
         StaticCase("prefill, 512 on 4096", (4096,), (512,)),
         StaticCase("prefill, 16 prompts of 32", (32,) * 16, (32,) * 16, prefill_tokens=512),
@@ -117,10 +139,9 @@ def abstract_pages(case: StaticCase):
     return jax.eval_shape(partial(init_pages, num_pages, *sizes, is_padded=True))
 
 
-def step(q, k, v, pages, page_table, lengths, query_starts, shared_prefix=None, *, max_query_len: int):
+def step(q, k, v, pages, page_table, lengths, query_starts, sharing=None, *, max_query_len: int):
     result = paged_attention(
-        q, k, v, pages, page_table, lengths, query_starts,
-        sharing=None if shared_prefix is None else Sharing.of_all(lengths, shared_prefix),
+        q, k, v, pages, page_table, lengths, query_starts, sharing=sharing,
         max_query_len=max_query_len, implementation="pallas_tpu",
     )  # fmt: skip
     return result.out, result.pages
@@ -134,8 +155,9 @@ def arguments(case: StaticCase) -> tuple:
     k = array((tokens, case.heads[1], case.head_dim), jnp.bfloat16)
     table = array((batch, case.max_pages), jnp.int32)
     lengths, starts = array((batch,), jnp.int32), array((batch + 1,), jnp.int32)
-    prefix = () if case.shared_prefix is None else (array((), jnp.int32),)
-    return (q, k, k, abstract_pages(case), table, lengths, starts, *prefix)
+    groups = array((len(case.levels), batch), jnp.int32)
+    sharing = (Sharing(groups, groups),) if case.levels else ()
+    return (q, k, k, abstract_pages(case), table, lengths, starts, *sharing)
 
 
 def operands(case: StaticCase) -> dict[str, dict[int, Any]]:
@@ -149,14 +171,18 @@ def operands(case: StaticCase) -> dict[str, dict[int, Any]]:
     packing = pack_heads(*case.heads, pages.head_dim, pages.data.shape[3])
     chunks, _ = attention.page_chunks(table)
     sizes = decode_sizes(pages, case.max_pages, packing)
-    first_key = None if case.shared_prefix is None else jnp.full_like(lengths, case.shared_prefix)
-    rows = attention.decode_rows(lengths, starts, table, sizes, first_key)
+    sharing = case.sharing
+    runs = None if sharing is None else runs_of(sharing, lengths, lengths > 0, case.page_size)
+    rows = attention.decode_rows(lengths, starts, table, sizes, None if runs is None else runs.rest)
     result = {"paged_decode": {0: rows, 4: chunks}}
-    if case.shared_prefix is not None:
-        sizes = prefill_sizes(pages, case.heads[0], case.num_tokens)
-        prefix = jnp.asarray(case.shared_prefix, jnp.int32)
-        rows = attention.prefix_rows(table[:1], prefix, case.num_tokens, sizes)
-        result[f"paged_prefill_{sizes.query_tokens}"] = {0: rows, 2: chunks[: chunks.size // batch]}
+    if runs is not None:
+        row, begin, end = attention.chunk_rows(runs)
+        packing = pack_heads(RUN * case.heads[0], case.heads[1], pages.head_dim, pages.data.shape[3])
+        sizes = decode_sizes(pages, case.max_pages, packing)
+        rows = attention.decode_rows(end, jnp.arange(end.size + 1, dtype=jnp.int32), table[row], sizes, begin)
+        result["paged_group"] = {0: rows, 4: attention.page_chunks(table[row])[0]}
+        sizes = prefill_sizes(pages, case.heads[0], batch)
+        result[f"paged_prefill_{sizes.query_tokens}"] = {0: attention.group_rows(runs, table, sizes), 2: chunks}
     longest = case.max_query_len
     if longest > 1:
         for sizes, counts in prefill_kernels(pages, case.heads[0], batch, longest):

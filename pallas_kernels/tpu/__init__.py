@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.pages import LANES, SUBLANES, Pages, is_mapped
 from pallas_kernels.reference import AttentionResult
-from pallas_kernels.sharing import Sharing, shared_by_all
+from pallas_kernels.sharing import Sharing
 from pallas_kernels.tpu import attention
 from pallas_kernels.tpu.copy import copy_arrays
 from pallas_kernels.tpu.write import tiles_of_step, write_tiles
@@ -62,7 +62,7 @@ def paged_attention(
 ) -> AttentionResult:
     if sharing is not None and max_query_len == 1 and window is None:
         return attention.decode_shared(
-            q, k, v, pages, page_table, lengths, query_starts, shared_by_all(sharing, lengths),
+            q, k, v, pages, page_table, lengths, query_starts, sharing,
             scale=scale, soft_cap=soft_cap, sinks=sinks, return_lse=return_lse,
         )  # fmt: skip
     options: dict[str, Any] = dict(scale=scale, window=window, soft_cap=soft_cap, sinks=sinks)

@@ -11,10 +11,11 @@ from jaxtyping import Array
 from pallas_kernels.merge import merge_states
 from pallas_kernels.pages import LANES, SUBLANES, Pages, is_mapped, is_stacked, quantise
 from pallas_kernels.reference import AttentionResult
+from pallas_kernels.sharing import FEWEST_ROWS, RUN, Runs, Sharing, runs_of
 from pallas_kernels.tpu import decode as kernel
 from pallas_kernels.tpu import prefill as prefill_kernel
 from pallas_kernels.tpu import tasks, walk
-from pallas_kernels.tpu.blocks import ALL_COUNTS, decode_sizes, prefill_kernels, prefill_sizes
+from pallas_kernels.tpu.blocks import ALL_COUNTS, SMALL_GROUP, decode_sizes, prefill_kernels, prefill_sizes
 from pallas_kernels.tpu.heads import pack_heads, pack_queries, pad_group, unpack_outputs, unpack_rows
 from pallas_kernels.tpu.memory import IDS
 from pallas_kernels.tpu.tasks import PrefillSizes
@@ -93,7 +94,7 @@ def prefill_rows(lengths: Array, query_starts: Array, ids: Array, sizes: Prefill
         tasks.TOKEN: first,
         tasks.NUM_TOKENS: count,
         tasks.HOLES: jnp.any(needed & (ids == 0), axis=1).astype(jnp.int32),
-        tasks.FIRST_POSITION: lengths - count,
+        tasks.FIRST: lengths - count,
     }
     return active_first(jnp.stack([fields[i] for i in range(tasks.FIELDS)]), active)
 
@@ -134,70 +135,122 @@ def prefill(
     return _run_prefill(out, is_query, lse, sinks, kernels, ids, pages, options)
 
 
-def prefix_rows(ids: Array, prefix: Array, num_tokens: int, sizes: PrefillSizes) -> Array:
-    """The scalars of the prefill kernel where all queries see the same `prefix` keys, of pages `[1, M]`."""
-    column = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :]
-    zero = jnp.zeros((1,), jnp.int32)
+def group_rows(runs: Runs, ids: Array, sizes: PrefillSizes) -> Array:
+    """The scalars of the prefill kernel for the large groups of each level; the queries are those of `runs.row`."""
+    (num_levels, num_rows), num_places = runs.size.shape, runs.row.shape[1]
+    level = jnp.arange(num_levels, dtype=jnp.int32)[:, None]
+    token = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, None, :] * sizes.page_size  # the first of each page
+    needed = (token >= runs.begin[..., None]) & (token < runs.end[..., None])
     fields = {
-        tasks.TABLE_ROW: zero,
-        tasks.LENGTH: prefix[None],
-        tasks.TOKEN: zero,
-        tasks.NUM_TOKENS: zero + num_tokens,
-        tasks.HOLES: jnp.any((column * sizes.page_size < prefix) & (ids == 0), axis=1).astype(jnp.int32),
-        tasks.FIRST_POSITION: zero,
+        tasks.TABLE_ROW: jnp.broadcast_to(jnp.arange(num_rows, dtype=jnp.int32), runs.size.shape),
+        tasks.LENGTH: runs.end,
+        tasks.TOKEN: level * num_places + runs.place,
+        tasks.NUM_TOKENS: runs.size,
+        tasks.HOLES: jnp.any(needed & (ids == 0)[None], axis=2).astype(jnp.int32),
+        tasks.FIRST: runs.begin,
     }
-    return active_first(jnp.stack([fields[i] for i in range(tasks.FIELDS)]), prefix[None] > 0)
+    active = runs.leads & (runs.size > SMALL_GROUP)
+    return active_first(jnp.stack([fields[i].reshape(-1) for i in range(tasks.FIELDS)]), active.reshape(-1))
 
 
-def attend_to_prefix(
-    q: Array, pages: Pages, ids: Array, prefix: Array, *, scale: float, soft_cap: float | None,
-    sizes: PrefillSizes | None = None,
-) -> tuple[Array, Array]:  # fmt: skip
-    """Attention of all queries to the same keys, which are read once for each task of them.
-
-    Args:
-        ids: int32 `[1, M]`, the pages of the keys, 0 where there is no page.
-        prefix: int32 scalar, how many keys.
+def chunk_rows(runs: Runs) -> tuple[Array, Array, Array]:
+    """Small groups, `RUN` rows at a time, as rows of the decode kernel.
 
     Returns:
-        out `[T, N, H]` and lse; where there is no key, anything and -inf.
+        Of each chunk, int32 `[levels * P // RUN]`: a row whose pages it reads, the first token and the end of these; 0
+        for all of them where it has none.
     """
-    num_tokens = q.shape[0]
-    if sizes is None:
-        sizes = prefill_sizes(pages, q.shape[1], num_tokens, compute_dtype(q, pages))
-    rows = prefix_rows(ids, prefix, num_tokens, sizes)
-    options = prefill_kernel.PrefillOptions(
-        scale, None, soft_cap, sinks=False, lse=True, causal=False, quantised=pages.scales is not None
-    )
-    nothing = jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
-    everyone = jnp.ones(num_tokens, bool)
-    out, lse = _run_prefill(q, everyone, nothing, None, [(sizes, rows)], ids, pages, options)
-    assert lse is not None
-    return out, lse
+    first = runs.row[:, ::RUN]
+    row = jnp.maximum(first, 0)
+    begin, end, size = (jnp.take_along_axis(x, row, axis=1) for x in (runs.begin, runs.end, runs.size))
+    is_small = (first >= 0) & (size <= SMALL_GROUP)
+    return row.reshape(-1), *(jnp.where(is_small, x, 0).reshape(-1) for x in (begin, end))
+
+
+def attend_to_groups(
+    q: Array, pages: Pages, page_table: Array, runs: Runs, *, scale: float, soft_cap: float | None,
+    sizes: PrefillSizes | None = None,
+) -> tuple[Array, Array, Pages]:  # fmt: skip
+    """Attention of each row's query to what its groups share.
+
+    The rows of a small group are more query heads of one row of the decode kernel, which reads the pages once for
+    `RUN` of them. A large one is a task of the prefill kernel.
+
+    Args:
+        q: `[B, N, H]`, a query of each row.
+        page_table: int32 `[B, M]`.
+        sizes: of the prefill kernel.
+
+    Returns:
+        out `[levels, B, N, H]` and lse, where a row is in no group, anything and -inf; and the pages, to go on with.
+    """
+    num_rows, num_heads, head_dim = q.shape
+    num_levels, num_places = runs.row.shape
+    queries = q[jnp.maximum(runs.row, 0).reshape(-1)]
+    # [chunk, RUN, K, G, H] -> [chunk, K, RUN * G, H]
+    by_head = (-1, RUN, pages.num_kv_heads, num_heads // pages.num_kv_heads)
+    table_row, begin, end = chunk_rows(runs)
+    small = decode(
+        queries.reshape(*by_head, head_dim).swapaxes(1, 2).reshape(-1, RUN * num_heads, head_dim), None, None, pages,
+        page_table[table_row], end, jnp.arange(end.size + 1, dtype=jnp.int32),
+        scale=scale, window=None, soft_cap=soft_cap, sinks=None, return_lse=True, first_key=begin, of_groups=True,
+    )  # fmt: skip
+    assert small.lse is not None
+    pages = small.pages  # the kernel passes them on: who read the old ones would have them copied
+
+    def of_rows(x: Array) -> Array:
+        """From places to rows."""
+        x = x.reshape(num_levels, num_places, *x.shape[1:])
+        return jnp.stack([x[i, jnp.minimum(runs.place[i], num_places - 1)] for i in range(num_levels)])
+
+    def from_chunks(x: Array) -> Array:
+        x = x.reshape(-1, by_head[2], RUN, by_head[3], *x.shape[2:]).swapaxes(1, 2)
+        return of_rows(x.reshape(num_levels * num_places, num_heads, *x.shape[4:]))
+
+    out, lse = from_chunks(small.out), from_chunks(small.lse)
+    if num_rows > SMALL_GROUP:
+        sizes = sizes or prefill_sizes(pages, num_heads, num_rows, compute_dtype(q, pages))
+        ids = jnp.where(is_mapped(page_table, pages), page_table, 0)
+        options = prefill_kernel.PrefillOptions(
+            scale, None, soft_cap, sinks=False, lse=True, causal=False, quantised=pages.scales is not None
+        )
+        nothing, everyone = jnp.full(queries.shape[:2], -jnp.inf, jnp.float32), jnp.ones(len(queries), bool)
+        rows = group_rows(runs, ids, sizes)
+        large_out, large_lse = _run_prefill(queries, everyone, nothing, None, [(sizes, rows)], ids, pages, options)
+        assert large_lse is not None
+        is_large = runs.size > SMALL_GROUP
+        out = jnp.where(is_large[..., None, None], of_rows(large_out), out)
+        lse = jnp.where(is_large[..., None], of_rows(large_lse), lse)
+    return out, jnp.where((runs.size > 0)[..., None], lse, -jnp.inf), pages
 
 
 def decode_shared(
     q: Array, k: Array | None, v: Array | None, pages: Pages, page_table: Array, lengths: Array, query_starts: Array,
-    shared_prefix: Array, *, scale: float, soft_cap: float | None, sinks: Array | None, return_lse: bool,
+    sharing: Sharing, *, scale: float, soft_cap: float | None, sinks: Array | None, return_lse: bool,
 ) -> AttentionResult:  # fmt: skip
-    """`decode`, with the pages that all rows share read once for all, then the rest of each row."""
-    has_prefix = lengths > shared_prefix
-    first_key = jnp.where(has_prefix, shared_prefix, 0)
+    """`decode`, with the pages that groups of rows share read once for each group, then the rest of each row."""
+    if lengths.size < FEWEST_ROWS:
+        return decode(
+            q, k, v, pages, page_table, lengths, query_starts,
+            scale=scale, window=None, soft_cap=soft_cap, sinks=sinks, return_lse=return_lse,
+        )  # fmt: skip
+    is_one = (jnp.diff(query_starts) == 1) & (lengths > 0)
+    lengths = jnp.minimum(lengths, page_table.shape[1] * pages.page_size)
+    runs = runs_of(sharing, lengths, is_one, pages.page_size)
     rest = decode(
         q, k, v, pages, page_table, lengths, query_starts,
-        scale=scale, window=None, soft_cap=soft_cap, sinks=sinks, return_lse=True, first_key=first_key,
+        scale=scale, window=None, soft_cap=soft_cap, sinks=sinks, return_lse=True, first_key=runs.rest,
     )  # fmt: skip
-    # Any row has the pages of the prefix that takes part and is longer.
-    ids = jnp.where(is_mapped(page_table, pages), page_table, 0)[jnp.argmax(has_prefix)][None]
-    prefix = jnp.where(jnp.any(has_prefix), jnp.minimum(shared_prefix, ids.shape[1] * pages.page_size), 0)
-    out, lse = attend_to_prefix(q, rest.pages, ids, prefix, scale=scale, soft_cap=soft_cap)
-    num_tokens = query_starts[1:] - query_starts[:-1]
-    token = jnp.arange(q.shape[0], dtype=jnp.int32)
-    is_mine = (query_starts[None, :-1] == token[:, None]) & (has_prefix & (num_tokens == 1))[None, :]
-    lse = jnp.where(jnp.any(is_mine, axis=1)[:, None], lse, -jnp.inf)
+    token = jnp.minimum(query_starts[:-1], q.shape[0] - 1)
+    out, lse, pages = attend_to_groups(q[token], rest.pages, page_table, runs, scale=scale, soft_cap=soft_cap)
     assert rest.lse is not None
-    merged, merged_lse = merge_states(rest.out.astype(jnp.float32), rest.lse, out, lse)
-    return AttentionResult(merged.astype(q.dtype), rest.pages, merged_lse if return_lse else None)
+    merged, merged_lse = rest.out[token].astype(jnp.float32), rest.lse[token]
+    for level_out, level_lse in zip(out, lse, strict=True):
+        merged, merged_lse = merge_states(merged, merged_lse, level_out, level_lse)
+    target = jnp.where(is_one, token, q.shape[0] + jnp.arange(token.size))  # past the end: dropped
+    merged = rest.out.at[target].set(merged.astype(q.dtype), mode="drop", unique_indices=True)
+    merged_lse = rest.lse.at[target].set(merged_lse, mode="drop", unique_indices=True)
+    return AttentionResult(merged, pages, merged_lse if return_lse else None)
 
 
 def _run_prefill(
@@ -261,12 +314,13 @@ def compute_dtype(q: Array, pages: Pages):
 def decode(
     q: Array, k: Array | None, v: Array | None, pages: Pages, page_table: Array, lengths: Array, query_starts: Array,
     *, scale: float, window: int | None, soft_cap: float | None, sinks: Array | None, return_lse: bool,
-    first_key: Array | None = None, sizes: walk.DecodeSizes | None = None,
+    first_key: Array | None = None, of_groups: bool = False, sizes: walk.DecodeSizes | None = None,
 ) -> AttentionResult:  # fmt: skip
     """`paged_attention` for the sequences that have exactly one new token; 0 for all other tokens.
 
     Args:
         first_key: int32 `[B]`, the first position that a row's query sees, if the window lets it; None: 0.
+        of_groups: the rows are groups, which the kernel's name says.
         sizes: None (the heuristic of blocks.py) or explicit block sizes.
     """
     num_tokens, num_heads, head_dim = q.shape
@@ -285,6 +339,7 @@ def decode(
     options = kernel.DecodeOptions(
         scale, first_key is not None, soft_cap,
         append=k is not None, sinks=sinks is not None, lse=return_lse, quantised=pages.scales is not None,
+        name="paged_group" if of_groups else "paged_decode",
     )  # fmt: skip
     new = None if k is None or v is None else new_rows(k, v, pages)
     out, lse, data, scales = kernel.decode(

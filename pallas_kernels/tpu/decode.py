@@ -46,6 +46,7 @@ class DecodeOptions:
     sinks: bool
     lse: bool
     quantised: bool
+    name: str = "paged_decode"
 
 
 def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, scales_in,
@@ -471,7 +472,7 @@ def decode(q: Array, new: Array | None, sinks: Array | None, rows: Array, table:
     )
     return pl.pallas_call(
         kernel,
-        name="paged_decode",
+        name=options.name,
         out_shape=(
             pltpu.HBM((num_tokens, N, L), q.dtype),
             pltpu.HBM(lse_shape, f32),

@@ -171,11 +171,12 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
     key = lax.broadcasted_iota(jnp.int32, (1, T), 1)
     page_of_key = lax.convert_element_type((key.astype(jnp.float32) + 0.5) / S, jnp.int32)
 
-    def scores(unit, slot, mask, position, left, bits):
+    def scores(unit, slot, mask, position, left, low, bits):
         """Args:
         unit: `units` for none.
         mask: whether some of the block's keys may be hidden from some rows.
         position: of the task's first token, from the block's start.
+        low: the first key that a token sees, likewise.
         """
         real = jnp.minimum(unit, units - 1)
         head = lax.div(real, all_units.per_head)
@@ -191,6 +192,8 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
             visible = jnp.where(exists, key, NEVER) <= last
             if options.window is not None:
                 visible = visible & (key > last - options.window)
+            if not options.causal:
+                visible = visible & (key >= low)
             s = jnp.where(visible, s, MASKED)
         m_before = m_ref[unit]
         m = jnp.maximum(m_before, jnp.max(s, axis=1, keepdims=True))
@@ -248,13 +251,13 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
             wait_for_pages(here)
             pl.when(is_edge)(lambda: clean(here, left, column, low))
             bits = lax.cond(has_holes, lambda: page_bits(here, column), lambda: jnp.int32(-1))
-            return here, left, position, bits, is_masked
+            return here, left, low, position, bits, is_masked
 
         def run_block(block, last_slot):
             """Args:
             last_slot: of the block before, whose last units end here.
             """
-            slot, left, position, bits, is_masked = geometry_and_masks(block)
+            slot, left, low, position, bits, is_masked = geometry_and_masks(block)
 
             def unit_before(unit, by):
                 """The unit `by` steps ago; `units` stands for nothing."""
@@ -274,7 +277,7 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
                 p_new[...] = soften(unit, s_old)
                 if units <= 2:
                     add_values(unit, p_old)
-                s_new[...] = scores(jnp.minimum(unit, units), slot, mask, position, left, bits)
+                s_new[...] = scores(jnp.minimum(unit, units), slot, mask, position, left, low, bits)
                 if units > 2:
                     add_values(unit, p_old)
 

@@ -11,7 +11,8 @@ from jax import lax
 from pallas_kernels.tpu.memory import IDS
 
 FIELDS = 6  # of a row in `rows`
-TABLE_ROW, LENGTH, TOKEN, NUM_TOKENS, HOLES, FIRST_POSITION = range(FIELDS)
+TABLE_ROW, LENGTH, TOKEN, NUM_TOKENS, HOLES, FIRST = range(FIELDS)
+# FIRST: the position of the first token where tokens see no key behind themselves; else the first key that all see.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +73,14 @@ class Tasks:
         return self.rows[index * self.num_rows + jnp.minimum(row, self.num_active - 1)]
 
     def first_position(self, row, nth):
-        """Position of the task's first token."""
-        return self.field(FIRST_POSITION, row) + nth * self.sizes.query_tokens
+        """Position of the task's first token, if tokens have one."""
+        return self.field(FIRST, row) + nth * self.sizes.query_tokens
+
+    def first_key(self, row, nth):
+        """The first key that the task's first token sees; may be below 0."""
+        if not self.causal:
+            return self.field(FIRST, row)
+        return jnp.int32(0) if self.window is None else self.first_position(row, nth) - self.window + 1
 
     def end_of_keys(self, row, nth):
         """How many keys the task's last token sees."""
@@ -81,9 +88,9 @@ class Tasks:
         return jnp.minimum(length, self.first_position(row, nth) + self.sizes.query_tokens) if self.causal else length
 
     def first_block(self, row, nth):
-        if self.window is None:
+        if self.causal and self.window is None:
             return jnp.int32(0)
-        return lax.div(jnp.maximum(self.first_position(row, nth) - self.window + 1, 0), self.sizes.tokens)
+        return lax.div(jnp.maximum(self.first_key(row, nth), 0), self.sizes.tokens)
 
     def num_blocks(self, row, nth):
         """At least one, so that a task without keys still writes zeros."""
@@ -108,7 +115,5 @@ class Tasks:
         place = self.first_block(row, nth) + block
         start = place * self.sizes.tokens
         left = self.end_of_keys(row, nth) - start
-        low = jnp.int32(0)
-        if self.window is not None:
-            low = self.first_position(row, nth) - self.window + 1 - start
+        low = jnp.int32(0) if self.causal and self.window is None else self.first_key(row, nth) - start
         return left, low, (place * self.sizes.pages_per_block) & (IDS - 1)

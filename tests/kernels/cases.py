@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import Pages, init_pages, paged_attention
+from pallas_kernels import Pages, Sharing, init_pages, paged_attention
 
 # Every test of an op runs for each of these. They refuse no case; what a kernel refuses stands in the case.
 IMPLEMENTATIONS = ("reference", "xla")
@@ -280,3 +280,25 @@ traces = collections.Counter()
 def attend(*arguments, **options):
     traces[options["implementation"]] += 1  # runs when jit traces, not when it runs what it compiled
     return paged_attention(*arguments, **options)
+
+
+def share(inputs: Inputs, levels: list[list[tuple[tuple[int, ...], int]]]) -> tuple[Inputs, Sharing]:
+    """Inputs on pages that rows have in common, and the promise. What unowned slots hold stays NaN.
+
+    Args:
+        inputs: of rows that share nothing.
+        levels: groups of rows and how many tokens each shares, from the first token on.
+    """
+    size, table = inputs.pages.page_size, np.array(inputs.page_table)
+    keys, values = list(inputs.keys), list(inputs.values)
+    leader = np.full((len(levels), len(table)), -1, np.int32)
+    tokens = np.zeros_like(leader)
+    for level, groups in enumerate(levels):
+        for rows, count in groups:
+            leader[level, list(rows)], tokens[level, list(rows)] = rows[0], count
+            for row in rows[1:]:
+                table[row, : count // size] = table[rows[0], : count // size]
+                for x in (keys, values):
+                    x[row] = np.concatenate([x[rows[0]][:count], x[row][count:]])
+    inputs = dataclasses.replace(inputs, page_table=jnp.asarray(table), keys=keys, values=values)
+    return inputs, Sharing(jnp.asarray(leader), jnp.asarray(tokens))

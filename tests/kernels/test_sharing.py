@@ -1,16 +1,15 @@
 """Groups of rows that share pages: found in the page table, checked on the host, and changing nothing but the speed."""
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernels.cases import Case, attend, expected, make_inputs
+from kernels.cases import Case, attend, expected, make_inputs, share
 
 from pallas_kernels import Sharing, check_sharing, find_groups, sharing
-from pallas_kernels.sharing import FEWEST_ROWS, shared_by_all
+from pallas_kernels.sharing import FEWEST_ROWS, RUN, runs_of
 
 S = 16
 PREFIX = 64  # tokens that everybody shares in the forests below
@@ -22,22 +21,8 @@ find = jax.jit(find_groups, static_argnums=2)
 
 
 def forest(case: Case):
-    """The inputs of a case on pages that its rows share, and the groups. What unowned slots hold stays NaN."""
-    inputs = make_inputs(case)
-    table = np.array(inputs.page_table)
-    keys, values = list(inputs.keys), list(inputs.values)
-    for rows, start, stop in ((range(10), 0, PREFIX), *((rows, PREFIX, FORK) for rows in MEMBERS)):
-        first = rows[0]
-        for row in rows:
-            table[row, start // S : stop // S] = table[first, start // S : stop // S]
-            for x in (keys, values):
-                x[row] = np.concatenate([x[row][:start], x[first][start:stop], x[row][stop:]])
-    leader, tokens = np.full((2, len(LENGTHS)), -1, np.int32), np.zeros((2, len(LENGTHS)), np.int32)
-    leader[0, :10], tokens[0, :10] = 0, PREFIX
-    for rows in MEMBERS:
-        leader[1, rows], tokens[1, rows] = rows[0], FORK
-    inputs = dataclasses.replace(inputs, page_table=jnp.asarray(table), keys=keys, values=values)
-    return inputs, Sharing(jnp.asarray(leader), jnp.asarray(tokens))
+    """The inputs of a case on pages that its rows share, and the groups."""
+    return share(make_inputs(case), [[(tuple(range(10)), PREFIX)], [(rows, FORK) for rows in MEMBERS]])
 
 
 QUERY_LENS = (1, 1, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0)
@@ -109,12 +94,21 @@ def test_a_group_of_too_few_rows_is_left_alone():
         assert (found.tokens[0, :count] == (640 if shares else 0)).all() and (found.tokens[:, count:] == 0).all()
 
 
-def test_kernels_that_know_one_prefix_get_it_where_all_rows_share_it():
-    lengths = jnp.array([40, 0, 64, 33], jnp.int32)
-    assert shared_by_all(Sharing.of_all(lengths, 32), lengths) == 32
-    assert shared_by_all(Sharing.of_all(lengths, 48), lengths) == 0  # two rows are shorter
-    _, two_levels = forest(CASES[0])
-    assert shared_by_all(two_levels, jnp.array(LENGTHS, jnp.int32)) == 0
+def test_runs_are_the_groups_of_a_step_side_by_side(monkeypatch):
+    _, groups = forest(CASES[0])
+    monkeypatch.setattr(sharing, "FEWEST_ROWS", 3)
+    takes_part = jnp.array(LENGTHS) > 0
+    takes_part = takes_part.at[jnp.array([0, 6, 7, 8])].set(False)  # on the second level, 4 and 5 are too few then
+    runs = runs_of(groups, jnp.array(LENGTHS, jnp.int32), takes_part, S)
+    found = []
+    for level, row in np.argwhere(np.asarray(runs.leads)).tolist():
+        start, size = int(runs.place[level, row]), int(runs.size[level, row])
+        assert start % RUN == 0 and runs.size[level].tolist().count(size) == size
+        found.append((runs.row[level, start : start + size].tolist(), int(runs.begin[level, row])))
+        assert (np.asarray(runs.row[level, start + size : start + -(-size // RUN) * RUN]) == -1).all()
+    assert found == [([1, 2, 3, 4, 5, 9], 0), ([1, 2, 3], PREFIX)]
+    assert runs.rest.tolist() == [0, FORK, FORK, FORK, PREFIX, PREFIX, 0, 0, 0, PREFIX, 0, 0, 0]
+    assert (np.asarray(runs.row) >= 0).sum() == 9 == (np.asarray(runs.place) < runs.row.shape[1]).sum()
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from kernels.cases import CASES, Case, expected, make_inputs
+from kernels.cases import CASES, Case, expected, make_inputs, share
 
-from pallas_kernels import Sharing, copy_pages, init_pages, paged_attention, write_pages
+from pallas_kernels import copy_pages, init_pages, paged_attention, write_pages
 from pallas_kernels.tpu import attention, decode
 from pallas_kernels.tpu.blocks import ALL_COUNTS, prefill_kernels
 from pallas_kernels.tpu.tasks import PrefillSizes
@@ -135,18 +135,29 @@ def test_every_prompt_has_one_kernel():
     assert short < long
 
 
-@pytest.mark.parametrize("prefix", [pytest.param(0, marks=pytest.mark.long), 32])
-def test_shared_prefix_changes_nothing(interpreter, small_blocks, prefix):
-    """One row is not longer than the prefix, one is empty; the prefix is a runtime value."""
-    lengths = (40, 0, 170, 33, 32)
-    case = Case("shared", lengths, (1,) * 5, (4, 2), 128, sinks=True)
-    inputs = make_inputs(case)
-    table = inputs.page_table.at[jnp.array([2, 3, 4]), :2].set(inputs.page_table[0, :2])
-    inputs = dataclasses.replace(inputs, page_table=table)
+# A large group, in which there is a small one; another small one; a pair, which is too few. Row 1 is empty.
+FOREST = [[((0, 2, 3, 4, 5, 8, 10), 32), ((6, 9, 11, 12), 48), ((7, 13), 16)], [((2, 4, 5, 10), 144)]]
+FOREST_LENGTHS = (40, 0, 170, 33, 150, 145, 60, 20, 50, 49, 148, 49, 64, 18)
+
+
+@pytest.mark.parametrize(
+    ("levels", "dtype"),
+    [
+        (FOREST, "float32"),
+        pytest.param(FOREST, "int8", marks=pytest.mark.long),
+        pytest.param(FOREST[:1], "float32", marks=pytest.mark.long),
+        pytest.param([[((0,), 32)], []], "float32", marks=pytest.mark.long),  # nobody to share with
+    ],
+)
+def test_groups_that_share_change_nothing(interpreter, small_blocks, monkeypatch, levels, dtype):
+    monkeypatch.setattr(attention, "SMALL_GROUP", 4)
+    monkeypatch.setattr(attention, "prefill_sizes", lambda *_: PrefillSizes(16, 8, 8, 2))
+    case = Case("forest", FOREST_LENGTHS, (1, 0, *[1] * 12), (4, 2), 128, dtype=dtype, sinks=True, is_padded=True)
+    inputs, sharing = share(make_inputs(case), levels)
     plain = attend(case, inputs, "reference", return_lse=True)
-    result = attend(case, inputs, return_lse=True, sharing=Sharing.of_all(inputs.lengths, prefix))
-    np.testing.assert_allclose(result.out, plain.out, atol=1e-5)
-    np.testing.assert_allclose(np.asarray(result.lse), np.asarray(plain.lse), atol=1e-5)
+    result = attend(case, inputs, return_lse=True, sharing=sharing)
+    np.testing.assert_allclose(np.asarray(result.out), np.asarray(plain.out), atol=case.tolerance)
+    np.testing.assert_allclose(np.asarray(result.lse), np.asarray(plain.lse), atol=case.tolerance)
     assert_same_pages(result.pages, plain.pages)
 
 
