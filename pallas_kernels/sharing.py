@@ -105,7 +105,8 @@ def runs_of(sharing: Sharing, lengths: Int32[Array, " B"], takes_part: Bool[Arra
         at = jnp.max(jnp.where(mine[None, :] == place[:, None], row[None, :], -1), axis=1)
         levels.append((at, mine, size, leads, rest, end))
         rest = jnp.where(size > 0, end, rest)
-    return Runs(*(jnp.stack(x) for x in zip(*levels, strict=True)), rest)
+    at, mine, size, leads, begin, end = (jnp.stack(x) for x in zip(*levels, strict=True))
+    return Runs(at, mine, size, leads, begin, end, rest)
 
 
 def pays(num_rows: Int32[Array, " B"], tokens: Int32[Array, " B"]) -> Bool[Array, " B"]:

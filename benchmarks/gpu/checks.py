@@ -35,7 +35,7 @@ CASES = (
     Case("rows", (70, 20), (40, 20), (2, 1, 128), dtype="float8_e4m3fn"),
     Case("rows", (70,), (40,), (2, 1, 128), 64, dtype="int8"),
     Case("rows, large group", (70, 20), (1, 1), (20, 1, 128), 64),
-    Case("shared prefix", (97, 130), (1, 1), options=(("shared_prefix", 96),)),
+    Case("shared prefix", (97, 130, 113, 99), (1, 1, 1, 1), options=(("shared_prefix", 96),)),
 )
 
 
@@ -43,13 +43,13 @@ def run_checks() -> list[dict[str, object]]:
     """The largest error of every case; raises where one is out of bounds."""
     on_gpu = jax.default_backend() == "gpu"
     place = contextlib.nullcontext() if on_gpu else hardware.interpreter()
-    prefix_pays, attention.PREFIX_PAYS = attention.PREFIX_PAYS, 0.0
+    sharing_pays, attention.SHARING_PAYS = attention.SHARING_PAYS, 0.0
     try:
         with place:
             rows = [check_attention(case) for case in CASES]
             return rows + [check_copy()]
     finally:
-        attention.PREFIX_PAYS = prefix_pays
+        attention.SHARING_PAYS = sharing_pays
 
 
 def check_attention(case: Case) -> dict[str, object]:

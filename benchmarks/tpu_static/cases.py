@@ -155,8 +155,7 @@ def arguments(case: StaticCase) -> tuple:
     k = array((tokens, case.heads[1], case.head_dim), jnp.bfloat16)
     table = array((batch, case.max_pages), jnp.int32)
     lengths, starts = array((batch,), jnp.int32), array((batch + 1,), jnp.int32)
-    groups = array((len(case.levels), batch), jnp.int32)
-    sharing = (Sharing(groups, groups),) if case.levels else ()
+    sharing = (jax.eval_shape(lambda: case.sharing),) if case.levels else ()
     return (q, k, k, abstract_pages(case), table, lengths, starts, *sharing)
 
 

@@ -16,13 +16,11 @@ from pallas_kernels.gpu.schedule import Queries, cut_queries, cut_rows, max_row_
 from pallas_kernels.merge import merge_states
 from pallas_kernels.pages import Pages, token_places
 from pallas_kernels.reference import AttentionResult
-from pallas_kernels.sharing import Sharing, shared_by_all
+from pallas_kernels.sharing import FEWEST_ROWS, RUN, Runs, Sharing, runs_of
 
 MOST_PACKED_QUERIES = 32  # of a sequence: up to so many, the rows of a block are the query heads of a KV head as well
 MOST_DECODE_GROUP = 16  # query heads of a KV head that the decode kernel takes
-PREFIX_PAYS = (
-    2.0**26
-)  # bytes of a shared prefix that reading it once must save: 16 us of an H200's bandwidth, not yet measured
+SHARING_PAYS = 2.0**26  # bytes that it must save: 16 us of an H200's bandwidth, not yet measured
 SEES_ALL = 2**30  # the position of a query that sees every key
 LEAST_TILES = 4  # of keys in a part, where a sequence's keys are cut to keep every multiprocessor busy
 
@@ -59,14 +57,13 @@ def paged_attention(
     options = AttentionOptions(scale, window, soft_cap, sinks)
     places = token_places(lengths, query_starts, q.shape[0])
     group = q.shape[1] // pages.num_kv_heads
-    if max_query_len == 1 and group <= MOST_DECODE_GROUP:
-        rows = (q, pages, page_table, places.sequence, places.position)
-        if sharing is None or window is not None:
-            out, lse = decode(*rows, jnp.zeros_like(places.position), options)
-        else:
-            out, lse = decode_behind_prefix(*rows, shared_by_all(sharing, lengths), options)
+    if window is not None or lengths.size < FEWEST_ROWS or group > MOST_DECODE_GROUP:
+        sharing = None
+    if max_query_len == 1 and group <= MOST_DECODE_GROUP and sharing is None:
+        where = places.sequence, places.position
+        out, lse = decode(q, pages, page_table, *where, jnp.zeros_like(places.position), options)
     else:
-        out, lse = prefill(q, pages, page_table, lengths, query_starts, max_query_len, options)
+        out, lse = prefill(q, pages, page_table, lengths, query_starts, max_query_len, sharing, options)
         lse = jnp.where(places.position[:, None] >= 0, lse, -jnp.inf)
     # A write or copy of the pages that follows then waits for these reads, and needs no copy of the pool.
     out, lse, pages = lax.optimization_barrier((out, lse, pages))
@@ -80,6 +77,7 @@ def prefill(
     lengths: Int32[Array, " B"],
     query_starts: Int32[Array, " B+1"],
     max_query_len: int,
+    sharing: Sharing | None,
     options: AttentionOptions,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """Attention of sequences with any number of queries; those with one go to the decode kernel where it pays."""
@@ -87,7 +85,7 @@ def prefill(
     num_sequences, capacity = lengths.size, page_table.shape[1] * pages.page_size
     group = num_heads // pages.num_kv_heads
     is_packed = max_query_len <= MOST_PACKED_QUERIES
-    decodes_apart = num_sequences > 1 and not is_packed and group <= MOST_DECODE_GROUP
+    decodes_apart = num_sequences > 1 and (not is_packed or sharing is not None) and group <= MOST_DECODE_GROUP
 
     starts, num = query_starts[:-1], jnp.diff(query_starts)
     is_decoding = (num == 1) & decodes_apart
@@ -99,12 +97,18 @@ def prefill(
         position=jnp.append(lengths - num, 0),
         end=jnp.append(jnp.minimum(lengths, capacity), 0),
     )
-    out, lse = attend_queries(q, pages, page_table, queries, options, is_packed)
+    if max_query_len > 1:
+        out, lse = attend_queries(q, pages, page_table, queries, options, is_packed)
+    else:
+        out, lse = jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
     if decodes_apart:
         position = jnp.where(is_decoding, lengths - 1, -1)
         rows = q[jnp.where(is_decoding, starts, 0)]
         sequence = jnp.arange(num_sequences, dtype=jnp.int32)
-        row_out, row_lse = decode(rows, pages, page_table, sequence, position, 0 * position, options)
+        if sharing is None:
+            row_out, row_lse = decode(rows, pages, page_table, sequence, position, 0 * position, options)
+        else:
+            row_out, row_lse = decode_behind_groups(rows, pages, page_table, position, sharing, options)
         target = jnp.where(is_decoding, starts, num_tokens + sequence)  # past the end: dropped
         out = out.at[target].set(row_out, mode="drop", unique_indices=True)
         lse = lse.at[target].set(row_lse, mode="drop", unique_indices=True)
@@ -174,51 +178,68 @@ def merge_parts(
     return out.astype(dtype), (top + jnp.log(total))[0]
 
 
-def decode_behind_prefix(
-    q: Float[Array, "R N H"],
+def decode_behind_groups(
+    q: Float[Array, "B N H"],
     pages: Pages,
     page_table: Int32[Array, "B M"],
-    sequence: Int32[Array, " R"],
-    position: Int32[Array, " R"],
-    shared_prefix: Int32[Array, ""],
+    position: Int32[Array, " B"],
+    sharing: Sharing,
     options: AttentionOptions,
-) -> tuple[Float[Array, "R N H"], Float[Array, "R N"]]:
-    """`decode` where all sequences begin with the same pages: those are read once for all of them.
+) -> tuple[Float[Array, "B N H"], Float[Array, "B N"]]:
+    """`decode` where groups of sequences begin with the same pages: those are read once for each group.
 
-    All queries are rows of one attention over the prefix, each decodes the keys behind it, and the two are merged.
-    Where little would be saved the prefix counts as empty and its blocks have nothing to do: unlike a branch, that
-    needs no word with the host. From Hydragen (Juravsky et al. 2024, arXiv 2402.05099).
+    The queries of a group are rows of one attention over what it shares, each decodes the keys behind that, and the
+    results are merged. Where little would be saved the groups count as empty and their blocks have nothing to do:
+    unlike a branch, that needs no word with the host. From Hydragen (Juravsky et al. 2024, arXiv 2402.05099).
     """
-    takes_part = position >= 0
     token_bytes = 2 * pages.num_kv_heads * pages.head_dim * jnp.dtype(pages.dtype).itemsize
-    capacity = page_table.shape[1] * pages.page_size
-    prefix = worth_sharing(shared_prefix, position, pages.page_size, capacity, token_bytes)
+    runs = runs_of(sharing, position + 1, position >= 0, pages.page_size)
+    runs = where_it_pays(runs, token_bytes)
+    num_levels, num_places = runs.row.shape
+    queries, table = runs_of_queries(runs, page_table, pages.page_size)
+    of_runs = q[jnp.maximum(runs.row, 0).reshape(-1)]
+    run_out, run_lse = attend_queries(of_runs, pages, table, queries, options._replace(sinks=None), True)
+    sequence = jnp.arange(len(position), dtype=jnp.int32)
+    out, lse = decode(q, pages, page_table, sequence, position, runs.rest, options)
+    for level, place in enumerate(runs.place):
+        at = level * num_places + jnp.minimum(place, num_places - 1)
+        level_lse = jnp.where((place < num_places)[:, None], run_lse[at], -jnp.inf)
+        out, lse = merge_states(out, lse, run_out[at], level_lse)
+    return out, lse
 
-    def one(x):
-        return jnp.asarray(x, jnp.int32).reshape(1)
 
-    everybody = Queries(one(sequence[jnp.argmax(takes_part)]), one(0), one(q.shape[0]), one(SEES_ALL), one(prefix))
-    prefix_out, prefix_lse = attend_queries(q, pages, page_table, everybody, options._replace(sinks=None), True)
-    prefix_lse = jnp.where(takes_part[:, None], prefix_lse, -jnp.inf)
-    begin = jnp.broadcast_to(prefix, position.shape)
-    out, lse = decode(q, pages, page_table, sequence, position, begin, options)
-    return merge_states(out, lse, prefix_out, prefix_lse)
+def runs_of_queries(runs: Runs, page_table: Int32[Array, "B M"], page_size: int) -> tuple[Queries, Int32[Array, "C M"]]:
+    """Each group as a sequence whose pages are those that the group reads."""
+    num_levels, num_places = runs.row.shape
+    first = runs.row[:, ::RUN]
+    row = jnp.maximum(first, 0)
+    leads, size, begin, end = (
+        jnp.take_along_axis(x, row, axis=1) for x in (runs.leads, runs.size, runs.begin, runs.end)
+    )
+    starts = jnp.arange(0, num_levels * num_places, RUN, dtype=jnp.int32)
+    row, begin = row.reshape(-1, 1), begin.reshape(-1, 1)
+    column = jnp.arange(page_table.shape[1], dtype=jnp.int32)[None, :] + begin // page_size
+    queries = Queries(
+        sequence=jnp.arange(starts.size, dtype=jnp.int32),
+        start=starts,
+        num=jnp.where((first >= 0) & leads, size, 0).reshape(-1),
+        position=jnp.full_like(starts, SEES_ALL),
+        end=end.reshape(-1) - begin[:, 0],
+    )
+    return queries, page_table[row, jnp.minimum(column, page_table.shape[1] - 1)]
 
 
-def worth_sharing(
-    shared_prefix: Int32[Array, ""], position: Int32[Array, " R"], page_size: int, capacity: int, token_bytes: int
-) -> Int32[Array, ""]:
-    """How many tokens of a shared prefix to read once for all rows: whole pages that all of them see, or 0.
-
-    0 where that saves too little reading to pay for the kernels that it takes.
-    """
-    takes_part = position >= 0
-    shortest = jnp.min(jnp.where(takes_part, position + 1, jnp.iinfo(jnp.int32).max))
-    prefix = jnp.minimum(shared_prefix, jnp.minimum(shortest, capacity))
-    prefix -= prefix % page_size  # a row that ends inside it may hold a last page of its own
-    others = jnp.sum(takes_part) - 1
-    saved = others.astype(jnp.float32) * prefix.astype(jnp.float32) * token_bytes
-    return jnp.where(saved > PREFIX_PAYS, jnp.maximum(prefix, 0), 0)
+def where_it_pays(runs: Runs, token_bytes: int) -> Runs:
+    """The same groups, or none where reading them once saves too little to pay for the kernels that it takes."""
+    others = jnp.where(runs.leads, runs.size - 1, 0).astype(jnp.float32)
+    saved = jnp.sum(others * (runs.end - runs.begin).astype(jnp.float32)) * token_bytes
+    pays = saved > SHARING_PAYS
+    num_places = runs.row.shape[1]
+    return runs._replace(
+        row=jnp.where(pays, runs.row, -1),
+        place=jnp.where(pays, runs.place, num_places),
+        rest=jnp.where(pays, runs.rest, 0),
+    )
 
 
 def decode(

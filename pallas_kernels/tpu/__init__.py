@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -60,16 +61,10 @@ def paged_attention(
     max_query_len: int,
     return_lse: bool,
 ) -> AttentionResult:
-    if sharing is not None and max_query_len == 1 and window is None:
-        return attention.decode_shared(
-            q, k, v, pages, page_table, lengths, query_starts, sharing,
-            scale=scale, soft_cap=soft_cap, sinks=sinks, return_lse=return_lse,
-        )  # fmt: skip
     options: dict[str, Any] = dict(scale=scale, window=window, soft_cap=soft_cap, sinks=sinks)
     if max_query_len == 1:
-        return attention.decode(
-            q, k, v, pages, page_table, lengths, query_starts, return_lse=return_lse, **options
-        )  # fmt: skip
+        decode = attention.decode if sharing is None else partial(attention.decode_shared, sharing=sharing)
+        return decode(q, k, v, pages, page_table, lengths, query_starts, return_lse=return_lse, **options)
     query_lens = query_starts[1:] - query_starts[:-1]
     if k is not None and v is not None:
         # Decoding sequences append in their own pass.
@@ -78,7 +73,7 @@ def paged_attention(
     is_query = attention.is_prefilled(lengths, query_starts, q.shape[0])
     queries = jnp.where(is_query[:, None, None], q, 0)
     out, pages, lse = attention.decode_some(
-        q, k, v, pages, page_table, lengths, query_starts, queries, return_lse=return_lse, **options
+        q, k, v, pages, page_table, lengths, query_starts, queries, sharing=sharing, return_lse=return_lse, **options
     )  # fmt: skip
     out, lse = attention.prefill(
         out, lse, pages, page_table, lengths, query_starts, max_query_len=max_query_len, **options

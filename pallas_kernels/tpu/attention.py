@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -164,7 +165,8 @@ def chunk_rows(runs: Runs) -> tuple[Array, Array, Array]:
     row = jnp.maximum(first, 0)
     begin, end, size = (jnp.take_along_axis(x, row, axis=1) for x in (runs.begin, runs.end, runs.size))
     is_small = (first >= 0) & (size <= SMALL_GROUP)
-    return row.reshape(-1), *(jnp.where(is_small, x, 0).reshape(-1) for x in (begin, end))
+    begin, end = (jnp.where(is_small, x, 0).reshape(-1) for x in (begin, end))
+    return row.reshape(-1), begin, end
 
 
 def attend_to_groups(
@@ -226,13 +228,14 @@ def attend_to_groups(
 
 def decode_shared(
     q: Array, k: Array | None, v: Array | None, pages: Pages, page_table: Array, lengths: Array, query_starts: Array,
-    sharing: Sharing, *, scale: float, soft_cap: float | None, sinks: Array | None, return_lse: bool,
+    *, sharing: Sharing, scale: float, soft_cap: float | None, sinks: Array | None, return_lse: bool,
+    window: int | None = None,
 ) -> AttentionResult:  # fmt: skip
     """`decode`, with the pages that groups of rows share read once for each group, then the rest of each row."""
-    if lengths.size < FEWEST_ROWS:
+    if lengths.size < FEWEST_ROWS or window is not None:
         return decode(
             q, k, v, pages, page_table, lengths, query_starts,
-            scale=scale, window=None, soft_cap=soft_cap, sinks=sinks, return_lse=return_lse,
+            scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, return_lse=return_lse,
         )  # fmt: skip
     is_one = (jnp.diff(query_starts) == 1) & (lengths > 0)
     lengths = jnp.minimum(lengths, page_table.shape[1] * pages.page_size)
@@ -358,26 +361,25 @@ def decode(
 
 def decode_some(
     q: Array, k: Array | None, v: Array | None, pages: Pages, page_table: Array, lengths: Array, query_starts: Array,
-    others: Array, *, return_lse: bool, **options: Any,
+    others: Array, *, sharing: Sharing | None, return_lse: bool, **options: Any,
 ) -> AttentionResult:  # fmt: skip
     """`decode` where most tokens belong to other sequences: those of the sequences with one are gathered first.
 
     Args:
+        sharing: which sequences share pages, if they do.
         others: `[T, N, H]`, what to return for the tokens of those sequences; 0 for all other tokens.
     """
     num_tokens, num_rows = q.shape[0], lengths.size
+    run = decode if sharing is None else partial(decode_shared, sharing=sharing)
     if num_tokens <= num_rows:
-        result = decode(
-            q, k, v, pages, page_table, lengths, query_starts, return_lse=return_lse, **options
-        )  # fmt: skip
+        result = run(q, k, v, pages, page_table, lengths, query_starts, return_lse=return_lse, **options)
         return result._replace(out=result.out + others)
     is_one = query_starts[1:] - query_starts[:-1] == 1
     token = jnp.minimum(query_starts[:-1], num_tokens - 1)
     q, (k, v) = q[token], (None if x is None else x[token] for x in (k, v))
     starts = jnp.arange(num_rows + 1, dtype=jnp.int32)
-    some = decode(
-        q, k, v, pages, page_table, jnp.where(is_one, lengths, 0), starts, return_lse=return_lse, **options
-    )  # fmt: skip
+    lengths = jnp.where(is_one, lengths, 0)
+    some = run(q, k, v, pages, page_table, lengths, starts, return_lse=return_lse, **options)
     # Rows without a token of their own aim past the end, each at another place.
     target = jnp.where(is_one, token, num_tokens + starts[:-1])
 

@@ -194,13 +194,13 @@ def test_rows(compile_kernels, page_size, head_dim, heads, tokens, options):
     assert count(loop, r"\bld\.global") == 0
 
 
-def test_shared_prefix(compile_kernels):
+def test_groups_that_share(compile_kernels):
     pages = abstract_pages(8, 64, 128)
 
-    def decode(tokens, *arguments):
-        sharing = Sharing.of_all(arguments[5], tokens)
+    def decode(leader, tokens, *arguments):
+        sharing = Sharing(leader, tokens)
         return paged_attention(*arguments, sharing=sharing, max_query_len=1, implementation="pallas_gpu").out
 
     arguments = attention_arguments(64, 64, 56, pages)
-    _, reports = compile_kernels(jax.jit(decode), array(), *arguments)
+    _, reports = compile_kernels(jax.jit(decode), array(2, 64), array(2, 64), *arguments)
     assert "paged_rows" in reports  # the decode kernel is one of those above

@@ -141,18 +141,20 @@ FOREST_LENGTHS = (40, 0, 170, 33, 150, 145, 60, 20, 50, 49, 148, 49, 64, 18)
 
 
 @pytest.mark.parametrize(
-    ("levels", "dtype"),
+    ("levels", "dtype", "several"),
     [
-        (FOREST, "float32"),
-        pytest.param(FOREST, "int8", marks=pytest.mark.long),
-        pytest.param(FOREST[:1], "float32", marks=pytest.mark.long),
-        pytest.param([[((0,), 32)], []], "float32", marks=pytest.mark.long),  # nobody to share with
+        (FOREST, "float32", 1),
+        pytest.param(FOREST, "int8", 1, marks=pytest.mark.long),
+        pytest.param(FOREST, "float32", 5, marks=pytest.mark.long),  # queries of row 3
+        pytest.param(FOREST[:1], "float32", 1, marks=pytest.mark.long),
+        pytest.param([[((0,), 32)], []], "float32", 1, marks=pytest.mark.long),  # nobody to share with
     ],
 )
-def test_groups_that_share_change_nothing(interpreter, small_blocks, monkeypatch, levels, dtype):
+def test_groups_that_share_change_nothing(interpreter, small_blocks, monkeypatch, levels, dtype, several):
     monkeypatch.setattr(attention, "SMALL_GROUP", 4)
     monkeypatch.setattr(attention, "prefill_sizes", lambda *_: PrefillSizes(16, 8, 8, 2))
-    case = Case("forest", FOREST_LENGTHS, (1, 0, *[1] * 12), (4, 2), 128, dtype=dtype, sinks=True, is_padded=True)
+    query_lens = (1, 0, 1, several, *[1] * 10)
+    case = Case("forest", FOREST_LENGTHS, query_lens, (4, 2), 128, dtype=dtype, sinks=True, is_padded=True)
     inputs, sharing = share(make_inputs(case), levels)
     plain = attend(case, inputs, "reference", return_lse=True)
     result = attend(case, inputs, return_lse=True, sharing=sharing)
