@@ -124,6 +124,7 @@ GATE = (
     "decode, int8, page 16, context 1024 | v7x",
     "decode, fp8, page 64, context 1024 | v7x",
     "prefill, 512 on 4096 | v6e",
+    "decode, 64 share 512, 8 of them 2048 of 2176 | v6e",
 )
 
 
