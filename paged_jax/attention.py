@@ -17,6 +17,8 @@ from pallas_kernels.platform import target_platform
 
 FEWEST_SHARING_ROWS = 32  # fewer gain little from what they share, for more to compile
 
+__all__ = ["find_sharing", "paged_attention"]
+
 
 def paged_attention(
     q: Float[Array, "T N H"],
@@ -122,6 +124,18 @@ def find_sharing(metadata: AttentionMetadata, pool: PagePool) -> AttentionMetada
     Args:
         metadata: of the step.
         pool: the pages of all layers.
+
+    Examples:
+        Eight rows share 150 tokens, two pages of 64 and a part of a third; whoever appends to that copies it.
+
+        >>> config = CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=16, max_sequences=8,
+        ...                      max_pages_per_sequence=4, page_size=64)
+        >>> tables, _ = PageTables.create(config).reserve(jnp.array([150] + [0] * 7))
+        >>> tables, _ = tables.fork(jnp.zeros(7, jnp.int32), jnp.arange(1, 8))
+        >>> cache, active = KVCache(tables, PagePool.create(config)).reserve(jnp.ones(8, jnp.int32))
+        >>> metadata = find_sharing(AttentionMetadata.decode(cache.tables, active), cache.pool)
+        >>> metadata.sharing[0].tokens[0].tolist()
+        [128, 128, 128, 128, 128, 128, 128, 128]
     """
     page_size = pool.arrays[0].page_size
     groups = (pallas_kernels.find_groups(table, metadata.lengths, page_size) for table in metadata.page_tables)

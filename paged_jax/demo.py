@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from paged_jax.cache.config import CacheConfig
+from paged_jax.cache.show import CELLS
 from paged_jax.engine import Engine
 from paged_jax.memory import MemoryReport
 from paged_jax.models import Model
@@ -90,9 +91,7 @@ def run(model: Model, console: Console, *, samples: int = 3, max_new_tokens: int
             live.update(page())
     console.print(page(finished=True))
     assert fullest is not None
-    console.print(
-        Panel(picture, title="the pool at its fullest: · free  ■ one owner  2-9 owners  ▒ cached", expand=False)
-    )
+    console.print(Panel(picture, title="the pool at its fullest", subtitle=CELLS, expand=False))
     console.print(memory_table(fullest, config))
 
 

@@ -25,6 +25,18 @@ class Forward(Protocol):
 
     Pure, and not jitted: whoever calls it jits the whole step. It is static under jit, so pass the same function object
     each time, or everything compiles again.
+
+    Examples:
+        The smallest decoder: after token t comes t + 1. It looks at the last token only, and so needs no attention.
+
+        >>> def forward(params, tokens, pool, metadata):
+        ...     return params[tokens[metadata.logits_at]], pool
+        >>> params = 9 * jnp.roll(jnp.eye(8), 1, axis=1)  # [V, V]: the logits after each token
+        >>> cache, active = KVCache.create(config).reserve(jnp.array([1, 1]))
+        >>> metadata = AttentionMetadata.decode(cache.tables, active)
+        >>> logits, pool = forward(params, jnp.array([3, 6]), cache.pool, metadata)
+        >>> jnp.argmax(logits, axis=-1).tolist()
+        [4, 7]
     """
 
     def __call__(

@@ -9,6 +9,8 @@ from paged_jax.cache.config import CacheConfig, LayerGroup
 from paged_jax.cache.page_table import PageTable
 from paged_jax.cache.page_tables import PageTables
 
+__all__ = ["CACHED", "CacheReport", "FREE", "MemoryReport", "OWNED", "find_tables", "page_states"]
+
 FREE, CACHED, OWNED = -1, 0, 1  # page states; above OWNED: the number of rows that share the page
 
 
@@ -20,6 +22,11 @@ def find_tables(source: Any) -> PageTables:
 
     Raises:
         ValueError: it has no page tables.
+
+    Examples:
+        >>> cache = KVCache.create(config)
+        >>> find_tables(cache) is cache.tables
+        True
     """
     if isinstance(source, PageTables):
         return source
@@ -42,6 +49,17 @@ def page_states(source: Any, group: int = 0) -> np.ndarray:
 
     Returns:
         int [P - 1], without the null page: FREE, CACHED (only handles hold it), or how many rows map the page.
+
+    Examples:
+        Two rows share page 1, one has page 2 for itself, and page 3 is held by a handle only.
+
+        >>> tables, _ = PageTables.create(config).reserve(jnp.array([16, 0]))
+        >>> tables, _ = tables.fork(jnp.array([0]), jnp.array([1]))
+        >>> tables, _ = tables.reserve(jnp.array([16, 16]))
+        >>> tables, handles = tables.publish(1, 32)
+        >>> tables = tables.truncate(jnp.array([32, 16]))
+        >>> page_states(tables).tolist()
+        [2, 1, 0, -1, -1, -1, -1, -1]
     """
     table = find_tables(source).groups[group]
     refcounts, rows = np.asarray(table.refcounts), np.asarray(table.pages)
@@ -131,7 +149,14 @@ class MemoryReport:
 
 @dataclasses.dataclass(frozen=True)
 class CacheReport:
-    """The memory of all layers, group by group; `page_bytes` are those of one page in the layers of each group."""
+    """The memory of all layers, group by group; `page_bytes` are those of one page in the layers of each group.
+
+    Examples:
+        >>> cache, granted = KVCache.create(config).reserve(jnp.array([20, 3]))
+        >>> report = CacheReport.measure(cache, config)  # three pages of 512 bytes hold 23 tokens
+        >>> report.bytes_in_use, report.ideal_bytes, report.contiguous_bytes(64)
+        ((1536,), 736.0, 4096.0)
+    """
 
     groups: tuple[MemoryReport, ...]
     page_bytes: tuple[int, ...]

@@ -19,7 +19,7 @@ from pallas_kernels.pages import (
 
 
 class PageContents(NamedTuple):
-    """The numbers in some pages, bit for bit as they are stored; float8 as its bytes, uint8.
+    """The numbers in some pages, as `export_pages` reads them: bit for bit, float8 as its bytes (uint8).
 
     Args:
         keys: `[n, S, K, H]`.
@@ -43,6 +43,12 @@ def export_pages(pages: Pages, page_ids: Int32[Array, " n"]) -> PageContents:
 
     Returns:
         Their numbers, and the scales of quantised ones.
+
+    Examples:
+        >>> pages = init_pages(num_pages=4, num_kv_heads=1, page_size=2, head_dim=8, dtype=jnp.float32, is_padded=False)
+        >>> contents = export_pages(pages, jnp.array([1, 3]))
+        >>> contents.keys.shape, contents.key_scales
+        ((2, 2, 1, 8), None)
     """
     mapped = is_mapped(page_ids, pages)
 
@@ -71,6 +77,13 @@ def import_pages(pages: Pages, page_ids: Int32[Array, " n"], contents: PageConte
     Raises:
         ValueError: contents of another number of pages, of other sizes or dtypes, or with scales where these pages
             have none, or without where they have.
+
+    Examples:
+        >>> pages = init_pages(num_pages=4, num_kv_heads=1, page_size=2, head_dim=8, dtype=jnp.float32, is_padded=False)
+        >>> ones = jax.tree.map(jnp.ones_like, export_pages(pages, jnp.array([1])))
+        >>> pages = import_pages(pages, jnp.array([2]), ones)
+        >>> export_pages(pages, jnp.array([1, 2])).keys[:, 0, 0, 0].tolist()
+        [0.0, 1.0]
     """
     _check(pages, page_ids, contents)
     heads_first = [None if x is None else jnp.swapaxes(x, 1, 2) for x in contents]

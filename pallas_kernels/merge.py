@@ -25,6 +25,13 @@ def merge_states(
 
     Returns:
         `(out, lse)` over both, in the dtypes of the first set; 0 and -inf where neither saw a key.
+
+    Examples:
+        One key was seen on the left and three on the right, all with the same score:
+
+        >>> out, lse = merge_states(jnp.array([0.0]), jnp.log(1.0), jnp.array([4.0]), jnp.log(3.0))
+        >>> out.round(2).tolist(), jnp.exp(lse).round(2).item()
+        ([3.0], 4.0)
     """
     a, b = lse_a.astype(jnp.float32), lse_b.astype(jnp.float32)
     top = jnp.maximum(a, b)

@@ -66,6 +66,14 @@ def paged_attention(
     Raises:
         ValueError: arguments that contradict each other.
         NotImplementedError: the named implementation cannot do this.
+
+    Examples:
+        >>> pages = init_pages(num_pages=4, num_kv_heads=1, page_size=2, head_dim=8, dtype=jnp.float32, is_padded=False)
+        >>> x = jnp.arange(3.0)[:, None, None] * jnp.ones((3, 1, 8))  # three tokens of one sequence
+        >>> table, lengths, starts = jnp.array([[3, 1]]), jnp.array([3]), jnp.array([0, 3])
+        >>> result = paged_attention(x, x, x, pages, table, lengths, starts, scale=0.0)  # all keys count the same
+        >>> result.out[:, 0, 0].tolist()  # the mean of the values up to each token
+        [0.0, 0.5, 1.0]
     """
     check_attention(q, k, v, pages, page_table, lengths, query_starts, window, soft_cap, sinks, sharing, max_query_len)
     arguments = dict(
@@ -106,6 +114,15 @@ def write_pages(
     Raises:
         ValueError: arguments that contradict each other.
         NotImplementedError: the named implementation cannot do this.
+
+    Examples:
+        >>> pages = init_pages(num_pages=4, num_kv_heads=1, page_size=2, head_dim=8, dtype=jnp.float32, is_padded=False)
+        >>> x = jnp.arange(3.0)[:, None, None] * jnp.ones((3, 1, 8))  # three tokens of one sequence
+        >>> table, lengths, starts = jnp.array([[3, 1]]), jnp.array([3]), jnp.array([0, 3])
+        >>> pages = write_pages(pages, x, x, table, lengths, starts)
+        >>> keys, values = read_pages(pages, jnp.array([3, 1]))
+        >>> keys[:, :, 0, 0].tolist()
+        [[0.0, 1.0], [2.0, 0.0]]
     """
     check_tokens(k, v, pages, page_table, lengths, query_starts)
     new = dict(k=_padded(k, pages), v=_padded(v, pages))
@@ -122,6 +139,12 @@ def read_pages(pages: Pages, page_ids: Int32[Array, " n"]) -> tuple[Float[Array,
 
     Returns:
         Keys and values `[n, S, K, H]` in the pages' dtype, or float32 where they are quantised.
+
+    Examples:
+        >>> pages = init_pages(num_pages=4, num_kv_heads=1, page_size=2, head_dim=8, dtype=jnp.float32, is_padded=False)
+        >>> keys, values = read_pages(pages, jnp.array([1, 3]))
+        >>> keys.shape
+        (2, 2, 1, 8)
     """
     keys, values = reference.read_pages(stored(pages), page_ids)
     return keys[..., : pages.head_dim], values[..., : pages.head_dim]
@@ -149,6 +172,14 @@ def copy_pages(
     Raises:
         ValueError: `source` and `target` differ in length.
         NotImplementedError: the named implementation cannot do this.
+
+    Examples:
+        >>> pages = init_pages(num_pages=4, num_kv_heads=1, page_size=2, head_dim=8, dtype=jnp.float32, is_padded=False)
+        >>> x = jnp.arange(3.0)[:, None, None] * jnp.ones((3, 1, 8))  # three tokens of one sequence
+        >>> table, lengths, starts = jnp.array([[3, 1]]), jnp.array([3]), jnp.array([0, 3])
+        >>> pages = copy_pages(write_pages(pages, x, x, table, lengths, starts), jnp.array([3]), jnp.array([2]))
+        >>> read_pages(pages, jnp.array([2]))[0][0, :, 0, 0].tolist()
+        [0.0, 1.0]
     """
     if source.shape != target.shape:
         raise ValueError(f"source and target must pair up, got {source.shape} and {target.shape}")

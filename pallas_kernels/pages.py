@@ -37,6 +37,11 @@ class Pages:
         page_size: S, the tokens in a page.
         padding: zeros that follow the numbers of each key and each value. Implementations never see it: to them H
             includes it (`stored`).
+
+    Examples:
+        >>> pages = init_pages(num_pages=4, num_kv_heads=1, page_size=2, head_dim=8, dtype=jnp.float32, is_padded=False)
+        >>> pages.num_pages, pages.page_size, pages.num_bytes
+        (4, 2, 512)
     """
 
     data: Any
@@ -87,7 +92,14 @@ def stored(pages: Pages) -> Pages:
 
 
 def page_bytes(num_kv_heads: int, page_size: int, head_dim: int, dtype: Any, is_padded: bool | None = None) -> int:
-    """Bytes of one page of one layer, its scales and what pads it included; the arguments are those of `init_pages`."""
+    """Bytes of one page of one layer, its scales and what pads it included; the arguments are those of `init_pages`.
+
+    Examples:
+        A key and a value of 128 numbers of two bytes, for 16 tokens and 8 heads:
+
+        >>> page_bytes(num_kv_heads=8, page_size=16, head_dim=128, dtype=jnp.bfloat16)
+        65536
+    """
     page = jax.eval_shape(lambda: init_pages(1, num_kv_heads, page_size, head_dim, dtype, is_padded))
     return page.num_bytes
 
@@ -117,6 +129,10 @@ def init_pages(
 
     Raises:
         ValueError: a size below 1, more rows than int32 counts, or another dtype.
+
+    Examples:
+        >>> init_pages(4, 2, 16, 64, "int8", is_padded=False).scales.shape  # [P, K, 2S]
+        (4, 2, 32)
     """
     sizes = dict(num_pages=num_pages, num_kv_heads=num_kv_heads, page_size=page_size, head_dim=head_dim)
     for name, size in sizes.items():

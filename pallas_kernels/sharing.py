@@ -30,6 +30,14 @@ class Sharing:
     Args:
         leader: row of the page table for each row, or -1 where the row has no group.
         tokens: how many tokens the group shares, a multiple of the page size; 0 where the row has no group.
+
+    Examples:
+        >>> own = jnp.arange(3, 7)[:, None]  # four rows of 300 tokens, which share two of their pages
+        >>> table = jnp.concatenate([jnp.tile(jnp.array([1, 2]), (4, 1)), own], axis=1)
+        >>> lengths = jnp.full(4, 300)
+        >>> sharing = find_groups(table, lengths, page_size=128)
+        >>> sharing.leader[0].tolist(), sharing.tokens[0].tolist()
+        ([3, 3, 3, 3], [256, 256, 256, 256])
     """
 
     leader: Int32[Array, "levels B"]
@@ -127,6 +135,14 @@ def find_groups(page_table: Int32[Array, "B M"], lengths: Int32[Array, " B"], pa
 
     Returns:
         The groups of two levels. Where no page is shared, this costs `[B]` integers only.
+
+    Examples:
+        >>> own = jnp.arange(3, 7)[:, None]  # four rows of 300 tokens, which share two of their pages
+        >>> table = jnp.concatenate([jnp.tile(jnp.array([1, 2]), (4, 1)), own], axis=1)
+        >>> lengths = jnp.full(4, 300)
+        >>> sharing = find_groups(table, lengths, page_size=128)
+        >>> sharing.tokens[0].tolist()
+        [256, 256, 256, 256]
     """
     num_rows = lengths.size
     full = jnp.clip((lengths - 1) // page_size, 0, page_table.shape[1])
@@ -191,6 +207,17 @@ def check_sharing(
 
     Raises:
         ValueError: naming the first level and row for which the promise is broken, and how.
+
+    Examples:
+        >>> own = jnp.arange(3, 7)[:, None]  # four rows of 300 tokens, which share two of their pages
+        >>> table = jnp.concatenate([jnp.tile(jnp.array([1, 2]), (4, 1)), own], axis=1)
+        >>> lengths = jnp.full(4, 300)
+        >>> sharing = find_groups(table, lengths, page_size=128)
+        >>> check_sharing(sharing, table, lengths, page_size=128)
+        >>> check_sharing(sharing, table.at[1, 1].set(9), lengths, page_size=128)
+        Traceback (most recent call last):
+            ...
+        ValueError: ...
     """
     table, row_lengths = np.asarray(page_table), np.asarray(lengths)
     for level, (leaders, tokens) in enumerate(zip(np.asarray(sharing.leader), np.asarray(sharing.tokens), strict=True)):

@@ -1,17 +1,10 @@
 """What the README and the documentation show is true: their code runs, their commands and links exist."""
 
 import difflib
-import doctest
-import importlib
 import pathlib
 import re
 
-import jax
-import jax.numpy as jnp
 import pytest
-
-import paged_jax
-from paged_jax import models, plot
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -33,43 +26,6 @@ def test_the_code_of_a_how_to_runs_from_top_to_bottom(path, capsys):
     names: dict = {}
     for block in blocks:
         exec(compile(block, path.name, "exec"), names)
-
-
-def modules_with_examples() -> list[str]:
-    return [
-        ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for path in sorted((ROOT / "paged_jax").glob("**/*.py"))
-        if "\n        >>> " in path.read_text()
-        and path.name != "processors.py"  # tests/sampling/test_draw.py runs that
-    ]
-
-
-@pytest.mark.parametrize("name", modules_with_examples())
-def test_the_examples_of_docstrings_run(name):
-    """With the public names, the `config` of CacheConfig's example, and the `engine` of Engine's."""
-    module = importlib.import_module(name)
-    names = {name: getattr(paged_jax, name) for name in paged_jax.__all__} | {"models": models, "jax": jax, "jnp": jnp}
-    names["config"] = paged_jax.CacheConfig(
-        num_layers=1, num_kv_heads=1, head_dim=8, num_pages=9, max_sequences=2, max_pages_per_sequence=4
-    )
-    if name.endswith("session"):
-        sizes = {"max_sequences": 8, "max_length": 512, "token_counts": (8, 64)}
-        names["engine"] = paged_jax.Engine.from_pretrained(models.DEMO, **sizes)
-    examples = [test for test in doctest.DocTestFinder().find(module, globs=names | vars(module)) if test.examples]
-    assert examples
-    for example in examples:
-        assert doctest.DocTestRunner().run(example).failed == 0, example.name
-
-
-def test_every_public_name_has_an_entry_in_the_reference():
-    text = "".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
-    entries = set(re.findall(r"^::: (\S+)$", text, re.M))
-    names = {f"paged_jax.{name}" for name in paged_jax.__all__}
-    names |= {f"paged_jax.models.{name}" for name in models.__all__ if name != "DEMO"}
-    assert names <= entries
-    for name in (*paged_jax.__all__, *plot.__all__):
-        value = getattr(paged_jax, name, None) or getattr(plot, name)
-        assert not callable(value) or value.__doc__, f"{name} has no docstring"
 
 
 def test_the_links_of_readme_and_documentation_lead_somewhere():

@@ -22,6 +22,15 @@ class PageHandle:
         first_column: above 0 if the first pages are missing, as where a window has passed them.
         epoch: of the table that made it.
         serial: different for every handle of an epoch.
+
+    Examples:
+        >>> tables, _ = PageTables.create(config).reserve(jnp.array([20, 0]))
+        >>> tables, handles = tables.publish(row=0, num_tokens=20)  # a tuple: one for each group of layers
+        >>> tables = tables.release(jnp.array([True, False]))  # the row has ended, its pages stay
+        >>> tables, attached = tables.attach(1, handles)
+        >>> handles[0].pages.tolist(), tables.lengths.tolist()
+        ([1, 2, 0, 0], [0, 20])
+        >>> tables = tables.drop(handles)
     """
 
     pages: Int32[Array, " M"]

@@ -34,6 +34,15 @@ class AttentionMetadata:
         max_query_len: static bound on the new tokens of a sequence; 1 means decode.
         sharing: for each group of layers which sequences begin with the same pages, so that attention reads those once
             for all of them (`paged_jax.attention.find_sharing`); it changes the speed only. None: each reads its own.
+
+    Examples:
+        Row 0 has 20 tokens and gets one more; row 1 begins with 3.
+
+        >>> cache, _ = KVCache.create(config).reserve(jnp.array([20, 0]))
+        >>> cache, granted = cache.reserve(jnp.array([1, 3]))
+        >>> metadata = AttentionMetadata.ragged(cache.tables, jnp.array([1, 3]), num_tokens=4, active=granted)
+        >>> metadata.positions.tolist(), metadata.query_starts.tolist(), metadata.logits_at.tolist()
+        ([20, 0, 1, 2], [0, 1, 4], [0, 3])
     """
 
     page_tables: tuple[Int32[Array, "R M"], ...]

@@ -29,7 +29,15 @@ NULL_PAGE = 0  # stands in every unmapped entry; nobody owns it, and its refcoun
 
 
 class Fault(enum.IntFlag):
-    """Why something was refused since the last `clear_fault`."""
+    """Why something was refused since the last `clear_fault`.
+
+    Examples:
+        Two rows of at most 64 tokens; one asks for 65.
+
+        >>> tables, reservation = PageTables.create(config).reserve(jnp.array([65, 3]))
+        >>> reservation.granted.tolist(), Fault(int(tables.fault)).name
+        ([False, True], 'ROW_FULL')
+    """
 
     OUT_OF_PAGES = 1  # reserve: fewer free pages than the rows need
     ROW_FULL = 2  # reserve: more tokens than M pages hold

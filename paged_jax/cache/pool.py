@@ -21,6 +21,14 @@ class LayerPlace(NamedTuple):
     """Where a layer's pages lie: in the array of its group, as which of the group's layers.
 
     The group is static; the index may be traced, so that layers can run in a loop.
+
+    Examples:
+        The layers of a model that has a window in every other layer:
+
+        >>> mixed = dataclasses.replace(config, num_layers=4, windows=(16, None, 16, None))
+        >>> [PagePool.create(mixed).place(layer) for layer in range(4)]
+        [LayerPlace(group=1, index=0), LayerPlace(group=0, index=0),
+         LayerPlace(group=1, index=1), LayerPlace(group=0, index=1)]
     """
 
     group: int
@@ -42,6 +50,11 @@ class PagePool:
         arrays: one for each group of layers, or one for each layer.
         groups: the groups of layers; static.
         array_per_layer: which of the two; static.
+
+    Examples:
+        >>> pool = PagePool.create(config)
+        >>> pool.num_layers, pool.num_bytes, pool.arrays[0].num_pages
+        (1, 4608, 9)
     """
 
     arrays: tuple[Pages, ...]

@@ -23,9 +23,11 @@ from paged_jax.memory import CACHED, FREE, OWNED, MemoryReport, page_states
 LETTERS = "abcdefghijklmnopqrstuvwxyz"  # of the first rows
 MOST_CELLS, MOST_ROWS, CELLS_A_LINE = 512, 8, 64  # that are printed
 SHADES = "·░▒▓█"  # of a cell that stands for several pages, by the share of them that is in use
+CELLS = "· free   ▒ only cached   a to z: row 0 to 25 alone (■: a later one)   2 to 9: rows that share it"
+LABELS = "a number: the only row that has the page; ×n: n rows share it; c: only cached; white: free"
 # Light to dark, so that they differ in grey, too; 4 stands for 4 or more rows.
 COLOURS = {FREE: "#ffffff", CACHED: "#f8dc8a", OWNED: "#8fbfe0", 2: "#4f97cc", 3: "#2b6ca8", 4: "#0b2f5b"}
-NAMES = {FREE: "free", CACHED: "cached", OWNED: "1 row", 2: "2 rows", 3: "3 rows", 4: "4 or more"}
+NAMES = {FREE: "free", CACHED: "only cached", OWNED: "1 row", 2: "2 rows", 3: "3 rows", 4: "4 or more rows"}
 
 
 def why_unreadable(arrays: Any) -> str | None:
@@ -104,6 +106,27 @@ def owners(tables: PageTables, group: int) -> dict[int, list[int]]:
     return owned
 
 
+def cell(state: int, rows: list[int]) -> str:
+    """A page in a terminal, as `CELLS` explains it.
+
+    Args:
+        state: of the page, as `page_states` has it.
+        rows: that map it.
+    """
+    if state in (FREE, CACHED):
+        return "·" if state == FREE else "▒"
+    if state > OWNED:
+        return str(min(state, 9))
+    return LETTERS[rows[0]] if rows[0] < len(LETTERS) else "■"
+
+
+def label(state: int, rows: list[int]) -> str:
+    """What stands in a page's square, as `LABELS` explains it; the arguments are those of `cell`."""
+    if state in (FREE, CACHED):
+        return "" if state == FREE else "c"
+    return str(rows[0]) if state == OWNED else f"×{state}"
+
+
 def page_ranges(pages: Iterable[int]) -> str:
     """Page numbers in their order, neighbours joined: "3-5 9"."""
     runs: list[list[int]] = []
@@ -160,17 +183,9 @@ def _cells(tables: PageTables, group: int) -> list[str]:
         legend = f"a cell stands for {each} pages: {SHADES[0]} all free to {SHADES[-1]} all in use"
     else:
         owned = owners(tables, group)
-        cells = "".join(_cell(state, owned.get(page, [])) for page, state in enumerate(states.tolist(), 1))
-        legend = "· free   ▒ cached   a letter: of that row alone (■: of a later one)   2 to 9: rows that share it"
+        cells = "".join(cell(state, owned.get(page, [])) for page, state in enumerate(states.tolist(), 1))
+        legend = CELLS
     return [f"  {cells[i : i + CELLS_A_LINE]}" for i in range(0, len(cells), CELLS_A_LINE)] + [f"  {legend}"]
-
-
-def _cell(state: int, rows: list[int]) -> str:
-    if state in (FREE, CACHED):
-        return "·" if state == FREE else "▒"
-    if state > OWNED:
-        return str(min(state, 9))
-    return LETTERS[rows[0]] if rows[0] < len(LETTERS) else "■"
 
 
 def _row_line(tables: PageTables, group: int, row: int) -> str:
@@ -189,7 +204,6 @@ def _squares(tables: PageTables, group: int, width: int = 32, size: int = 18) ->
     squares = []
     for i, state in enumerate(states.tolist()):
         x, y, rows = i % width * size, i // width * size, owned.get(i + 1, [])
-        label = "c" if state == CACHED else "" if state < OWNED else str(rows[0]) if state == OWNED else f"×{state}"
         colour = "#ffffff" if state > 2 else "#222222"
         whose = f"rows {', '.join(map(str, rows))}" if rows else NAMES[state]
         squares.append(
@@ -197,11 +211,11 @@ def _squares(tables: PageTables, group: int, width: int = 32, size: int = 18) ->
             f'<rect x="{x + 1}" y="{y + 1}" width="{size - 2}" height="{size - 2}" fill="{COLOURS[min(state, 4)]}" '
             f'stroke="#999999" stroke-width="0.5"/>'
             f'<text x="{x + size / 2}" y="{y + size * 0.7}" font-size="10" text-anchor="middle" fill="{colour}">'
-            f"{label}</text></g>"
+            f"{label(state, rows)}</text></g>"
         )
     height = -(-len(states) // width) * size
     more = len(page_states(tables, group)) - len(states)
-    note = "a number: the row that owns the page; ×n: n rows share it; c: cached; white: free"
+    note = LABELS
     note += f"; {more} more pages are not drawn" if more else ""
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width * size}" height="{height}" font-family="sans-serif">'
     return f"{svg}{''.join(squares)}</svg><div><small>{note}</small></div>"

@@ -22,6 +22,15 @@ class StepCheck:
         metadata = AttentionMetadata.decode(cache.tables, granted)
         check(cache, metadata)                                      # outside jit
         jax.debug.callback(check, cache.tables, metadata)           # inside
+
+    Examples:
+        >>> check, active = StepCheck(), jnp.array([True, False])
+        >>> cache, granted = KVCache.create(config).reserve(jnp.array([1, 0]))
+        >>> check(cache, AttentionMetadata.decode(cache.tables, active))
+        >>> check(cache, AttentionMetadata.decode(cache.tables, active))  # nothing was reserved since then
+        Traceback (most recent call last):
+            ...
+        ValueError: the tables have not changed since the last step, but this one computes 1 tokens: ...
     """
 
     version: int | None = None  # of the tables, at the last step

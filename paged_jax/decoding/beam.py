@@ -93,6 +93,17 @@ def beam_search(
         ValueError: at trace time, for sizes that do not fit together. A prompt that does not fit in a row, or whose
             beams alone need more pages than there are, ends with `Finish.TOO_LONG` for all of its sequences, which are
             those that it had finished.
+
+    Examples:
+        The counting decoder of `Forward`'s example is all but sure that 3 follows 2:
+
+        >>> @functools.partial(jax.jit, donate_argnums=1)
+        ... def search(params, cache, prompts, prompt_lens):
+        ...     stepper = Stepper(forward, token_counts=(8,))
+        ...     return beam_search(stepper, params, prompts, prompt_lens, cache, width=2, max_new_tokens=3)
+        >>> found, cache = search(params, KVCache.create(config), jnp.array([[1, 2]]), jnp.array([2]))
+        >>> found.tokens[0, 0].tolist(), found.scores[0].round(2).tolist()
+        ([3, 4, 5], [-0.0, -3.0])
     """
     num_prompts, longest = prompts.shape
     num_return = width if num_return is None else num_return

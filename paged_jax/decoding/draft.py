@@ -19,7 +19,7 @@ from paged_jax.decoding.rows import NO_TOKEN, DecodeState, Rows
 
 
 class Drafts(NamedTuple):
-    """What may come next in each row; D is the drafter's `num_drafts`."""
+    """What a `Drafter` proposes: tokens that may come next in each row; D is its `num_drafts`."""
 
     tokens: Int32[Array, "B D"]
     counts: Int32[Array, " B"]  # the first so many of them; 0 where nothing is proposed
@@ -30,6 +30,18 @@ class Drafter(Protocol):
     """Proposes drafts. A frozen, hashable value, static under jit; its wrong proposals cost time, and nothing else.
 
     What it must remember is its state, a pytree, kept in `DecodeState.drafter`.
+
+    Examples:
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class SameAgain:
+        ...     num_drafts: int = 2
+        ...
+        ...     def propose(self, state, rows, asks):  # the last token of each row, again and again
+        ...         last = jnp.take_along_axis(rows.tokens, rows.num_known[:, None] - 1, axis=1)
+        ...         return Drafts(jnp.tile(last, (1, self.num_drafts)), asks), state
+        >>> isinstance(SameAgain(), Drafter)
+        True
+        >>> stepper = Stepper(forward, token_counts_for(2, num_drafts=2), drafter=SameAgain())
     """
 
     @property

@@ -47,6 +47,19 @@ class DraftModel:
         forward: the decoder that drafts.
         num_drafts: D, from 1 to 7.
         num_tokens: T of the pass in which rows catch up; at least one token a row.
+
+    Examples:
+        A decoder that drafts for itself: every draft is drawn, so that 6 tokens take a prefill and a few steps.
+
+        >>> drafter = DraftModel(forward, num_drafts=2, num_tokens=8)
+        >>> stepper = Stepper(forward, token_counts=(8, 16), drafter=drafter)
+        >>> @jax.jit
+        ... def sample(params, cache, drafts, prompts, prompt_lens):
+        ...     return rollout(stepper, params, prompts, prompt_lens, cache, max_new_tokens=6, drafter_state=drafts)
+        >>> drafts = drafter.create(params, KVCache.create(config), capacity=2 + 6)
+        >>> drawn, cache = sample(params, KVCache.create(config), drafts, jnp.array([[1, 2]]), jnp.array([2]))
+        >>> int(drawn.counters.accepted_tokens), int(drawn.counters.drafted_tokens)
+        (3, 3)
     """
 
     forward: Forward

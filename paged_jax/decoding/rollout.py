@@ -104,6 +104,18 @@ def rollout(
     Raises:
         ValueError: at trace time, for sizes that do not fit together. A prompt that does not fit in a row or in the
             pages that are free ends with `Finish.TOO_LONG`, without a token.
+
+    Examples:
+        Two prompts, two samples each, from the counting decoder in `Forward`'s example:
+
+        >>> @functools.partial(jax.jit, donate_argnums=1)
+        ... def sample(params, cache, prompts, prompt_lens):
+        ...     stepper, sampling = Stepper(forward, token_counts=(8,)), SamplingParams(temperature=0.1)
+        ...     return rollout(stepper, params, prompts, prompt_lens, cache, max_new_tokens=3, num_samples=2,
+        ...                    sampling=sampling)
+        >>> drawn, cache = sample(params, KVCache.create(config), jnp.array([[1, 2], [5, 0]]), jnp.array([2, 1]))
+        >>> drawn.tokens.tolist()
+        [[[3, 4, 5], [3, 4, 5]], [[6, 7, 0], [6, 7, 0]]]
     """
     num_prompts, width = prompts.shape
     _check_sizes(stepper, cache, num_samples, max_new_tokens, num_prompts)

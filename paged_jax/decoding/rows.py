@@ -21,7 +21,12 @@ FIRST_TRUST = 2.0  # drafts that a row asks for when it starts
 
 
 class Finish(IntEnum):
-    """Why a row stopped; UNFINISHED rows go on."""
+    """Why a row stopped; UNFINISHED rows go on.
+
+    Examples:
+        >>> [Finish(number).name for number in (1, 2, 3)]  # as in `Rollout.finish`
+        ['STOP_TOKEN', 'MAX_TOKENS', 'TOO_LONG']
+    """
 
     UNFINISHED = 0
     STOP_TOKEN = 1

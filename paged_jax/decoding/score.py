@@ -99,6 +99,15 @@ def score(
 
     Raises:
         ValueError: at trace time, for sizes that do not fit in an empty cache.
+
+    Examples:
+        >>> @functools.partial(jax.jit, donate_argnums=1)
+        ... def measure(params, cache, prompt, answers, lengths):
+        ...     return score(forward, params, prompt, 2, answers, lengths, cache, chunk=8)
+        >>> answers = jnp.array([[3, 4], [3, 7]])
+        >>> result, cache = measure(params, KVCache.create(config), jnp.array([1, 2]), answers, jnp.array([2, 2]))
+        >>> jnp.round(jnp.sum(result.logprobs, axis=1)).tolist()  # the counting decoder of `Forward`'s example
+        [-0.0, -9.0]
     """
     num_continuations, width = continuations.shape
     lengths = jnp.clip(lengths, 0, width)

@@ -50,6 +50,13 @@ class Stepper:
         sharing: whether attention reads once what rows share (`paged_jax.attention.find_sharing`); None: on a CPU, in
             passes of many rows (`sharing_pays`) that cannot prefill. It changes the speed, and how sums round.
         processed_logprobs: those after all processors and the temperature, not the model's own.
+
+    Examples:
+        Steps of a batch of 16 rows compute at most 64 tokens, in passes of three sizes:
+
+        >>> stepper = Stepper(forward, token_counts=token_counts_for(num_rows=16, budget=64))
+        >>> stepper.token_counts
+        (8, 16, 64)
     """
 
     forward: Forward
@@ -187,6 +194,10 @@ def token_counts_for(num_rows: int, budget: int = TOKEN_COUNTS[-1], *, num_draft
         num_rows: B.
         budget: the most tokens that a step computes; at least B.
         num_drafts: D, the most drafts of a row.
+
+    Examples:
+        >>> token_counts_for(64), token_counts_for(64, num_drafts=4)
+        ((8, 32, 64, 256), (8, 32, 64, 192, 256))
     """
     if budget < num_rows:
         raise ValueError(f"a budget of {budget} tokens a step does not hold one of each of {num_rows} rows: raise it")

@@ -14,7 +14,7 @@ WAITING = -1  # the row of a sample that has none
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Piece:
-    """The next tokens of one sample, and their text.
+    """The next tokens of one sample, and their text, as `Engine.stream` gives them.
 
     Args:
         request: its number.
@@ -41,7 +41,16 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """One finished sample: all its pieces as one; `finish_reason` is "abort" where the request was aborted."""
+    """One finished sample, as `Engine.generate` returns it.
+
+    Args:
+        tokens: all token ids that were drawn, the stop token included.
+        text: theirs, without the string or token that stopped the sample; empty without a tokenizer.
+        logprobs: of each token, the model's own; empty with `num_logprobs=None`.
+        top_logprobs: for each token the most likely ones in its place, as pairs of token id and log-probability.
+        finish_reason: "stop", "length", "error", or "abort" where the request was aborted.
+        error: what went wrong, where the reason is "error".
+    """
 
     tokens: tuple[int, ...]
     text: str

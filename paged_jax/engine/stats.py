@@ -15,7 +15,7 @@ TIER_FIELDS = ("loaded_tokens", "declined_tokens", "saved_pages", "tier_pages", 
 
 
 class Event(NamedTuple):
-    """One thing that happened.
+    """One thing that happened in an `Engine`, which lists the last of them in `events`.
 
     `count` is: of a sample that is queued, the tokens of its prompt; of an admission, those of them that were cached
     already; of a prefill, those of the prompt; of decoding, the tokens of the piece; of the end, all that were drawn;
@@ -34,7 +34,10 @@ class Event(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """What an engine did so far. A prompt counts once for each sample of a request, however often it was computed."""
+    """What an `Engine` did so far, from its method `stats`.
+
+    A prompt counts once for each sample of a request, however often it was computed.
+    """
 
     requests: int = 0  # that were admitted
     samples: int = 0
@@ -177,6 +180,14 @@ def prometheus_text(statistics: Statistics) -> str:
     """The statistics in the text format of Prometheus, by `prometheus_client` (the extra `metrics`).
 
     Counters end in `_total`; pages carry a label `group`, steps a label `tokens`.
+
+    Examples:
+        >>> print(prometheus_text(Statistics(drawn_tokens=7, free_pages=(3,))))
+        # HELP ...
+        paged_jax_drawn_tokens_total 7.0
+        ...
+        paged_jax_free_pages{group="0"} 3.0
+        ...
     """
     from prometheus_client import CollectorRegistry, generate_latest
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily

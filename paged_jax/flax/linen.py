@@ -14,6 +14,8 @@ from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.cache.pool import LayerPlace, PagePool
 from paged_jax.flax.step import Call, LayerUse, Step, check_pool, finish, refuse
 
+__all__ = ["PagedCache", "init", "paged_step"]
+
 SCAN_ADVICE = (
     "Layers under nn.scan cannot own pages: run them in a Python loop, with their weights taken apart, for example "
     "{f'Block_{i}': jax.tree.map(lambda w: w[i], params['ScanBlock_0']) for i in range(num_layers)}."
@@ -21,7 +23,9 @@ SCAN_ADVICE = (
 
 
 class PagedCache(nn.Module):
-    """The paged cache of one layer: `attention_fn` of a Flax attention layer, or called by attention of your own.
+    """The paged cache of one layer, for a model that `paged_step` runs.
+
+    It is the `attention_fn` of a Flax attention layer, or is called by attention of your own:
 
         attn = nn.MultiHeadDotProductAttention(num_heads, attention_fn=PagedCache())
         attn(x, mask=metadata)
@@ -99,6 +103,14 @@ def init(module: nn.Module, rngs: Any, call: Call = _call) -> dict[str, Any]:
         module: the model.
         rngs: a key, or keys by name, as for `module.init`.
         call: see `paged_step`.
+
+    Examples:
+        >>> class Bigram(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, tokens, metadata):
+        ...         return nn.Embed(16, 16)(tokens[metadata.logits_at])
+        >>> init(Bigram(), jax.random.key(0))["params"]["Embed_0"]["embedding"].shape
+        (16, 16)
     """
     return _without_cache(_init(module, rngs, call))
 
@@ -120,6 +132,22 @@ def paged_step(module: nn.Module, variables: Any, call: Call = _call) -> Step:
 
     Raises:
         ValueError: the model has no `PagedCache`, or one under `nn.scan`, or an attention layer has `decode=True`.
+
+    Examples:
+        >>> class Decoder(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, tokens, metadata):
+        ...         embed = nn.Embed(16, 8)
+        ...         x = embed(tokens)
+        ...         x = x + nn.MultiHeadDotProductAttention(1, attention_fn=PagedCache())(x, mask=metadata)
+        ...         return embed.attend(x[metadata.logits_at])
+        >>> variables = init(Decoder(), jax.random.key(0))
+        >>> step = paged_step(Decoder(), variables)
+        >>> cache = KVCache.create(dataclasses.replace(config, array_per_layer=True))
+        >>> cache, active = cache.reserve(jnp.array([1, 1]))
+        >>> logits, pool = step(jnp.array([5, 6]), cache.pool, AttentionMetadata.decode(cache.tables, active))
+        >>> logits.shape
+        (2, 16)
     """
     variables_of_init = jax.eval_shape(lambda: _init(module, jax.random.key(0), call))
     cache: dict[tuple[str, ...], Any] = flatten_dict(variables_of_init.get("cache", {}))

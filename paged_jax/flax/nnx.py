@@ -11,9 +11,14 @@ from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.cache.pool import PagePool
 from paged_jax.flax.step import Call, LayerUse, Step, check_pool, finish, refuse
 
+__all__ = ["LentPool", "PagedCache", "paged_step", "weights"]
+
 
 class LentPool(nnx.Variable):
-    """The pool during a step: one Variable that all `PagedCache`s of a model share. A scan over layers carries it."""
+    """The pool during a `paged_step`: one Variable that all `PagedCache`s of a model share.
+
+    Models need it by name only where their layers run under `nnx.scan`, which must carry it; see `PagedCache`.
+    """
 
 
 class LentLayer(nnx.Variable):
@@ -28,7 +33,9 @@ SCAN_ADVICE = (
 
 
 class PagedCache(nnx.Module):
-    """The paged cache of one layer: `attention_fn` of an `nnx.MultiHeadAttention`, or called by attention of your own.
+    """The paged cache of one layer, for a model that `paged_step` runs.
+
+    It is the `attention_fn` of an `nnx.MultiHeadAttention`, or is called by attention of your own:
 
         self.attn = nnx.MultiHeadAttention(..., decode=False, attention_fn=PagedCache(), rngs=rngs)
         self.attn(x, mask=metadata)
@@ -125,6 +132,22 @@ def paged_step(model: nnx.Module, call: Call = lambda model, tokens, metadata: m
 
     Raises:
         ValueError: the model has no `PagedCache`, or an attention layer has one and `decode=True`.
+
+    Examples:
+        >>> class Decoder(nnx.Module):
+        ...     def __init__(self, rngs):
+        ...         self.embed = nnx.Embed(16, 8, rngs=rngs)
+        ...         self.attn = nnx.MultiHeadAttention(1, 8, decode=False, attention_fn=PagedCache(), rngs=rngs)
+        ...
+        ...     def __call__(self, tokens, metadata):
+        ...         x = self.embed(tokens)
+        ...         return self.embed.attend((x + self.attn(x, mask=metadata))[metadata.logits_at])
+        >>> step = paged_step(Decoder(nnx.Rngs(0)))
+        >>> cache, active = KVCache.create(config).reserve(jnp.array([3, 0]))
+        >>> metadata = AttentionMetadata.ragged(cache.tables, jnp.array([3, 0]), num_tokens=3, active=active)
+        >>> logits, pool = step(jnp.array([5, 6, 7]), cache.pool, metadata)
+        >>> logits.shape  # [Z, V]: a place for each row; that of row 1 has no meaning, since it computes nothing
+        (2, 16)
     """
     shapes = {name: cache.layer.get_value().shape for name, cache in _caches(model).items()}
     if not shapes:
@@ -162,7 +185,12 @@ def paged_step(model: nnx.Module, call: Call = lambda model, tokens, metadata: m
 
 
 def weights(model: nnx.Module) -> dict:
-    """The weights of a model as `Step.params` has them: pass them to `Step.forward` when the model has learned more."""
+    """The weights of a model as `Step.params` has them: pass them to `Step.forward` when the model has learned more.
+
+    Examples:
+        >>> weights(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))["kernel"].shape
+        (2, 3)
+    """
     return nnx.to_pure_dict(nnx.state(model, nnx.Not(LENT)))
 
 

@@ -62,6 +62,12 @@ class Model:
         params: the weights, a pytree.
         folder: where it came from.
         stop_tokens: token ids that end a text.
+
+    Examples:
+        >>> model = models.load(models.DEMO)
+        >>> config = model.cache_config(num_pages=64, max_sequences=4, max_pages_per_sequence=8)
+        >>> model.dense_forward(model.params, jnp.array([[1, 2, 3]])).shape  # [B, T, V], without any cache
+        (1, 3, 1536)
     """
 
     config: DecoderConfig
@@ -144,6 +150,11 @@ def load(
 
     Raises:
         ValueError: a file is missing, cut short or not understood, or the tensors are not those of the config.
+
+    Examples:
+        >>> model = models.load(models.DEMO)
+        >>> model.config.num_layers, model.dtype, model.tokenizer.vocab_size
+        (4, 'bfloat16', 1536)
     """
     folder = Path(folder)
     fields = Fields(read_json(folder / "config.json"), str(folder / "config.json"), max_length)
@@ -162,7 +173,7 @@ def load(
     return Model(config, graph, _read(abstract, plan, placement), folder, _stop_tokens(folder, fields))
 
 
-def save(folder: Path, hf_config: dict[str, Any], params: Any, *, dtype=None, num_shards: int = 1):
+def save(folder: str | Path, hf_config: dict[str, Any], params: Any, *, dtype=None, num_shards: int = 1):
     """Writes config.json and the weights as a Hugging Face checkpoint.
 
     Args:
@@ -171,6 +182,13 @@ def save(folder: Path, hf_config: dict[str, Any], params: Any, *, dtype=None, nu
         params: the state of a `Decoder` of that config, whatever its period.
         dtype: of the written tensors; None: as they are.
         num_shards: files; more than one come with model.safetensors.index.json.
+
+    Examples:
+        >>> import json, tempfile
+        >>> model, folder = models.load(models.DEMO), tempfile.mkdtemp()
+        >>> models.save(folder, json.loads((models.DEMO / "config.json").read_text()), model.params)
+        >>> models.read_config(folder) == models.read_config(models.DEMO)
+        True
     """
     flat = _flatten(params)
     num_stacks = sum(path.endswith(".attn_norm.weight") and leaf.ndim == 2 for path, leaf in flat.items())
@@ -183,6 +201,7 @@ def save(folder: Path, hf_config: dict[str, Any], params: Any, *, dtype=None, nu
     # save_file writes the memory as it lies, whatever the strides say
     tensors = {name: np.ascontiguousarray(np.concatenate(parts[name])) for name in sorted(parts)}
     tensors = split_experts(tensors)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names = list(tensors)
     shards = [names[i::num_shards] for i in range(num_shards)]
@@ -210,6 +229,11 @@ def read_config(folder: str | Path, max_length: int | None = None) -> tuple[Deco
 
     Raises:
         ValueError: there is no config.json, or it is not understood.
+
+    Examples:
+        >>> decoder, dtype = models.read_config(models.DEMO)
+        >>> decoder.num_layers, decoder.num_kv_heads, dtype
+        (4, 2, 'bfloat16')
     """
     path = Path(folder) / "config.json"
     fields = Fields(read_json(path), str(path), max_length)

@@ -47,6 +47,12 @@ class DecoderConfig:
         expert_bias: bias of the router and of the experts (gpt-oss).
         clipped_gates: the experts' gates are those of gpt-oss instead of `activation`.
         tie_embeddings: the logits use the embedding matrix.
+
+    Examples:
+        >>> decoder = models.DecoderConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2,
+        ...                                num_heads=4, num_kv_heads=2, head_dim=8)
+        >>> decoder.cache_sizes
+        {'num_layers': 2, 'num_kv_heads': 2, 'head_dim': 8, 'windows': ()}
     """
 
     vocab_size: int

@@ -106,6 +106,13 @@ class Decoder(nnx.Module):
 
     Raises:
         ValueError: the layers do not repeat after that many.
+
+    Examples:
+        >>> shape = models.DecoderConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4,
+        ...                              num_kv_heads=2, head_dim=8)
+        >>> decoder = Decoder(shape, rngs=nnx.Rngs(0))
+        >>> decoder.dense(jnp.array([[1, 2, 3]])).shape
+        (1, 3, 32)
     """
 
     def __init__(

@@ -31,6 +31,10 @@ class Rope:
         magnitude: factor on cosine and sine, and so on queries and keys alike.
         rotary_share: the leading share of a head's lanes that turns; the rest carries no position.
         interleaved: a lane turns against its neighbour instead of the lane half of the turning ones away (GLM-4).
+
+    Examples:
+        >>> Rope(theta=500000.0, kind="llama3", factor=8.0, original_length=8192).factor
+        8.0
     """
 
     theta: float = 10000.0

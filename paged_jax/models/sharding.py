@@ -68,6 +68,12 @@ def tensor_parallel(config: DecoderConfig, mesh: Mesh, period: int | None = None
     Raises:
         ValueError: there is no such axis, or the KV heads or the MLP do not divide by it; and the function, for a
             weight that it does not know.
+
+    Examples:
+        >>> decoder, _ = models.read_config(models.DEMO)
+        >>> place = models.tensor_parallel(decoder, jax.sharding.Mesh(np.array(jax.devices()[:2]), ("model",)))
+        >>> place("layers.0.attn.q.weight").spec, place("layers.0.attn.out.weight").spec, place("norm.weight").spec
+        (P('model',), P(None, 'model'), P())
     """
     mesh = model_mesh(mesh)
     check_splits(mesh, num_kv_heads=config.num_kv_heads, intermediate_size=config.intermediate_size)

@@ -31,6 +31,12 @@ class Tokenizer:
     Args:
         tokenizer: what tokenizer.json holds.
         folder: where it came from, and where a chat template is looked for.
+
+    Examples:
+        >>> tokenizer = models.Tokenizer.load(models.DEMO)
+        >>> tokens = tokenizer.encode("import os")
+        >>> tokens, tokenizer.decode(tokens)  # 0 begins a text
+        ([0, 701, 664], 'import os')
     """
 
     tokenizer: tokenizers.Tokenizer

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Branch(NamedTuple):
-    """Pages that the same rows map in the same columns, one after the other."""
+    """Pages that the same rows map in the same columns, one after the other; see `sharing_branches`."""
 
     rows: tuple[int, ...]  # that map them
     first_column: int
@@ -35,6 +35,16 @@ def sharing_branches(source: Any, group: int = 0) -> list[Branch]:
     Args:
         source: an `Engine`, a `KVCache`, or page tables.
         group: of layers.
+
+    Examples:
+        >>> tables, _ = PageTables.create(config).reserve(jnp.array([40, 0]))
+        >>> tables, _ = tables.fork(jnp.array([0]), jnp.array([1]))
+        >>> tables, _ = tables.reserve(jnp.array([1, 1]))  # they part in the third page
+        >>> for branch in sharing_branches(tables):
+        ...     print(branch.rows, branch.label)
+        (0, 1) 1-2 (×2)
+        (0,) 4 (×1)
+        (1,) 3 (×1)
     """
     table = find_tables(source).groups[group]
     refcounts, pages = np.asarray(table.refcounts), np.asarray(table.pages)
@@ -69,6 +79,17 @@ def fork_tree(source: Any, group: int = 0) -> Tree:
     Args:
         source: an `Engine`, a `KVCache`, or page tables.
         group: of layers.
+
+    Examples:
+        >>> tables, _ = PageTables.create(config).reserve(jnp.array([40, 0]))
+        >>> tables, _ = tables.fork(jnp.array([0]), jnp.array([1]))
+        >>> tables, _ = tables.reserve(jnp.array([1, 1]))  # they part in the third page
+        >>> import rich
+        >>> rich.print(fork_tree(tables))
+        pages (×owners), and the rows that end there
+        └── pages 1-2 (×2)
+            ├── pages 4 (×1)  row 0
+            └── pages 3 (×1)  row 1
     """
     tree = Tree("pages (×owners), and the rows that end there")
     branches = sharing_branches(source, group)
@@ -90,6 +111,14 @@ def draw_forks(source: Any, group: int = 0, *, title: str = "") -> "Figure":
 
     Returns:
         The matplotlib figure.
+
+    Examples:
+        >>> tables, _ = PageTables.create(config).reserve(jnp.array([40, 0]))
+        >>> tables, _ = tables.fork(jnp.array([0]), jnp.array([1]))
+        >>> tables, _ = tables.reserve(jnp.array([1, 1]))  # they part in the third page
+        >>> figure = draw_forks(tables, title="two rows")
+        >>> figure.axes[0].get_title(loc="left")
+        'two rows'
     """
     import matplotlib.pyplot as plt
     from matplotlib.patches import Rectangle

@@ -5,40 +5,52 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.text import Text
 
-from paged_jax.cache.show import COLOURS, NAMES, owners
+from paged_jax.cache.show import COLOURS, NAMES, cell, label, owners
 from paged_jax.memory import CACHED, FREE, OWNED, find_tables, page_states
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_CELLS = {FREE: ("·", "dim"), CACHED: ("▒", "yellow"), OWNED: ("■", "blue")}
+_STYLES = {FREE: "dim", CACHED: "yellow", OWNED: "blue"}
 _SHARED = "bold green"
 MOST_LABELLED = 512  # pages of a pool whose cells are large enough for a number
 WIDTH_INCHES = 8.0  # of the cells
 
 
 def page_map(source: Any, group: int = 0, *, width: int = 64) -> Text:
-    """The pool of a group for a terminal: `·` free, `▒` cached, `■` one owner, a digit for 2 to 9 or more owners.
+    """The pool of a group for a terminal, a character for each page.
+
+    `·` is free and `▒` only cached; a letter is the only row that has the page (a is row 0), a digit says how many rows
+    share it (9 also stands for more).
 
     Args:
         source: an `Engine`, a `KVCache`, or page tables.
         group: of layers.
         width: cells in a line.
+
+    Examples:
+        >>> tables, _ = PageTables.create(config).reserve(jnp.array([40, 0]))
+        >>> tables, _ = tables.fork(jnp.array([0]), jnp.array([1]))
+        >>> tables, _ = tables.reserve(jnp.array([1, 1]))  # they part in the third page
+        >>> print(page_map(tables))  # two pages that both rows share, and one of each
+        22ba····
     """
-    text = Text()
-    for i, state in enumerate(page_states(source, group)):
+    tables, text = find_tables(source), Text()
+    owned = owners(tables, group)
+    for i, state in enumerate(page_states(tables, group).tolist()):
         if i and i % width == 0:
             text.append("\n")
-        text.append(*(_CELLS[state] if state in _CELLS else (str(min(state, 9)), _SHARED)))
+        text.append(cell(state, owned.get(i + 1, [])), _STYLES.get(state, _SHARED))
     return text
 
 
 def draw_pages(source: Any, group: int = 0, *, title: str = "", width: int | None = None) -> "Figure":
     """Pool and rows for a notebook.
 
-    Above, the pool: a square a page, darker the more rows share it. A number in it is the row that owns it, `×3` says
-    that three rows do, hatching that only handles do; the crossed square is the null page. Below, the rows: the pages
-    of each sequence in order, by number, in the same colours.
+    Above, the pool: a square for each page, darker the more rows share it. A number is the only row that has the page;
+    `×3` says that three rows share it; `c` and hatching say that it is only cached: no row has it, but a handle or the
+    prefix cache. The crossed square is the null page. Below, the rows: the pages of each sequence in their order, by
+    number, in the same colours.
 
     Args:
         source: an `Engine`, a `KVCache`, or page tables.
@@ -48,6 +60,14 @@ def draw_pages(source: Any, group: int = 0, *, title: str = "", width: int | Non
 
     Returns:
         The matplotlib figure.
+
+    Examples:
+        >>> tables, _ = PageTables.create(config).reserve(jnp.array([40, 0]))
+        >>> tables, _ = tables.fork(jnp.array([0]), jnp.array([1]))
+        >>> tables, _ = tables.reserve(jnp.array([1, 1]))  # they part in the third page
+        >>> figure = draw_pages(tables)
+        >>> [text.get_text() for text in figure.legends[0].get_texts()]
+        ['free', 'only cached', '1 row', '2 rows', '3 rows', '4 or more rows']
     """
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
@@ -66,9 +86,8 @@ def draw_pages(source: Any, group: int = 0, *, title: str = "", width: int | Non
 
     _draw_null(ax)
     for page, state in enumerate(states, 1):
-        rows_of_page = owned.get(page, [])
-        label = "" if state < OWNED else str(rows_of_page[0]) if state == OWNED else f"×{state}"
-        _draw_cell(ax, page % width, page // width, state, label if is_labelled else "")
+        text = label(state, owned.get(page, [])) if is_labelled else ""
+        _draw_cell(ax, page % width, page // width, state, text)
     y = num_lines + 0.6
     for row, (pages, lines) in enumerate(zip(rows, row_lines, strict=True)):
         ax.text(-0.3, y + 0.5, f"row {row}", ha="right", va="center", fontsize=10)
@@ -87,7 +106,7 @@ def draw_pages(source: Any, group: int = 0, *, title: str = "", width: int | Non
     return figure
 
 
-def _draw_cell(ax, x: int, y: float | int, state: int, label: str) -> None:
+def _draw_cell(ax, x: int, y: float | int, state: int, text: str) -> None:
     from matplotlib.patches import Rectangle
 
     hatch = "///" if state == CACHED else None
@@ -95,10 +114,10 @@ def _draw_cell(ax, x: int, y: float | int, state: int, label: str) -> None:
     ax.add_patch(
         Rectangle((x + 0.05, y + 0.05), 0.9, 0.9, facecolor=colour, edgecolor="#999999", linewidth=0.6, hatch=hatch)
     )
-    if label:
-        size = 10 if len(label) < 3 else 9 if len(label) == 3 else 7
+    if text:
+        size = 10 if len(text) < 3 else 9 if len(text) == 3 else 7
         ink = "white" if state > 2 else "#222222"
-        ax.text(x + 0.5, y + 0.52, label, ha="center", va="center", fontsize=size, color=ink)
+        ax.text(x + 0.5, y + 0.52, text, ha="center", va="center", fontsize=size, color=ink)
 
 
 def _draw_null(ax) -> None:

@@ -19,7 +19,7 @@ SPAN_HATCHES = {"waiting": None, "prefill": "///", "decode": None, "preempted": 
 
 
 class Span(NamedTuple):
-    """A time in which a sample did one thing."""
+    """A time in which a sample did one thing; see `request_spans`."""
 
     request: int
     sample: int
@@ -29,7 +29,7 @@ class Span(NamedTuple):
 
 
 class Latencies(NamedTuple):
-    """Seconds between what users see."""
+    """How long users waited, in seconds, as `latencies` measures it."""
 
     first_token: np.ndarray  # of each sample, from its request to its first token
     gaps: np.ndarray  # between the pieces of a sample that follow each other
@@ -40,6 +40,15 @@ def request_spans(source: Any) -> list[Span]:
 
     Args:
         source: an `Engine`, or a list of its events.
+
+    Examples:
+        >>> log = [Event(0.0, "queued", 0, 0, 5), Event(0.2, "admitted", 0, 0, 0), Event(0.5, "prefilled", 0, 0, 5),
+        ...        Event(0.5, "decoded", 0, 0, 1), Event(0.75, "decoded", 0, 0, 4), Event(1.0, "finished", 0, 0, 5)]
+        >>> for span in request_spans(log):  # or of an engine
+        ...     print(span.kind, span.start, span.stop)
+        waiting 0.0 0.2
+        prefill 0.2 0.5
+        decode 0.5 1.0
     """
     events = _events(source)
     spans: list[Span] = []
@@ -75,6 +84,12 @@ def latencies(source: Any) -> Latencies:
 
     Args:
         source: an `Engine`, or a list of its events.
+
+    Examples:
+        >>> log = [Event(0.0, "queued", 0, 0, 5), Event(0.2, "admitted", 0, 0, 0), Event(0.5, "prefilled", 0, 0, 5),
+        ...        Event(0.5, "decoded", 0, 0, 1), Event(0.75, "decoded", 0, 0, 4), Event(1.0, "finished", 0, 0, 5)]
+        >>> latencies(log).first_token.tolist(), latencies(log).gaps.tolist()
+        ([0.5], [0.25])
     """
     queued: dict[tuple[int | None, int | None], float] = {}
     last: dict[tuple[int | None, int | None], float] = {}
@@ -101,6 +116,13 @@ def draw_timeline(source: Any, *, title: str = "") -> "Figure":
 
     Returns:
         The matplotlib figure.
+
+    Examples:
+        >>> log = [Event(0.0, "queued", 0, 0, 5), Event(0.2, "admitted", 0, 0, 0), Event(0.5, "prefilled", 0, 0, 5),
+        ...        Event(0.5, "decoded", 0, 0, 1), Event(0.75, "decoded", 0, 0, 4), Event(1.0, "finished", 0, 0, 5)]
+        >>> figure = draw_timeline(log)
+        >>> figure.axes[0].get_xlabel()
+        'time since the first request, s'
     """
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
@@ -143,6 +165,13 @@ def timeline_map(source: Any, *, width: int = 64) -> Text:
     Args:
         source: an `Engine`, or a list of its events.
         width: characters of the whole time.
+
+    Examples:
+        >>> log = [Event(0.0, "queued", 0, 0, 5), Event(0.2, "admitted", 0, 0, 0), Event(0.5, "prefilled", 0, 0, 5),
+        ...        Event(0.5, "decoded", 0, 0, 1), Event(0.75, "decoded", 0, 0, 4), Event(1.0, "finished", 0, 0, 5)]
+        >>> print(timeline_map(log, width=20))
+        0.0 ····▒▒▒▒▒▒██████████
+            · waiting  ▒ prefill  █ decode  x preempted; 1.0 s in all
     """
     spans = request_spans(source)
     last = max((span.stop for span in spans), default=1.0)
@@ -168,6 +197,13 @@ def draw_latencies(source: Any, *, title: str = "") -> "Figure":
 
     Returns:
         The matplotlib figure.
+
+    Examples:
+        >>> log = [Event(0.0, "queued", 0, 0, 5), Event(0.2, "admitted", 0, 0, 0), Event(0.5, "prefilled", 0, 0, 5),
+        ...        Event(0.5, "decoded", 0, 0, 1), Event(0.75, "decoded", 0, 0, 4), Event(1.0, "finished", 0, 0, 5)]
+        >>> figure = draw_latencies(log)
+        >>> figure.axes[0].get_title(loc="left")
+        'time to first token, ms; 1 of them'
     """
     import matplotlib.pyplot as plt
 

@@ -17,7 +17,7 @@ MARKS = (("#0b2f5b", "o", "-"), ("#d55e00", "s", "--"), ("#009e73", "^", ":"), (
 
 
 class CapacityPoint(NamedTuple):
-    """What a prefix cache of one size did with a load."""
+    """What a prefix cache of one size did with a load; `draw_capacity` draws them."""
 
     num_pages: int
     hit_rate: float  # share of the prompt tokens that were found
@@ -35,6 +35,16 @@ def draw_occupancy(history: Sequence[np.ndarray], *, title: str = "") -> "Figure
 
     Returns:
         The matplotlib figure.
+
+    Examples:
+        >>> from paged_jax.plot import page_states
+        >>> tables, history = PageTables.create(config), []
+        >>> for _ in range(4):
+        ...     tables, _ = tables.reserve(jnp.array([16, 0]))
+        ...     history.append(page_states(tables))
+        >>> figure = draw_occupancy(history)
+        >>> [len(bars) for bars in figure.axes[1].containers]  # below: a bar for each moment, cached and in rows
+        [4, 4]
     """
     import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap
@@ -80,6 +90,12 @@ def draw_bytes(source: Any, config: CacheConfig | None = None, *, title: str = "
 
     Returns:
         The matplotlib figure.
+
+    Examples:
+        >>> cache, granted = KVCache.create(config).reserve(jnp.array([20, 3]))
+        >>> figure = draw_bytes(cache, config)
+        >>> [text.get_text() for text in figure.axes[0].texts]
+        ['4.0 KiB', '2.0 KiB', '1.5 KiB', '1.5 KiB', '736 bytes']
     """
     import matplotlib.pyplot as plt
 
@@ -116,6 +132,11 @@ def draw_capacity(curves: Mapping[str, Sequence[CapacityPoint]], *, title: str =
 
     Returns:
         The matplotlib figure.
+
+    Examples:
+        >>> figure = draw_capacity({"lru": [CapacityPoint(64, 0.2, 90), CapacityPoint(128, 0.6, 30)]})
+        >>> [ax.get_title(loc="left") for ax in figure.axes]
+        ['prompt tokens found, %', 'pages evicted']
     """
     import matplotlib.pyplot as plt
 

@@ -1,26 +1,11 @@
 """Which cached page goes first when pages run short.
 
-To write a policy, derive from `Policy` and keep an order of the nodes that you are told of:
+To write a policy, derive from `Policy`, keep an order of the nodes that you are told of, and pass the class to
+`PrefixCache(config, policy=...)` or `Engine(..., eviction=...)`; `Policy` has an example. Each group of layers gets an
+object of its own.
 
-    class FirstInFirstOut(Policy):
-        def __init__(self):
-            self.order = {}                                    # a dict keeps the order of insertion
-
-        def insert(self, node):                                # a page was cached
-            self.order[node] = None
-
-        def remove(self, node):                                # it went without being chosen
-            del self.order[node]
-
-        def victim(self, can_go):                              # choose one that may go, and forget it
-            node = next(node for node in self.order if can_go(node))
-            del self.order[node]
-            return node
-
-and pass the class: `PrefixCache(config, policy=FirstInFirstOut)`. Add `hit` and `touch` where recency or frequency
-matter. Each group of layers has a policy object of its own. The events of a request come from the last page of its
-prefix to the first, so a policy that orders by them puts continuations before what they continue, which cannot go
-before them.
+A page that something cached continues cannot go before its continuation. The calls for one request come from the last
+page of its prefix to the first, so a policy that orders pages by the time of these calls gets that right by itself.
 """
 
 import heapq
@@ -30,32 +15,59 @@ from collections.abc import Callable
 
 from paged_jax.prefix.tree import Node
 
+__all__ = ["GreedyDualSizeFrequency", "LeastRecentlyUsed", "POLICIES", "Policy", "S3Fifo"]
+
 
 class Policy:
-    """Hears what happens to the cached pages of a group, and says which goes next.
+    """Is told what happens to the cached pages of a group of layers, and says which page goes next.
 
-    Nodes are compared by identity. `Node.fingerprint` is equal again when the same tokens are cached again later.
+    A page is a `Node`. Two nodes are equal only if they are the same object. `Node.fingerprint` is 16 bytes that depend
+    on the tokens up to the page: if the same tokens are cached again later, the new node has the same fingerprint.
+
+    `insert`, `remove` and `victim` must be there; `hit` and `touch` do nothing unless a policy overrides them.
+
+    Examples:
+        First in, first out:
+
+        >>> class FirstInFirstOut(Policy):
+        ...     def __init__(self):
+        ...         self.order = {}  # a dict keeps the order of insertion
+        ...
+        ...     def insert(self, node):
+        ...         self.order[node] = None
+        ...
+        ...     def remove(self, node):
+        ...         del self.order[node]
+        ...
+        ...     def victim(self, can_go):
+        ...         node = next(node for node in self.order if can_go(node))
+        ...         del self.order[node]
+        ...         return node
+        >>> cache = PrefixCache(config, policy=FirstInFirstOut)
     """
 
     def insert(self, node: Node) -> None:
-        """A page is cached now."""
+        """This page is cached from now on."""
         raise NotImplementedError
 
     def hit(self, node: Node) -> None:
-        """A request uses this page; told once a request."""
+        """A request uses this page; called once for each request."""
 
     def touch(self, node: Node) -> None:
-        """Pages were published that continue this one, or that hold its tokens once more."""
+        """A row has published tokens that begin with those of this page: it was still of use."""
 
     def remove(self, node: Node) -> None:
-        """The page is gone, without having been chosen."""
+        """This page is no longer cached, although the policy did not choose it: forget it."""
         raise NotImplementedError
 
     def victim(self, can_go: Callable[[Node], bool]) -> Node:
-        """The page that goes next, which the policy forgets.
+        """Choose the page that goes next, and forget it: `remove` is not called for it.
 
         Args:
-            can_go: whether a node may go: no row uses it, and nothing cached continues it. At least one may.
+            can_go: whether a node may go: no row uses it, and nothing cached continues it. It is true of at least one.
+
+        Returns:
+            A node that was inserted, is still there, and of which `can_go` is true.
         """
         raise NotImplementedError
 
@@ -64,6 +76,9 @@ class LeastRecentlyUsed(Policy):
     """What was not used for the longest time goes first, continuations before what they continue.
 
     Each use moves a prefix to the end of the order, its last page first. So every page stands before what it continues.
+
+    Examples:
+        >>> cache = PrefixCache(config, policy=LeastRecentlyUsed, max_pages=[2])
     """
 
     def __init__(self):
@@ -97,6 +112,9 @@ class S3Fifo(Policy):
     queue a page that was used goes round again.
 
     Source: Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023.
+
+    Examples:
+        >>> cache = PrefixCache(config, policy=S3Fifo, max_pages=[2])
     """
 
     SMALL = 0.1  # of all pages, the small queue's share
@@ -159,6 +177,9 @@ class GreedyDualSizeFrequency(Policy):
     pages have one size and cost. Pages of equal worth go by age.
 
     Source: Cherkasova, "Improving WWW proxies performance with Greedy-Dual-Size-Frequency caching policy", 1998.
+
+    Examples:
+        >>> cache = PrefixCache(config, policy=GreedyDualSizeFrequency, max_pages=[2])
     """
 
     def __init__(self):

@@ -54,6 +54,16 @@ class Automaton:
         bitmap: the bitmap of each node, or NO_BITMAP.
         bitmaps: bit v % 32 of word v // 32 says whether token v is allowed; one unused where no node needs any.
         vocab_size: V; static.
+
+    Examples:
+        After token 5 comes 6 or 8, after 5 and 6 comes 7, and token 2 ends both.
+
+        >>> trie = Automaton.of_sequences([[5, 6, 7], [5, 8]], end_token=2, vocab_size=9)
+        >>> logits, known = jnp.zeros((1, 9)), jnp.zeros((1, 4), jnp.int32)
+        >>> state = trie.advance(trie.start(1), drawn=jnp.array([5]), drew=jnp.array([True]))
+        >>> masked = trie.process(state, logits, known, jnp.array([1]))
+        >>> jnp.flatnonzero(masked[0] == 0).tolist()
+        [6, 8]
     """
 
     first: Int32[Array, " N+1"]

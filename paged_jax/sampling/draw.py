@@ -13,7 +13,7 @@ from paged_jax.sampling.state import SamplingState
 
 
 class Draw(NamedTuple):
-    """What was drawn for each row; n is the number of most likely tokens that were asked for, often 0."""
+    """What `draw` returns for R rows; n is the number of most likely tokens that were asked for, often 0."""
 
     tokens: Int32[Array, " R"]
     logprobs: Float32[Array, " R"] | None  # of the drawn token; None where none were asked for
@@ -71,6 +71,14 @@ def draw(
 
     Raises:
         ValueError: sizes do not fit, or the processor returned another shape or dtype than it was given.
+
+    Examples:
+        >>> state = SamplingState.of([None, (SamplingParams(temperature=1.0, top_k=2), 0)])
+        >>> logits = jnp.array([[0.0, 2.0, 1.0], [2.0, 1.9, -9.0]])
+        >>> known, length = jnp.zeros((2, 4), jnp.int32), jnp.zeros(2, jnp.int32)
+        >>> drawn = draw(logits, state, known, length, length, num_logprobs=0)
+        >>> drawn.tokens[0].item(), round(drawn.logprobs[0].item(), 2)  # greedy: e^2 / (1 + e^2 + e) is e^-0.41
+        (1, -0.41)
     """
     _check(logits, state, num_logprobs)
     active = jnp.ones(len(logits), bool) if active is None else active

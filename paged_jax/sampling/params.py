@@ -81,6 +81,14 @@ class SamplingParams(_Checked):
 
     Raises:
         ValueError: a field has a value that it cannot have; the message names the field, the value and the rule.
+
+    Examples:
+        >>> SamplingParams(temperature=0.7, top_p=0.9, stop_strings="end").stop_strings
+        ('end',)
+        >>> SamplingParams(temperature=-1)
+        Traceback (most recent call last):
+            ...
+        ValueError: SamplingParams(temperature=-1): temperature must be finite and at least 0; 0 means greedy
     """
 
     max_new_tokens: int = 128

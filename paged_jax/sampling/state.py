@@ -21,6 +21,12 @@ class SamplingState:
     With X = 0 or Z = 0 the compiled draw has nothing of that feature in it.
 
     Every leaf has the rows as its first axis, so that `jax.tree.map` gathers, permutes or replaces rows.
+
+    Examples:
+        >>> warm = SamplingParams(temperature=1.0, seed=3, stop_tokens=(2,))
+        >>> state = SamplingState.of([(warm, 0), (warm, 1), None])  # two samples of a request, and a row that is greedy
+        >>> state.temperature.tolist(), state.sample.tolist(), state.stop_tokens[:, 0].tolist()
+        ([1.0, 1.0, 0.0], [0, 1, 0], [2, 2, -1])
     """
 
     temperature: Float32[Array, " B"]

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import doctest
 import functools
 from typing import Any
 
@@ -369,13 +368,6 @@ def test_a_users_trie_decides_what_is_drawn_and_its_state_follows():
     drawn = {tuple(word.tolist()) for word in np.stack(words_drawn, axis=1)[active]}
     assert drawn <= set(words) and len(drawn) > 1
     assert int(state.processor["node"][5]) == 0, "a row that draws nothing stays where it was"
-
-
-def test_the_example_of_the_protocol_runs_as_it_is_printed():
-    names = {"dataclasses": dataclasses, "jax": jax, "jnp": jnp, "SamplingState": SamplingState, "draw": sampling.draw}
-    (example,) = doctest.DocTestFinder(recurse=False).find(sampling.Processor, "Processor", globs=names)
-    results = doctest.DocTestRunner().run(example)
-    assert results.attempted >= 5 and results.failed == 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,99 +1,26 @@
-"""What fits: weights, pages and sequences in the memory of a device, and the tokens a second that its bandwidth allows.
-
-    plan = make_plan("Qwen3-8B/", "v6e", context=8192)
-    print(plan)
-
-    python -m paged_jax plan --model Qwen3-8B/ --memory v6e --context 8192
-
-The numbers are those of the arrays that `models.load` and `KVCache.create` make, padding included; nothing is
-allocated, and of a model's folder only config.json is read.
-"""
+"""How many pages and sequences fit beside the weights, and how fast they can be read."""
 
 import bisect
 import dataclasses
-import functools
 import math
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from paged_jax.cache.config import CacheConfig
 from paged_jax.cache.page_tables import PageTables
-from paged_jax.cache.sizes import free_bytes, read_bytes, write_bytes
-
-GIB = 1024**3
-
-
-class Chip(NamedTuple):
-    """What JAX sees as one device."""
-
-    name: str
-    memory_bytes: int
-    bytes_per_second: float  # of its memory; 0: not known
-    platform: str
-
-
-# Memory as the devices report it, bandwidth as their vendors do. A v7x chip is two devices.
-CHIPS = {
-    "v5e": Chip("v5e", 16 * GIB, 819e9, "tpu"),
-    "v5p": Chip("v5p", 95 * GIB, 2765e9, "tpu"),
-    "v6e": Chip("v6e", 32 * GIB, 1640e9, "tpu"),
-    "v7x": Chip("v7x", 96 * GIB, 3690e9, "tpu"),
-    "h100": Chip("H100", 81559 * 1024**2, 3350e9, "gpu"),
-    "h200": Chip("H200", 143771 * 1024**2, 4800e9, "gpu"),
-}
-
-
-class Weights(NamedTuple):
-    """The weights that one device holds, in bytes."""
-
-    total: int
-    of_experts: int  # of these, in MLPs of which a token uses some
-    looked_up: int  # of these, an embedding of which a token reads one row
-
-
-WEIGHT_DTYPES = "float32", "bfloat16"  # that `models.load` makes of a checkpoint's
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSizes:
-    """What a plan needs to know of a model.
-
-    Args:
-        name: for people.
-        num_layers: layers that keep keys and values.
-        num_kv_heads: of a layer.
-        head_dim: of a head.
-        dtype: of the weights: "float32" or "bfloat16".
-        windows: as in `CacheConfig`.
-        num_params: numbers in the weights, where `decoder` is None.
-        decoder: its `models.DecoderConfig`, from which the weights are counted exactly.
-    """
-
-    name: str
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: str = "bfloat16"
-    windows: tuple[int | None, ...] = ()
-    num_params: int = 0
-    decoder: Any = None
-
-    def weights(self, num_devices: int = 1) -> Weights:
-        """What each of several devices holds that split the layers, as `models.load` splits them."""
-        if self.decoder is None:
-            return Weights(-(-self.num_params // num_devices) * jnp.dtype(self.dtype).itemsize, 0, 0)
-        return _decoder_weights(self.decoder, self.dtype, num_devices)
+from paged_jax.cache.sizes import write_bytes
+from paged_jax.planner.chips import Chip, find_chip
+from paged_jax.planner.sizes import WEIGHT_DTYPES, ModelSizes, Weights, find_sizes
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What fits on each of several devices that split the layers of a model; print it.
+    """What fits on one device, or on each of several that split the layers of a model: what `make_plan` returns.
+
+    Print it for a summary.
 
     Args:
         model: what is run.
@@ -300,93 +227,6 @@ def make_plan(
     return plan
 
 
-def find_chip(memory: Chip | str | int | float) -> Chip:
-    """A chip by its name, the device that JAX runs on ("here"), or one that is a size and nothing else.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if isinstance(memory, Chip):
-        return memory
-    name = str(memory).lower()
-    if name in CHIPS:
-        return CHIPS[name]
-    if name == "here":
-        device = jax.devices()[0]
-        return Chip(device.device_kind, free_bytes(device), 0.0, device.platform)
-    try:
-        return Chip("a device", read_bytes(memory), 0.0, jax.default_backend())
-    except ValueError as error:
-        raise ValueError(f"memory={memory!r}: {error}; or name one of {', '.join(CHIPS)}, here") from None
-
-
-def measure_bandwidth(num_bytes: int = 2**28) -> float:
-    """Bytes a second that the default device reads, measured by adding up an array."""
-    x = jnp.ones(num_bytes // 4, jnp.float32)
-    total = jax.jit(jnp.sum)
-    total(x).block_until_ready()
-    seconds = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        total(x).block_until_ready()
-        seconds.append(time.perf_counter() - begin)
-    return num_bytes / min(seconds)
-
-
-def find_sizes(model: Any, dtype: str | None = None) -> ModelSizes:
-    """The sizes of a model.
-
-    Args:
-        model: as in `make_plan`.
-        dtype: of its weights; None: what config.json says.
-
-    Raises:
-        ValueError: it is not understood.
-    """
-    if isinstance(model, ModelSizes):
-        return model if dtype is None else dataclasses.replace(model, dtype=dtype)
-    if isinstance(model, str) and "=" in model:
-        return read_sizes(model, dtype or "bfloat16")
-    from paged_jax import models  # Flax
-
-    if isinstance(model, models.Model):
-        name, decoder, dtype = model.folder.name, model.config, dtype or model.dtype
-    else:
-        decoder, found = models.read_config(Path(model))
-        name, dtype = Path(model).resolve().name, dtype or found
-    return ModelSizes(name, dtype=dtype, decoder=decoder, **decoder.cache_sizes)
-
-
-def read_sizes(text: str, dtype: str = "bfloat16") -> ModelSizes:
-    """Sizes from text such as "num_layers=32,num_kv_heads=8,head_dim=128,num_params=8e9".
-
-    With `window=512,window_layers=20`, so many of the layers see no farther than that.
-
-    Raises:
-        ValueError: a name is not known, or one is missing.
-    """
-    names = "num_layers", "num_kv_heads", "head_dim", "num_params", "window", "window_layers"
-    found: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, value = part.strip().partition("=")
-        if name not in names:
-            raise ValueError(f"{name!r} is no size of a model: it has {', '.join(names)}")
-        try:
-            found[name] = int(float(value))
-        except ValueError:
-            raise ValueError(f"{name}={value!r} is no number") from None
-    for name in names[:4]:
-        if name not in found:
-            raise ValueError(f"{text!r} does not say {name}: give {', '.join(names[:4])}, or a checkpoint's folder")
-    local, window = found.pop("window_layers", 0), found.pop("window", None)
-    if (window is None) != (local == 0) or local > found["num_layers"]:
-        raise ValueError(
-            f"window={window} and window_layers={local} of {found['num_layers']} layers: give both, or neither"
-        )
-    windows = (window,) * local + (None,) * (found["num_layers"] - local) if local else ()
-    return ModelSizes("a model", dtype=dtype, windows=windows, **found)
-
-
 def alternatives(model: Any, memory: Any, **options: Any) -> list[tuple[str, Plan | str]]:
     """The plan with one thing changed at a time: pages, dtype, devices, windows, sharing.
 
@@ -397,6 +237,15 @@ def alternatives(model: Any, memory: Any, **options: Any) -> list[tuple[str, Pla
 
     Returns:
         What was changed, and the plan; or why there is none.
+
+    Examples:
+        >>> sizes = "num_layers=32,num_kv_heads=8,head_dim=128,num_params=8e9"
+        >>> for change, plan in alternatives(sizes, "v6e", context=8192)[5:9]:
+        ...     print(change, plan.num_sequences())
+        cache_dtype=float32 6
+        cache_dtype=bfloat16 13
+        cache_dtype=float8_e4m3fn 24
+        cache_dtype=int8 24
     """
     model, memory = find_sizes(model, options.pop("dtype", None)), find_chip(memory)
     context = options["context"]
@@ -421,23 +270,3 @@ def _largest(holds: Callable[[int], bool]) -> int:
     while holds(2 * most):
         most *= 2
     return most + bisect.bisect_left(range(most + 1, 2 * most), True, key=lambda n: not holds(n))
-
-
-@functools.cache
-def _decoder_weights(decoder: Any, dtype: str, num_devices: int) -> Weights:
-    """Counted over the arrays that a decoder of this config has."""
-    from flax import nnx
-
-    from paged_jax.models.decoder import Decoder
-    from paged_jax.models.sharding import split_axes
-
-    abstract = nnx.state(nnx.eval_shape(lambda: Decoder(decoder, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype))))
-    axes = split_axes(decoder, num_devices)
-    total = of_experts = looked_up = 0
-    for path, leaf in nnx.to_flat_state(abstract):
-        name = ".".join(map(str, path))
-        size = math.prod(leaf.shape) * leaf.dtype.itemsize // (1 if axes[name] is None else num_devices)
-        total += size
-        of_experts += size if decoder.num_experts and name.endswith(("mlp.gate_up", "mlp.down")) else 0
-        looked_up += size if name == "embed.weight" and not decoder.tie_embeddings else 0
-    return Weights(total, of_experts, looked_up)
