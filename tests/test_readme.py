@@ -8,6 +8,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+MODELS = (ROOT / "docs" / "how-to" / "models.md").read_text()
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S), ids=lambda code: code.split("\n")[0])
@@ -35,8 +36,9 @@ def test_the_links_of_readme_and_documentation_lead_somewhere():
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
-def test_the_commands_of_the_readme_name_modules_that_exist():
-    modules = set(re.findall(r"python -m ((?:benchmarks|paged_jax)[\w.]*)", README))
+@pytest.mark.parametrize("path", ["README.md", "docs/numbers.md"])
+def test_commands_name_modules_that_exist(path):
+    modules = set(re.findall(r"python -m ((?:benchmarks|paged_jax)[\w.]*)", (ROOT / path).read_text()))
     assert modules
     for module in modules:
         path = ROOT / module.replace(".", "/")
@@ -54,7 +56,7 @@ def test_each_way_in_has_a_row_with_an_example_of_under_30_lines():
 def test_the_diff_that_is_shown_makes_the_stock_decoder_paged():
     stock, paged = ((ROOT / f"tests/flax/nnx_{kind}.py").read_text().splitlines() for kind in ("stock", "paged"))
     real = [line for line in list(difflib.unified_diff(stock, paged, lineterm=""))[2:] if line[0] in "+- "]
-    shown = [line for line in re.findall(r"```diff\n(.*?)```", README, re.S)[0].splitlines() if line]
+    shown = [line for line in re.findall(r"```diff\n(.*?)```", MODELS, re.S)[0].splitlines() if line]
     assert [line for line in shown if line[0] in "+-"] == [line for line in real if line[0] in "+-" and line[1:]]
     assert {line for line in shown if line[0] == " "} <= set(real)
     assert 0 < sum(line[0] in "+-" for line in real) <= 15
