@@ -1,7 +1,9 @@
 """Every notebook runs from top to bottom, and what is saved of it is what it shows."""
 
 import ast
+import importlib.util
 import pathlib
+import subprocess
 import sys
 
 import matplotlib
@@ -70,3 +72,18 @@ def test_a_notebook_is_saved_whole_with_its_pictures_and_without_errors(path):
 
 def test_there_are_eight_notebooks():
     assert [path.stem[:2] for path in NOTEBOOKS] == [f"0{i}" for i in range(1, 9)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_first_cell_installs_a_checkout_or_the_repository_that_is_filled_in(path, monkeypatch, tmp_path):
+    (install, *_) = (cell.source for cell in read(path).cells if cell.cell_type == "code")
+    commands = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command[-1]))
+    monkeypatch.chdir(ROOT / "notebooks")
+    exec(install, {})
+    monkeypatch.chdir(tmp_path)
+    exec(install.replace('REPOSITORY = ""', 'REPOSITORY = "https://example.org/me/paged_jax"'), {})
+    assert commands == ["..[notebook]", "paged_jax[notebook] @ git+https://example.org/me/paged_jax"]
+    with pytest.raises(ValueError, match="fill in REPOSITORY"):
+        exec(install, {})
