@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
+from jax.core import Tracer
 
 from paged_jax.cache.config import CacheConfig, LayerGroup
 from paged_jax.cache.page_table import PageTable
@@ -35,9 +37,47 @@ def find_tables(source: Any) -> PageTables:
     tables = getattr(source, "tables", None)
     if not isinstance(tables, PageTables):
         raise ValueError(
-            f"a {type(source).__name__} has no page tables: pass an Engine, a KVCache, its tables, or one of these"
+            f"got an object of type {type(source).__name__}, which has no page tables: pass an Engine, a KVCache, its "
+            "tables, or one of these"
         )
     return tables
+
+
+def find_table(source: Any, group: int) -> PageTable:
+    """The page table of a group of layers, whose values can be read on the host.
+
+    Args:
+        source: see `find_tables`.
+        group: of layers.
+
+    Raises:
+        ValueError: there are no page tables, no such group, or no values, as inside a jitted function.
+    """
+    tables = find_tables(source)
+    if not isinstance(group, int) or not 0 <= group < len(tables.groups):
+        raise ValueError(
+            f"there is no group {group!r} of layers: these tables have the groups 0 to {len(tables.groups) - 1}"
+        )
+    reason = why_unreadable(tables.groups[group])
+    if reason is not None:
+        raise ValueError(
+            f"these page tables have no values ({reason}): pass what the last call returned, outside of jit"
+        )
+    return tables.groups[group]
+
+
+def why_unreadable(arrays: Any) -> str | None:
+    """Why arrays of a pytree have no values that can be shown; None: they have."""
+    for leaf in jax.tree.leaves(arrays):
+        if isinstance(leaf, Tracer):
+            return "inside a traced function, where the values are not known yet"
+        if not isinstance(leaf, jax.Array | np.ndarray):
+            return f"with {type(leaf).__name__} in the place of arrays"
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            return "consumed: a jitted call to which it was donated has taken its memory"
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return "on devices of several hosts"
+    return None
 
 
 def page_states(source: Any, group: int = 0) -> np.ndarray:
@@ -61,7 +101,7 @@ def page_states(source: Any, group: int = 0) -> np.ndarray:
         >>> page_states(tables).tolist()
         [2, 1, 0, -1, -1, -1, -1, -1]
     """
-    table = find_tables(source).groups[group]
+    table = find_table(source, group)
     refcounts, rows = np.asarray(table.refcounts), np.asarray(table.pages)
     owners = np.bincount(rows[rows > 0], minlength=len(refcounts))
     return np.where(refcounts == 0, FREE, owners)[1:]
@@ -102,7 +142,7 @@ class MemoryReport:
             source: an `Engine`, a `KVCache`, a `PageTables` or a `PageTable`.
             group: of layers.
         """
-        table = find_tables(source).groups[group]
+        table = find_table(source, group)
         page_size = table.page_size
         refcounts, rows, lengths = (np.asarray(x) for x in (table.refcounts, table.pages, table.lengths))
         row, column = np.nonzero(rows)

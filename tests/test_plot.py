@@ -119,7 +119,7 @@ def test_reports_and_pictures_take_what_one_has_in_hand(tables):
     for source in (cache, tables, tables.groups[0]):
         assert MemoryReport.measure(source) == MemoryReport.measure(tables)
     assert CacheReport.measure(cache, CONFIG).bytes_in_use == CacheReport.measure(tables, CONFIG).bytes_in_use
-    with pytest.raises(ValueError, match="a PagePool has no page tables: pass an Engine, a KVCache"):
+    with pytest.raises(ValueError, match="type PagePool, which has no page tables: pass an Engine, a KVCache"):
         find_tables(cache.pool)
     with pytest.raises(ValueError, match="need the sizes of its cache: pass its CacheConfig"):
         CacheReport.measure(cache)
@@ -206,3 +206,30 @@ def test_latencies_are_from_the_request_to_the_first_piece_and_between_pieces():
     assert found.first_token.tolist() == [1, 2] and found.gaps.tolist() == [2, 2]
     assert len(plot.draw_latencies(LOG).axes) == 2
     assert len(plot.draw_latencies([]).axes) == 2 and plot.draw_timeline([])
+
+
+def test_pictures_refuse_what_they_cannot_draw(tables):
+    def consumed():
+        cache = KVCache.create(CONFIG)
+        jax.jit(lambda cache: cache.tables.lengths + 1, donate_argnums=0)(cache)
+        for leaf in jax.tree.leaves(cache):
+            leaf.delete()  # a CPU may ignore the donation of what no output can use
+        return cache
+
+    def unchecked(function):  # outside of tests nobody checks the annotations
+        return getattr(function, "__wrapped__", function)
+
+    for draw, wrong, message in [
+        (plot.draw_pages, 5, "type int, which has no page tables"),
+        (plot.draw_forks, [tables], "type list, which has no page tables"),
+        (plot.page_map, consumed(), "no values .consumed: a jitted call to which it was donated"),
+        (jax.jit(plot.page_states), tables, "no values .inside a traced function"),
+        (lambda wrong: plot.draw_pages(tables, wrong), 7, "no group 7 of layers: these tables have the groups 0 to 0"),
+        (plot.draw_timeline, 5, "type int, which has no events: pass an Engine"),
+        (plot.latencies, [1, 2], "type list, which has no events"),
+        (plot.draw_occupancy, [np.zeros(3), np.zeros(4)], "a list with the page states of one or more moments"),
+        (plot.draw_occupancy, [], "append page_states.engine. to it after each step"),
+        (unchecked(plot.draw_capacity), [1], "must be a dict from a name to a list of CapacityPoint, got list"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            draw(wrong)

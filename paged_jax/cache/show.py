@@ -7,18 +7,15 @@ sizes are shown, and the reason.
 import collections
 from collections.abc import Iterable
 from html import escape
-from typing import Any
 
-import jax
 import numpy as np
-from jax.core import Tracer
 
 from paged_jax.cache.config import LayerGroup
 from paged_jax.cache.page_table import Fault, PageTable
 from paged_jax.cache.page_tables import PageTables
 from paged_jax.cache.pool import PagePool
 from paged_jax.cache.sizes import write_bytes
-from paged_jax.memory import CACHED, FREE, OWNED, MemoryReport, page_states
+from paged_jax.memory import CACHED, FREE, OWNED, MemoryReport, page_states, why_unreadable
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"  # of the first rows
 MOST_CELLS, MOST_ROWS, CELLS_A_LINE = 512, 8, 64  # that are printed
@@ -28,20 +25,6 @@ LABELS = "a number: the only row that has the page; ×n: n rows share it; c: onl
 # Light to dark, so that they differ in grey, too; 4 stands for 4 or more rows.
 COLOURS = {FREE: "#ffffff", CACHED: "#f8dc8a", OWNED: "#8fbfe0", 2: "#4f97cc", 3: "#2b6ca8", 4: "#0b2f5b"}
 NAMES = {FREE: "free", CACHED: "only cached", OWNED: "1 row", 2: "2 rows", 3: "3 rows", 4: "4 or more rows"}
-
-
-def why_unreadable(arrays: Any) -> str | None:
-    """Why arrays of a pytree have no values that can be shown; None: they have."""
-    for leaf in jax.tree.leaves(arrays):
-        if isinstance(leaf, Tracer):
-            return "inside a traced function, where the values are not known yet"
-        if not isinstance(leaf, jax.Array | np.ndarray):
-            return f"with {type(leaf).__name__} in the place of arrays"
-        if isinstance(leaf, jax.Array) and leaf.is_deleted():
-            return "consumed: a jitted call to which it was donated has taken its memory"
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            return "on devices of several hosts"
-    return None
 
 
 def tables_text(tables: PageTables) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 from rich.tree import Tree
 
 from paged_jax.cache.show import COLOURS, page_ranges
-from paged_jax.memory import find_tables
+from paged_jax.memory import find_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,7 +46,7 @@ def sharing_branches(source: Any, group: int = 0) -> list[Branch]:
         (0,) 4 (×1)
         (1,) 3 (×1)
     """
-    table = find_tables(source).groups[group]
+    table = find_table(source, group)
     refcounts, pages = np.asarray(table.refcounts), np.asarray(table.pages)
     branches: list[Branch] = []
 
@@ -124,7 +124,7 @@ def draw_forks(source: Any, group: int = 0, *, title: str = "") -> "Figure":
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import MaxNLocator
 
-    table = find_tables(source).groups[group]
+    table = find_table(source, group)
     branches = sharing_branches(source, group)
     places, rows = _places(branches)
     last = max((branch.first_column + len(branch.pages) for branch in branches), default=1)

@@ -6,7 +6,7 @@ import numpy as np
 from rich.text import Text
 
 from paged_jax.cache.show import COLOURS, NAMES, cell, label, owners
-from paged_jax.memory import CACHED, FREE, OWNED, find_tables, page_states
+from paged_jax.memory import CACHED, FREE, OWNED, find_table, find_tables, page_states
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,8 +36,8 @@ def page_map(source: Any, group: int = 0, *, width: int = 64) -> Text:
         22ba····
     """
     tables, text = find_tables(source), Text()
-    owned = owners(tables, group)
-    for i, state in enumerate(page_states(tables, group).tolist()):
+    states, owned = page_states(tables, group).tolist(), owners(tables, group)
+    for i, state in enumerate(states):
         if i and i % width == 0:
             text.append("\n")
         text.append(cell(state, owned.get(i + 1, [])), _STYLES.get(state, _SHARED))
@@ -72,9 +72,9 @@ def draw_pages(source: Any, group: int = 0, *, title: str = "", width: int | Non
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
-    tables = find_tables(source)
+    tables, table = find_tables(source), find_table(source, group)
     states, owned = page_states(tables, group).tolist(), owners(tables, group)
-    rows = [row[row > 0].tolist() for row in np.asarray(tables.groups[group].pages)]
+    rows = [row[row > 0].tolist() for row in np.asarray(table.pages)]
     is_labelled = len(states) <= MOST_LABELLED
     if width is None:
         width = 24 if is_labelled else int(np.ceil(np.sqrt(2 * len(states))))

@@ -229,7 +229,13 @@ def draw_latencies(source: Any, *, title: str = "") -> "Figure":
 
 
 def _events(source: Any) -> list[Event]:
-    events: Iterable[Event] = getattr(source, "events", source)
+    events = getattr(source, "events", source)
+    events = list(events) if isinstance(events, Iterable) else [events]
+    if not all(isinstance(event, Event) for event in events):
+        raise ValueError(
+            f"got an object of type {type(source).__name__}, which has no events: pass an Engine, its events, or a "
+            "list of some of them"
+        )
     return sorted(events, key=lambda event: event.seconds)
 
 

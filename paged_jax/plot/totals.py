@@ -51,8 +51,12 @@ def draw_occupancy(history: Sequence[np.ndarray], *, title: str = "") -> "Figure
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 
-    if len(history) == 0:
-        raise ValueError("the history is empty: append page_states(engine) to it after each step")
+    shapes = {np.shape(moment) for moment in history} if isinstance(history, Sequence) else set()
+    if len(shapes) != 1 or len(shapes.pop()) != 1:
+        raise ValueError(
+            "the history must be a list with the page states of one or more moments, all of the same group of layers: "
+            "append page_states(engine) to it after each step"
+        )
     states = np.stack([np.asarray(moment) for moment in history], axis=1)  # [P - 1, moments]
     figure, (above, below) = plt.subplots(
         2, 1, figsize=(9, 5.5), layout="constrained", sharex=True, height_ratios=(3, 1.3)
@@ -140,6 +144,10 @@ def draw_capacity(curves: Mapping[str, Sequence[CapacityPoint]], *, title: str =
     """
     import matplotlib.pyplot as plt
 
+    if not isinstance(curves, Mapping):
+        raise ValueError(
+            f"the curves must be a dict from a name to a list of CapacityPoint, got {type(curves).__name__}"
+        )
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for (name, points), (colour, marker, line) in zip(curves.items(), MARKS * len(curves), strict=False):
         sizes = [point.num_pages for point in points]

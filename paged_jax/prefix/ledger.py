@@ -1,12 +1,33 @@
 """The references that a prefix cache owns: which pages of each group, which of them are pinned, which goes next."""
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 from paged_jax.prefix.policies import Policy
 from paged_jax.prefix.tree import Node
 
 Pages = list[list[int]]
 """For each group of layers the pages of which one reference each is to be dropped; a page may stand there twice."""
+
+
+def make_policies(new_policy: Any, num_groups: int) -> list[Policy]:
+    """A policy for each group of layers.
+
+    Raises:
+        ValueError: what was given makes none.
+    """
+    if not callable(new_policy):
+        name = type(new_policy).__name__
+        raise ValueError(f"each group of layers needs a policy of its own, got one {name}: pass the class, {name}")
+    policies = [new_policy() for _ in range(num_groups)]
+    made = type(policies[0])
+    for method in ("insert", "hit", "touch", "remove", "victim"):
+        given = getattr(made, method, None)
+        if given is None or (given is getattr(Policy, method) and method not in ("hit", "touch")):
+            raise ValueError(
+                f"the eviction policy {made.__name__} has no method {method}: derive it from Policy, and write it"
+            )
+    return policies
 
 
 class Ledger:
@@ -21,14 +42,14 @@ class Ledger:
         self.groups = range(num_groups)
         self.num_pages = [0] * num_groups  # references that the cache owns
         self.num_evictable = [0] * num_groups  # of these, in the tree and not pinned
-        self.policies = [new_policy() for _ in self.groups]
+        self._policies = make_policies(new_policy, num_groups)
         self.retired: dict[Node, None] = {}  # left the tree while they were pinned
         self._new_policy = new_policy
 
     def hold(self, node: Node, group: int, page: int) -> None:
         """Take over a reference."""
         node.pages[group] = page
-        self.policies[group].insert(node)
+        self.tell(group, "insert", node)
         self.num_pages[group] += 1
         self.num_evictable[group] += node.num_pins == 0
 
@@ -42,7 +63,7 @@ class Ledger:
             is_chosen: whether its policy chose it, and so has forgotten it.
         """
         if not is_chosen:
-            self.policies[group].remove(node)
+            self.tell(group, "remove", node)
         drops[group].append(node.pages[group])
         node.pages[group] = 0
         self.num_pages[group] -= 1
@@ -83,7 +104,7 @@ class Ledger:
                 self.drop(node, group, drops)
             return
         for group in held:
-            self.policies[group].remove(node)
+            self.tell(group, "remove", node)
         self.retired[node] = None
 
     def retire_all(self, nodes: list[Node], drops: Pages) -> None:
@@ -94,7 +115,44 @@ class Ledger:
             else:
                 self._drop_retired(node, drops)
         self.num_evictable = [0 for _ in self.groups]
-        self.policies = [self._new_policy() for _ in self.groups]
+        self._policies = make_policies(self._new_policy, len(self.groups))
+
+    def tell(self, group: int, event: Literal["insert", "hit", "touch", "remove"], node: Node) -> None:
+        """Call a method of a group's policy."""
+        policy = self._policies[group]
+        try:
+            getattr(policy, event)(node)
+        except Exception as error:
+            error.add_note(f"This came from the eviction policy {type(policy).__name__}, in its method {event}.")
+            raise
+
+    def choose(self, group: int, can_go: Callable[[Node], bool]) -> Node:
+        """The page of a group that goes next.
+
+        Raises:
+            ValueError: its policy chose none, or one that is not there or may not go.
+        """
+        policy = self._policies[group]
+        try:
+            node = policy.victim(can_go)
+        except Exception as error:
+            error.add_note(
+                f"This came from the eviction policy {type(policy).__name__}, in its method victim. One of the pages "
+                f"that it was told of may go: it must return the first of its nodes of which can_go is true."
+            )
+            raise
+        if not isinstance(node, Node) or not node.pages[group]:
+            what = "a page that is not cached" if isinstance(node, Node) else repr(node)
+            raise ValueError(
+                f"the eviction policy {type(policy).__name__} chose {what}: victim must return a node that was "
+                "inserted and not removed since, and forget it"
+            )
+        if not can_go(node):
+            raise ValueError(
+                f"the eviction policy {type(policy).__name__} chose a page that a row uses, or that something cached "
+                "continues: victim must return a node of which can_go is true"
+            )
+        return node
 
     def _drop_retired(self, node: Node, drops: Pages) -> None:
         for group, page in enumerate(node.pages):

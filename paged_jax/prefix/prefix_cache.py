@@ -236,7 +236,7 @@ class PrefixCache:
             self._hit_tokens += match.num_tokens
             for group, nodes in enumerate(self._reach.seen(match.nodes, match.num_tokens)):
                 for node in reversed(nodes):
-                    self._ledger.policies[group].hit(node)
+                    self._ledger.tell(group, "hit", node)
         return taken
 
     def give_back(self, taken: Taken) -> Pages:
@@ -314,7 +314,7 @@ class PrefixCache:
             has_window = self._reach.windows[group] is not None
             can_go = _is_free if has_window else _is_free_leaf
             while len(drops[group]) < num_pages[group] and self._ledger.num_evictable[group]:
-                node = self._ledger.policies[group].victim(can_go)
+                node = self._ledger.choose(group, can_go)
                 for also in self._groups if not has_window else [group]:
                     if node.pages[also] and self._listener is not None:
                         self._listener.evicted(node, also)
@@ -437,7 +437,7 @@ class PrefixCache:
             for column in range(len(path) - 1, int(handle.first_column) - 1, -1):
                 node, page = path[column], pages[column]
                 if node.pages[group]:
-                    self._ledger.policies[group].touch(node)
+                    self._ledger.tell(group, "touch", node)
                     node.superseded -= {group}
                 elif page and not (goes_on and column == len(path) - 1):
                     self._ledger.hold(node, group, page)

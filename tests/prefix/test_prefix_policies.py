@@ -1,7 +1,11 @@
 """Eviction policies by themselves: which page goes next."""
 
+import types
+
+import numpy as np
 import pytest
 
+from paged_jax import CacheConfig, PrefixCache
 from paged_jax.prefix.digests import Namespace
 from paged_jax.prefix.policies import POLICIES, GreedyDualSizeFrequency, LeastRecentlyUsed, Policy, S3Fifo
 from paged_jax.prefix.tree import Node, Root
@@ -100,3 +104,86 @@ def test_what_a_policy_remembers_is_bounded(name):
         if i >= 100:
             policy.victim(anyone)
     assert all(len(kept) < 500 for kept in vars(policy).values() if hasattr(kept, "__len__"))
+
+
+CONFIG = CacheConfig(
+    num_layers=1, num_kv_heads=1, head_dim=8, num_pages=9, max_sequences=1, max_pages_per_sequence=4, page_size=2
+)
+
+
+class Newest(Policy):
+    """A policy that works; those below break it in one way each."""
+
+    def __init__(self):
+        self.nodes: list[Node] = []
+
+    def insert(self, node):
+        self.nodes.append(node)
+
+    def remove(self, node):
+        self.nodes.remove(node)
+
+    def victim(self, can_go):
+        node = next(node for node in reversed(self.nodes) if can_go(node))
+        self.nodes.remove(node)
+        return node
+
+
+def fill(policy) -> list[list[int]]:
+    """Three prefixes of a page in a cache that keeps two; what was given up."""
+    cache, given_up = PrefixCache(CONFIG, policy, max_pages=[2]), []
+    for page in (3, 4, 5, 6):
+        published = types.SimpleNamespace(pages=np.array([page, 0, 0, 0], np.int32), num_tokens=2, first_column=0)
+        given_up.append(cache.insert([page, page], Namespace(), [published])[0])
+    return given_up
+
+
+def test_a_policy_chooses():
+    assert fill(Newest) == [[], [], [5], [6]]
+
+
+@pytest.mark.parametrize(
+    "victim, message",
+    [
+        (lambda self, can_go: None, "Broken chose None: victim must return a node that was inserted and"),
+        (lambda self, can_go: nodes(1)[0], "Broken chose a page that is not cached"),
+        (lambda self, can_go: self.nodes[0], "not removed since, and forget it"),
+        (lambda self, can_go: next(node for node in self.nodes if not can_go(node)), None),
+    ],
+    ids=["none", "unknown", "not forgotten", "raises"],
+)
+def test_a_victim_that_cannot_go_is_named_with_its_policy(victim, message):
+    broken = type("Broken", (Newest,), {"victim": victim})
+    with pytest.raises((ValueError, StopIteration), match=message) as error:
+        fill(broken)
+    if message is None:
+        assert "the eviction policy Broken, in its method victim" in error.value.__notes__[0]
+
+
+def test_a_victim_that_is_in_use_is_refused():
+    cache = PrefixCache(CONFIG, type("Broken", (Newest,), {"victim": lambda self, can_go: self.nodes[0]}))
+    for page in (3, 4):
+        published = types.SimpleNamespace(pages=np.array([page, 0, 0, 0], np.int32), num_tokens=2, first_column=0)
+        cache.insert([page, page], Namespace(), [published])
+    cache.take(cache.lookup([3, 3, 7]))
+    with pytest.raises(ValueError, match="Broken chose a page that a row uses, or that something cached continues"):
+        cache.evict([1])
+
+
+def test_an_error_in_another_method_is_named_with_its_policy():
+    def insert(self, node):
+        raise KeyError(node.fingerprint)
+
+    with pytest.raises(KeyError) as error:
+        fill(type("Broken", (Newest,), {"insert": insert}))
+    assert error.value.__notes__ == ["This came from the eviction policy Broken, in its method insert."]
+
+
+def test_what_makes_no_policy_is_refused():
+    for wrong, message in {
+        Newest(): "a policy of its own, got one Newest: pass the class, Newest",
+        type("Half", (Policy,), {"insert": Newest.insert, "remove": Newest.remove}): "Half has no method victim",
+        dict: "the eviction policy dict has no method insert: derive it from Policy",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            PrefixCache(CONFIG, wrong)
