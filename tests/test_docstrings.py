@@ -83,7 +83,7 @@ def test_the_check_sees_a_missing_example():
         1
         """
 
-    names = {"m.plain": plain, "m.shown": shown, "m.other": other}
+    names: dict[str, object] = {"m.plain": plain, "m.shown": shown, "m.other": other}
     assert [is_shown(value, names) for value in names.values()] == [False, True, True]
 
 

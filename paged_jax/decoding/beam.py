@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
@@ -18,7 +19,7 @@ from paged_jax.decoding.beam_step import step_with
 from paged_jax.decoding.groups import Groups, Queue, Search, admit, collect, groups_of, make_room
 from paged_jax.decoding.hypotheses import Rules
 from paged_jax.decoding.room import reserve
-from paged_jax.decoding.rows import Counters, DecodeState, Rows
+from paged_jax.decoding.rows import Counters, DecodeState, Rows, prompt_arrays
 from paged_jax.decoding.step import Stepper
 from paged_jax.sampling import SamplingState
 
@@ -38,8 +39,8 @@ class Beams(NamedTuple):
 def beam_search(
     stepper: Stepper,
     params: Any,
-    prompts: Int32[Array, "Q C"],
-    prompt_lens: Int32[Array, " Q"],
+    prompts: Int32[Array | np.ndarray, "Q C"],
+    prompt_lens: Int32[Array | np.ndarray, " Q"],
     cache: KVCache,
     *,
     width: int,
@@ -105,6 +106,7 @@ def beam_search(
         >>> found.tokens[0, 0].tolist(), found.scores[0].round(2).tolist()
         ([3, 4, 5], [-0.0, -3.0])
     """
+    prompts, prompt_lens = prompt_arrays(prompts, prompt_lens)
     num_prompts, longest = prompts.shape
     num_return = width if num_return is None else num_return
     num_rows = cache.tables.num_rows

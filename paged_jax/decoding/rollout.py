@@ -13,7 +13,7 @@ from paged_jax.cache.config import LayerGroup, pages_mapped
 from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.page_table import PageTable
 from paged_jax.cache.page_tables import Handles, PageTables
-from paged_jax.decoding.rows import NO_ROW, NO_TOKEN, Counters, DecodeState, Finish, Rows
+from paged_jax.decoding.rows import NO_ROW, NO_TOKEN, Counters, DecodeState, Finish, Rows, prompt_arrays
 from paged_jax.decoding.step import Stepper, release, start, step
 from paged_jax.sampling import SamplingParams, SamplingState
 
@@ -53,8 +53,8 @@ class _Queue:
 def rollout(
     stepper: Stepper,
     params: Any,
-    prompts: Int32[Array, "Q C"],
-    prompt_lens: Int32[Array, " Q"],
+    prompts: Int32[Array | np.ndarray, "Q C"],
+    prompt_lens: Int32[Array | np.ndarray, " Q"],
     cache: KVCache,
     *,
     max_new_tokens: int,
@@ -117,6 +117,7 @@ def rollout(
         >>> drawn.tokens.tolist()
         [[[3, 4, 5], [3, 4, 5]], [[6, 7, 0], [6, 7, 0]]]
     """
+    prompts, prompt_lens = prompt_arrays(prompts, prompt_lens)
     num_prompts, width = prompts.shape
     _check_sizes(stepper, cache, num_samples, max_new_tokens, num_prompts)
     num_all = num_prompts * num_samples

@@ -34,6 +34,25 @@ class Finish(IntEnum):
     TOO_LONG = 3  # it could never fit: its prompt and one more token need more pages than a row or the pool has
 
 
+def prompt_arrays(
+    tokens: Any, counts: Any, names: tuple[str, str] = ("prompts", "prompt_lens")
+) -> tuple[Int32[Array, "n C"], Int32[Array, " n"]]:
+    """Token ids and how many of them each line has, as JAX's arrays, also where NumPy's were given.
+
+    Raises:
+        ValueError: they are no whole numbers, or of other shapes.
+    """
+    tokens, counts = jnp.asarray(tokens), jnp.asarray(counts)
+    is_whole = all(jnp.issubdtype(x.dtype, jnp.integer) for x in (tokens, counts))
+    if not is_whole or tokens.ndim != 2 or counts.shape != tokens.shape[:1]:
+        given = [f"{name} of {x.dtype}{list(x.shape)}" for name, x in zip(names, (tokens, counts), strict=True)]
+        raise ValueError(
+            f"got {given[0]} and {given[1]}: give token ids, a line for each of the {names[0]}, padded at its end to "
+            "the longest, and as many numbers that say how many tokens each line has"
+        )
+    return tokens.astype(jnp.int32), counts.astype(jnp.int32)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
@@ -12,6 +13,7 @@ from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.mesh import everywhere
 from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.cache.page_tables import Handles, PageTables
+from paged_jax.decoding.rows import prompt_arrays
 from paged_jax.forward import Forward
 from paged_jax.sampling.processors import log_probabilities
 
@@ -58,10 +60,10 @@ class _Flight(NamedTuple):
 def score(
     forward: Forward,
     params: Any,
-    prompt: Int32[Array, " C"],
+    prompt: Int32[Array | np.ndarray, " C"],
     prompt_len: Int32[Array, ""] | int,
-    continuations: Int32[Array, "n X"],
-    lengths: Int32[Array, " n"],
+    continuations: Int32[Array | np.ndarray, "n X"],
+    lengths: Int32[Array | np.ndarray, " n"],
     cache: KVCache,
     *,
     chunk: int = 256,
@@ -109,9 +111,10 @@ def score(
         >>> jnp.round(jnp.sum(result.logprobs, axis=1)).tolist()  # the counting decoder of `Forward`'s example
         [-0.0, -9.0]
     """
+    continuations, lengths = prompt_arrays(continuations, lengths, ("continuations", "lengths"))
     num_continuations, width = continuations.shape
     lengths = jnp.clip(lengths, 0, width)
-    text = _Text(prompt, jnp.asarray(prompt_len, jnp.int32), continuations, lengths)
+    text = _Text(jnp.asarray(prompt, jnp.int32), jnp.asarray(prompt_len, jnp.int32), continuations, lengths)
     _check_sizes(cache.tables, text, chunk, prefix is not None)
 
     steps = _Steps(forward, params, text)

@@ -7,7 +7,7 @@ at once, and a row that has caught up draws its next token; with drafts (`paged_
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -69,11 +69,23 @@ class Stepper:
     sharing: bool | None = None
 
     def __post_init__(self):
-        counts = self.token_counts
+        if not callable(self.forward):
+            advice = "pass its `forward`" if hasattr(self.forward, "forward") else "see paged_jax.Forward"
+            raise ValueError(
+                f"forward must be a function (params, tokens, pool, metadata) -> (logits, pool), got a "
+                f"{type(self.forward).__name__}: {advice}"
+            )
+        counts = tuple(self.token_counts) if isinstance(self.token_counts, Iterable) else ()
         if not counts or any(count < 1 for count in counts) or list(counts) != sorted(set(counts)):
-            raise ValueError(f"token_counts must be numbers of at least 1 in ascending order, got {counts}")
+            raise ValueError(
+                "token_counts must be a tuple of numbers of at least 1 in ascending order, such as (8, 64), got "
+                f"{self.token_counts}"
+            )
+        object.__setattr__(self, "token_counts", counts)  # a list is not hashable
         if self.num_logprobs is not None and self.num_logprobs < 0:
             raise ValueError(f"num_logprobs must be None or at least 0, got {self.num_logprobs}")
+        if isinstance(self.processor, type):
+            raise ValueError(f"processor={self.processor.__name__} is a class: pass an object of it")
         if isinstance(self.drafter, type) or not (self.drafter is None or isinstance(self.drafter, Drafter)):
             raise ValueError(f"drafter={self.drafter!r} is no drafter: give one, such as Lookup()")
         if self.drafter is not None and not (isinstance(self.num_drafts, int) and 1 <= self.num_drafts < SHORT):

@@ -109,8 +109,11 @@ class Engine:
         max_kept_pages: int | None = None,
         max_events: int = 10_000,
     ):
+        if not isinstance(config, CacheConfig):
+            raise ValueError(f"config must be a CacheConfig, got a {type(config).__name__}")
         if visit_steps < 1:
             raise ValueError(f"Engine(visit_steps={visit_steps}): visit_steps must be at least 1")
+        stop_tokens = SamplingParams(stop_tokens=stop_tokens).stop_tokens
         num_drafts = 0 if drafter is None else drafter.num_drafts
         counts = token_counts or token_counts_for(config.max_sequences, num_drafts=num_drafts)
         stepper = Stepper(forward, counts, drafter=drafter, processor=processor, num_logprobs=num_logprobs)

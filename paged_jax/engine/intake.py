@@ -89,6 +89,8 @@ def as_batch(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     """A list of prompts, also where a single one was given."""
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts is {prompts!r}: pass a text, a list of token ids, or a list of such prompts")
     batch: list[Any] = list(prompts)
     is_one = batch and all(isinstance(item, numbers.Integral | Mapping) for item in batch)
     return [batch] if is_one else batch

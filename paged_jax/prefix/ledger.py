@@ -17,9 +17,11 @@ def make_policies(new_policy: Any, num_groups: int) -> list[Policy]:
         ValueError: what was given makes none.
     """
     if not callable(new_policy):
-        name = type(new_policy).__name__
-        raise ValueError(f"each group of layers needs a policy of its own, got one {name}: pass the class, {name}")
-    policies = [new_policy() for _ in range(num_groups)]
+        name = type(new_policy).__name__ if isinstance(new_policy, Policy) else "LeastRecentlyUsed"
+        raise ValueError(
+            f"each group of layers needs a policy of its own, got {new_policy!r}: pass a class, such as {name}"
+        )
+    policies: list[Any] = [new_policy() for _ in range(num_groups)]
     made = type(policies[0])
     for method in ("insert", "hit", "touch", "remove", "victim"):
         given = getattr(made, method, None)

@@ -1,6 +1,7 @@
 """Rollouts: a queue of prompts through a few rows in one program, whatever runs short."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,17 @@ import pytest
 
 import hash_decoder as decoder
 import toy
-from paged_jax import AttentionMetadata, Finish, KVCache, Rollout, SamplingParams, SamplingState, Stepper, rollout
+from paged_jax import (
+    AttentionMetadata,
+    Finish,
+    KVCache,
+    Rollout,
+    SamplingParams,
+    SamplingState,
+    Stepper,
+    beam_search,
+    rollout,
+)
 from paged_jax.cache.invariants import check
 
 PLAIN, HYBRID = (None, None), (None, 6)
@@ -298,7 +309,37 @@ def test_sizes_that_do_not_fit_together_are_named():
         start(Stepper(decoder.forward), KVCache.create(decoder.config(17)), sampling_of(2))
     with pytest.raises(ValueError, match=r"token_counts=\(2,\) for a batch of 4 rows: the largest must hold"):
         start(Stepper(decoder.forward, (2,)), KVCache.create(decoder.config(17)))
-    with pytest.raises(
-        ValueError, match=r"token_counts must be numbers of at least 1 in ascending order, got \(8, 4\)"
-    ):
+    with pytest.raises(ValueError, match=r"numbers of at least 1 in ascending order, such as .*, got \(8, 4\)"):
         Stepper(decoder.forward, (8, 4))
+    unchecked: Any = getattr(Stepper.__post_init__, "__wrapped__", Stepper.__post_init__)
+    for fields, message in [
+        ({"token_counts": 8}, r"token_counts must be a tuple of numbers .*, such as \(8, 64\), got 8"),
+        ({"forward": None}, "forward must be a function .* got a NoneType: see paged_jax.Forward"),
+        ({"processor": Upwards}, "processor=Upwards is a class: pass an object of it"),
+    ]:
+        stepper = Stepper(decoder.forward)
+        for name, value in fields.items():
+            object.__setattr__(stepper, name, value)  # as where nobody checks the annotations
+        with pytest.raises(ValueError, match=message):
+            unchecked(stepper)
+
+
+class Upwards:
+    """A processor by name only."""
+
+
+def test_prompts_of_numpy_are_taken_where_they_are_constants_of_the_program():
+    cache = KVCache.create(decoder.config(17))
+    stepper = Stepper(decoder.forward, (8,))
+    prompts, lens = queue(3, 9, 9)
+    for method, options in ((rollout, {}), (beam_search, {"width": 2})):
+        draw = functools.partial(method, stepper, jnp.int32(0), max_new_tokens=2, **options)
+        found, _ = jax.eval_shape(lambda cache, draw=draw: draw(prompts, lens, cache), cache)
+        assert found.tokens.shape[::2] == (3, 2)
+        unchecked = functools.partial(getattr(method, "__wrapped__", method), *draw.args, **draw.keywords)
+        with pytest.raises(
+            ValueError, match=r"got prompts of int32\[9\] and prompt_lens of int32\[3\]: give token ids"
+        ):
+            unchecked(prompts[0], lens, cache)
+        with pytest.raises(ValueError, match="prompt_lens of float32.* as many numbers that say how many tokens each"):
+            unchecked(prompts, lens.astype(np.float32), cache)

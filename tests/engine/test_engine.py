@@ -305,6 +305,12 @@ def test_wrong_options_are_named():
         engine(token_counts=(3,))
     with pytest.raises(ValueError, match="visit_steps must be at least 1"):
         engine(visit_steps=0)
+    with pytest.raises(ValueError, match="config must be a CacheConfig, got a dict"):
+        engine({"num_pages": 9})
+    with pytest.raises(ValueError, match=r"stop_tokens must be a sequence of token ids: write \(5,\)"):
+        engine(stop_tokens=5)
+    with pytest.raises(ValueError, match="prompts is 5: pass a text, a list of token ids, or a list of such prompts"):
+        engine().generate(5)
     with pytest.raises(ValueError, match="2 prompts, but 1 SamplingParams: give one, or one for each"):
         engine().generate(prompts(3, 4), [GREEDY])
     with pytest.raises(ValueError, match="best_of=2 samples, of which num_samples=3 are wanted"):

@@ -1,6 +1,6 @@
 """Eviction policies by themselves: which page goes next."""
 
-import types
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -129,12 +129,21 @@ class Newest(Policy):
         return node
 
 
+class Published(NamedTuple):
+    pages: np.ndarray
+    num_tokens: int
+    first_column: int = 0
+
+
+def published(page: int) -> Published:
+    return Published(np.array([page, 0, 0, 0], np.int32), num_tokens=2)
+
+
 def fill(policy) -> list[list[int]]:
     """Three prefixes of a page in a cache that keeps two; what was given up."""
     cache, given_up = PrefixCache(CONFIG, policy, max_pages=[2]), []
     for page in (3, 4, 5, 6):
-        published = types.SimpleNamespace(pages=np.array([page, 0, 0, 0], np.int32), num_tokens=2, first_column=0)
-        given_up.append(cache.insert([page, page], Namespace(), [published])[0])
+        given_up.append(cache.insert([page, page], Namespace(), [published(page)])[0])
     return given_up
 
 
@@ -163,8 +172,7 @@ def test_a_victim_that_cannot_go_is_named_with_its_policy(victim, message):
 def test_a_victim_that_is_in_use_is_refused():
     cache = PrefixCache(CONFIG, type("Broken", (Newest,), {"victim": lambda self, can_go: self.nodes[0]}))
     for page in (3, 4):
-        published = types.SimpleNamespace(pages=np.array([page, 0, 0, 0], np.int32), num_tokens=2, first_column=0)
-        cache.insert([page, page], Namespace(), [published])
+        cache.insert([page, page], Namespace(), [published(page)])
     cache.take(cache.lookup([3, 3, 7]))
     with pytest.raises(ValueError, match="Broken chose a page that a row uses, or that something cached continues"):
         cache.evict([1])
@@ -180,10 +188,12 @@ def test_an_error_in_another_method_is_named_with_its_policy():
 
 
 def test_what_makes_no_policy_is_refused():
-    for wrong, message in {
-        Newest(): "a policy of its own, got one Newest: pass the class, Newest",
+    cases: dict[Any, str] = {
+        Newest(): "a policy of its own, got .*Newest object.*: pass a class, such as Newest",
         type("Half", (Policy,), {"insert": Newest.insert, "remove": Newest.remove}): "Half has no method victim",
+        "lru": "a policy of its own, got 'lru': pass a class, such as LeastRecentlyUsed",
         dict: "the eviction policy dict has no method insert: derive it from Policy",
-    }.items():
+    }
+    for wrong, message in cases.items():
         with pytest.raises(ValueError, match=message):
             PrefixCache(CONFIG, wrong)
