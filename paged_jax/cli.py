@@ -198,7 +198,7 @@ def _store(options: argparse.Namespace) -> int:
     return 1 if num_bad else 0
 
 
-def _plan(options: argparse.Namespace) -> None:
+def _plan(options: argparse.Namespace) -> int:
     from paged_jax import models, planner
 
     model = planner.find_sizes(options.model or models.DEMO, options.dtype)
@@ -207,18 +207,27 @@ def _plan(options: argparse.Namespace) -> None:
         chip = chip._replace(bytes_per_second=planner.measure_bandwidth())
     names = "context", "page_size", "cache_dtype", "num_devices", "max_sequences", "shared_tokens"
     wishes = {name: getattr(options, name) for name in names}
-    print(planner.make_plan(model, chip, **wishes))
+    changed = planner.alternatives(model, chip, **wishes)
+    fits = True
+    try:
+        print(planner.make_plan(model, chip, **wishes))
+    except ValueError as error:
+        if all(isinstance(plan, str) for _, plan in changed):
+            raise
+        fits = False
+        print(f"It does not fit: {error}.\n")
     mixed = range(1, options.context + 1, max(1, options.context // 61))  # lengths that are spread evenly
     table = Table(title="with one thing changed", title_justify="left")
     for name in ("", f"sequences of {options.context:,}", f"of 1 to {options.context:,}", "tokens/s at most"):
         table.add_column(name, justify="right" if name else "left")
-    for name, plan in planner.alternatives(model, chip, **wishes):
+    for name, plan in changed:
         if isinstance(plan, str):
             table.add_row(name, "none")
         else:
             speed = f"{plan.tokens_per_second():,.0f}" if chip.bytes_per_second else "not known"
             table.add_row(name, f"{plan.num_sequences():,}", f"{plan.num_sequences(mixed):,}", speed)
     Console(width=100).print(table)
+    return 0 if fits else 1
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -224,6 +224,19 @@ print(json.dumps([plan.pool_bytes + plan.table_bytes, resident() - before]))
 """
 
 
+def test_the_command_prints_what_would_fit_where_the_plan_does_not(capsys, monkeypatch):
+    monkeypatch.setattr("paged_jax.cli.keep_compiled_programs", lambda: None)
+    sizes = "num_layers=32,num_kv_heads=8,head_dim=128,num_params=8e9"
+    assert main(["plan", "--model", sizes, "--memory", "v5e", "--context", "8192"]) == 1
+    printed = capsys.readouterr().out
+    assert "It does not fit: the weights of a model take 14.9 GiB, and the device has 14.4 GiB for them" in printed
+    lines = [line.split("│") for line in printed.split("\n") if "│" in line]
+    rows = {cells[1].strip(): cells[2].strip() for cells in lines}
+    assert rows["page_size=16"] == "none" and rows["num_devices=2"] == "13"
+    assert main(["plan", "--model", sizes, "--memory", "1GiB", "--context", "8192"]) == 2
+    assert "use more devices, or one with more memory" in capsys.readouterr().err
+
+
 def test_the_pool_takes_so_much_of_this_process():
     result = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, cwd=ROOT, check=True)
     planned, taken = json.loads(result.stdout)
