@@ -120,8 +120,9 @@ def check_pool(pool: PagePool, layers: Mapping[str, int]) -> None:
     num_layers = sum(layers.values())
     if pool.num_layers != num_layers:
         raise ValueError(
-            f"the pool has pages for {pool.num_layers} layers, but {num_layers} layers have a PagedCache "
-            f"({', '.join(layers)}): give every attention layer one, and create the pool with num_layers={num_layers}."
+            f"the pool has pages for {pool.num_layers} layers, but the model has PagedCaches for {num_layers} "
+            f"({', '.join(layers)}): give each attention layer a PagedCache of its own (an object that several layers "
+            f"share counts once), or create the pool with num_layers={num_layers}."
         )
 
 
