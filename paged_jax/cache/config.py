@@ -16,12 +16,13 @@ STEP_TOKENS = 512  # of a prefill step, for which `window_pages` leaves room unl
 
 @dataclasses.dataclass(frozen=True)
 class LayerGroup:
-    """Layers that share a page table, because they see equally far.
+    """Layers that share a page table, because they all have the same window, or none.
 
     Args:
         layers: their numbers.
-        window: positions that their tokens see, the own one included; pages before it are given up; None: all.
-        num_pages: P of these layers.
+        window: how many positions a token of these layers sees, its own included; pages before them are given up.
+            None: all positions.
+        num_pages: P, pages of each of these layers.
     """
 
     layers: tuple[int, ...]
@@ -34,20 +35,20 @@ class CacheConfig:
     """The sizes of a paged KV cache; hashable, so it may be a static argument.
 
     Args:
-        num_layers: L, attention layers that keep keys and values.
+        num_layers: L, the number of attention layers that keep keys and values.
         num_kv_heads: K, KV heads of a layer.
-        head_dim: H.
-        num_pages: P, pages of each layer that sees everything, the null page included; P - 1 can be used.
-        max_sequences: B, rows of the page table.
-        max_pages_per_sequence: M, columns of the page table.
+        head_dim: H, numbers in a head.
+        num_pages: P, pages of each layer that has no window. One of them is the null page, so P - 1 hold tokens.
+        max_sequences: B, rows of the page table: the most sequences at the same time.
+        max_pages_per_sequence: M, columns of the page table: the longest sequence has M * S tokens.
         page_size: S, tokens in a page.
-        dtype: "float32", "bfloat16", or one of the quantised "int8" and "float8_e4m3fn" (with one scale a token,
-            head and key or value); or such a dtype itself, `jnp.bfloat16`.
-        windows: for each layer the positions that a token sees, its own included, None for all; empty: all layers see
-            everything. Layers give up the pages before their window.
+        dtype: of keys and values: "float32", "bfloat16", or one of the quantised "int8" and "float8_e4m3fn", which keep
+            one scale for each key and each value of a token and head. A dtype such as `jnp.bfloat16` will do, too.
+        windows: for each layer how many positions a token sees, its own included, or None for all of them. Layers with
+            a window give up the pages before it. Empty: no layer has a window.
         window_pages: P of each layer with a window; None: enough for B sequences and a prefill step of 512 tokens.
-        array_per_layer: each layer keeps its pages in an array of its own, for frameworks whose layers own their state
-            (Flax linen); otherwise the layers of a group share one array.
+        array_per_layer: True keeps the pages of each layer in an array of their own, for frameworks whose layers own
+            their state (Flax linen). Otherwise all layers with the same window share one array.
 
     Raises:
         ValueError: a size that is no positive whole number, fewer than two pages, another dtype, or windows of another
@@ -101,9 +102,9 @@ class CacheConfig:
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
-        """The layers by how far they see: those that see everything, then from the widest window to the narrowest.
+        """The layers in groups of the same window: first those without one, then the widest window, and so on.
 
-        A window as long as the longest sequence is none.
+        A window that is as long as the longest sequence counts as none.
         """
         windows = [None if w is None or w >= self.max_length else w for w in self.windows or [None] * self.num_layers]
         ordered = sorted(set(windows), key=lambda w: float("inf") if w is None else w, reverse=True)
@@ -112,7 +113,7 @@ class CacheConfig:
 
     @property
     def has_windows(self) -> bool:
-        """Whether some layers give up the pages before a window."""
+        """Whether some layers have a window, and give up the pages before it."""
         return any(group.window is not None for group in self.groups)
 
     def pages_mapped(self, window: int | None, num_tokens: int, new_tokens: int = 1) -> int:
@@ -139,7 +140,7 @@ class CacheConfig:
         return self.layer_page_bytes_on(None)
 
     def layer_page_bytes_on(self, platform: str | None, num_devices: int = 1) -> int:
-        """The same on another platform than this one, and on each of several devices that split the heads.
+        """`layer_page_bytes` on another platform, or on each of several devices that split the KV heads.
 
         Args:
             platform: "tpu", where heads and scales are padded, "gpu" or "cpu"; None: the one that runs.

@@ -1,4 +1,4 @@
-"""Pages that leave the pool and come back: their contents in all layers of a group, and as bytes on the host."""
+"""The contents of pages that leave the pool and come back: in all layers of a group, and as bytes on the host."""
 
 import dataclasses
 import math

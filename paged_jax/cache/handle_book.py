@@ -1,4 +1,4 @@
-"""The host's account of the handles that are out."""
+"""Handles on the host, where a handle that is dropped twice can be noticed."""
 
 import jax
 import numpy as np
@@ -14,9 +14,9 @@ _can_cut = jax.jit(PageTables.can_cut)
 class HandleBook:
     """Publishes, attaches and drops handles, and raises where the transitions of the tables only note a fault.
 
-    Inside jit a handle is a value and nobody can tell that it was dropped twice while others still own its pages. The
-    book can: use one for each `PageTables`, for all their handles. Its methods wait for the device; tables passed in
-    stay valid.
+    Inside jit nobody can tell that a handle was dropped twice, as long as others still own its pages. The book can: it
+    remembers which handles were published and not dropped. Use one book for all handles of a `PageTables`. Its methods
+    wait for the device; the tables that are passed stay valid.
 
     Examples:
         >>> tables, _ = PageTables.create(config).reserve(jnp.array([20, 0]))
@@ -32,7 +32,7 @@ class HandleBook:
 
     @property
     def num_handles(self) -> int:
-        """Publications that were not dropped."""
+        """How many publications have not been dropped yet."""
         return len(self._out)
 
     def publish(self, tables: PageTables, row: int, num_tokens: int) -> tuple[PageTables, Handles]:

@@ -1,4 +1,4 @@
-"""Handles: a claim on the pages of some tokens, independent of any row."""
+"""Handles: they keep the pages of some tokens, whatever becomes of the row that computed them."""
 
 import dataclasses
 
@@ -11,17 +11,17 @@ from jaxtyping import Array, Int32
 class PageHandle:
     """The pages of a sequence's first tokens, held until the handle is dropped.
 
-    An immutable value, which shares its pages with the row that it came from and with all rows that attach it: nothing
-    is copied, and whoever appends to its last page gets a copy of that page. `PageTable.publish` makes it and adds one
-    reference to each of its pages, `attach` makes empty rows share them any number of times, `drop` gives them up,
-    exactly once.
+    `PageTables.publish` makes handles and adds a reference to each of their pages; `attach` makes an empty row share
+    those pages, as often as you like; `drop` gives them up, which must be done exactly once. Nothing is copied: the
+    row that was published, the handle and all rows that attach it share the same pages. Whoever appends to a partly
+    filled last page gets a copy of that page.
 
     Args:
-        pages: a table row; null outside the columns `first_column` to `ceil(num_tokens / S) - 1`.
-        num_tokens: tokens that the pages hold.
-        first_column: above 0 if the first pages are missing, as where a window has passed them.
-        epoch: of the table that made it.
-        serial: different for every handle of an epoch.
+        pages: page ids, as in a row of the table; null outside the columns from `first_column` on that hold tokens.
+        num_tokens: how many tokens the pages hold.
+        first_column: the first column with a page; above 0 where a window has passed the pages before it.
+        epoch: of the table that made the handle; `reset` begins a new one, in which the handle is stale.
+        serial: a number that no other handle of this epoch has.
 
     Examples:
         >>> tables, _ = PageTables.create(config).reserve(jnp.array([20, 0]))

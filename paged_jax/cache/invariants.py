@@ -1,4 +1,4 @@
-"""What holds for a page table after every transition, checked in jit or on the host."""
+"""The invariants of a page table, which every transition keeps; checked inside jit or on the host."""
 
 import enum
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The cache of a batch: the memory and who owns it, in step with each other."""
+"""The cache of a batch: the pages, and the tables that say who owns them."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from paged_jax.cache.pool import PagePool
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """The page tables, and the pool whose pages they share out. Donate it at the outermost jit boundary.
+    """The page tables, and the pool of the pages that they give to rows. Donate it at the outermost jit boundary.
 
     Examples:
         >>> cache, granted = KVCache.create(config).reserve(jnp.array([20, 3]))
@@ -42,7 +42,7 @@ class KVCache:
     def reserve(
         self, new_tokens: Int32[Array, " B"], priority: Int32[Array, " B"] | None = None
     ) -> tuple["KVCache", Bool[Array, " B"]]:
-        """Make room for the next tokens of every row: give up pages before windows, take new ones, copy on write.
+        """Make room for the next tokens of every row: give up pages before windows, take new ones, copy shared ones.
 
         Args:
             new_tokens: tokens to append to each row.

@@ -1,6 +1,7 @@
-"""Several devices: each holds the pages of its own KV heads and attends with their query heads, without communication.
+"""Several devices, each of which holds the pages of its own KV heads and computes attention for their query heads.
 
-Arrays know their mesh, inside jit too. So it is named where pages are created, and found where they are used.
+They do not communicate for that. The mesh is named where pages are created; where they are used, it is read off the
+arrays, which know it also inside jit.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""All that the layers see of a step."""
+"""What a layer needs to know of a step."""
 
 import dataclasses
 from functools import partial
@@ -21,12 +21,12 @@ from paged_jax.cache.page_tables import PageTables
 class AttentionMetadata:
     """Which tokens of which sequences a step computes, and where their keys and values lie.
 
-    Build it after `PageTables.reserve`, which has counted the new tokens in the lengths already. The new tokens of R
-    sequences lie packed in one axis T.
+    Build it with `decode` or `ragged`, after `PageTables.reserve`: the lengths then count the new tokens already. The
+    new tokens of R sequences lie one after the other in one axis T.
 
     Args:
-        page_tables: for each group of layers the pages of each sequence.
-        lengths: tokens in each sequence, the new ones included; 0 where it takes no part.
+        page_tables: the pages of each sequence, for each group of layers.
+        lengths: tokens in each sequence, the new ones included; 0 for a sequence that takes no part in the step.
         query_starts: where each sequence's new tokens start in T, and where the last ones end.
         positions: of each token in its sequence (for RoPE); 0 for padding and for sequences that take no part.
         logits_at: the places in T at which the decoder returns logits: the last new token of each sequence, unless you
@@ -61,7 +61,7 @@ class AttentionMetadata:
 
     @classmethod
     def decode(cls, tables: PageTables, active: Bool[Array, " B"]) -> "AttentionMetadata":
-        """One new token a row: T = B, token b is row b's, and rows that are not `active` compute nothing."""
+        """One new token for each row: T = B, token b is that of row b. Rows that are not `active` compute nothing."""
         lengths = jnp.where(active, tables.lengths, 0)
         row = jnp.arange(len(lengths) + 1, dtype=jnp.int32)
         return cls(
@@ -84,13 +84,13 @@ class AttentionMetadata:
         active: Bool[Array, " R"] | None = None,
         max_query_len: int | None = None,
     ) -> "AttentionMetadata":
-        """Any number of new tokens a row, packed in T; padding after them.
+        """Any number of new tokens for each row, packed in T, with padding after them.
 
         Args:
             tables: after `reserve`.
             query_lens: new tokens of each row; their sum must not exceed `num_tokens`.
             num_tokens: T.
-            rows: which rows these are; one out of range takes no part; None: all, in their order.
+            rows: which rows these are; a number out of range takes no part. None: all rows, in their order.
             active: rows that were granted their tokens; the others keep their place in T, but compute nothing;
                 None: all.
             max_query_len: static bound on `query_lens`; None: T.

@@ -8,7 +8,7 @@
 
 Every method that changes the table is a transition: pure, `(table, arguments) -> (table, result)`, jittable, vectorised
 over the rows. Nothing raises under jit: a row whose request cannot be honoured is left exactly as it was, and a bit of
-`fault` sticks until `clear_fault`. The cost of a transition follows the pages it touches, not the size of the pool.
+`fault` stays set until `clear_fault`. The cost of a transition grows with the pages that it touches, not with the pool.
 """
 
 import dataclasses
@@ -238,7 +238,7 @@ class PageTable:
         return jnp.maximum(lengths - window + 1, 0) // self.page_size
 
     def fork(self, parents: Int32[Array, " C"], children: Int32[Array, " C"]) -> tuple["PageTable", Bool[Array, " C"]]:
-        """Make empty rows share all pages of other rows; who appends first gets a copy of the last page.
+        """Make empty rows share all pages of other rows. Whoever appends to a shared last page gets a copy of it.
 
         Args:
             parents: rows to share.
@@ -270,9 +270,9 @@ class PageTable:
         return table, ok
 
     def permute(self, parents: Int32[Array, " B"]) -> "PageTable":
-        """Make each row b a share of what row `parents[b]` was, as beam search does; rows nobody chose are gone.
+        """Make each row b share all pages that row `parents[b]` had, as beam search does.
 
-        A row whose parent is out of range stays as it is.
+        What a row held that is nobody's parent is given up. A row whose parent is out of range stays as it is.
         """
         row = jnp.arange(self.num_rows, dtype=jnp.int32)
         is_bad = (parents < 0) | (parents >= self.num_rows)
@@ -292,7 +292,7 @@ class PageTable:
     def publish(
         self, row: Int32[Array, ""] | int, num_tokens: Int32[Array, ""] | int, first_column: Int32[Array, ""] | int = 0
     ) -> tuple["PageTable", PageHandle]:
-        """Share the first tokens of a row through a handle, which keeps their pages until it is dropped.
+        """Make a handle to the first tokens of a row, which keeps their pages until it is dropped.
 
         Args:
             row: which row.
@@ -300,7 +300,7 @@ class PageTable:
             first_column: leave out the pages before this column.
 
         Returns:
-            The table, and the handle: one of no tokens where the row has fewer, or no longer maps them.
+            The table, and the handle. It holds 0 tokens if the row has fewer tokens than that, or no longer maps them.
         """
         row, num_tokens, first_column = (jnp.asarray(x, jnp.int32) for x in (row, num_tokens, first_column))
         is_row = (row >= 0) & (row < self.num_rows)
@@ -321,10 +321,10 @@ class PageTable:
         )
 
     def attach(self, row: Int32[Array, ""] | int, handle: PageHandle) -> tuple["PageTable", Bool[Array, ""]]:
-        """Make an empty row share the tokens of a handle; the handle stays good.
+        """Make an empty row share the tokens of a handle, which can be attached again.
 
         Returns:
-            The table, and whether it was done: the row must be empty and the handle alive.
+            The table, and whether it was done: only if the row was empty and the handle had not been dropped.
         """
         row = jnp.asarray(row, jnp.int32)
         is_alive = self._is_alive(handle)
@@ -342,7 +342,7 @@ class PageTable:
         return table, ok
 
     def drop(self, handle: PageHandle) -> "PageTable":
-        """Give up a handle: every handle is dropped exactly once; pages that nobody else owns are free."""
+        """Give up a handle, which must be done exactly once. Pages that nobody else owns are free then."""
         is_alive = self._is_alive(handle)
         table = self._drop_references(jnp.where(is_alive, handle.pages, NULL_PAGE))
         return table._next((Fault.STALE_HANDLE, ~is_alive))
@@ -384,7 +384,7 @@ class PageTable:
         return dataclasses.replace(self, fault=jnp.zeros_like(self.fault), version=self.version + 1)
 
     def reset(self) -> "PageTable":
-        """Empty everything; handles from before are stale."""
+        """Empty all rows and free all pages. Handles from before are stale."""
         table = PageTable._empty(self.num_pages, self.num_rows, self.pages.shape[1], self.page_size)
         return dataclasses.replace(table, version=self.version + 1, epoch=self.epoch + 1)
 

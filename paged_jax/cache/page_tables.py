@@ -1,8 +1,8 @@
-"""The page tables of all layers: one for each group of layers that see equally far.
+"""The page tables of all layers: one for each group of layers with the same window.
 
-A layer with a sliding window never reads tokens before its window. So layers of one window share a table and pages of
-their own, and give up the pages before it, while layers that see everything keep theirs. A model without windows has
-one group, and everything here is then what its one `PageTable` does.
+A layer with a sliding window never reads tokens before its window, so it can give up the pages before it, while layers
+without a window keep theirs. Therefore all layers with the same window share a page table and have pages of their own.
+A model without windows has one group, and then everything here does what its one `PageTable` does.
 
     tables = PageTables.create(config)
     tables = tables.slide()                             # pages before the windows are free
@@ -42,11 +42,11 @@ class Reservations(NamedTuple):
 @partial(jax.tree_util.register_dataclass, data_fields=["groups"], meta_fields=["layout"])
 @dataclasses.dataclass(frozen=True)
 class PageTables:
-    """One page table for each group of layers, in step with each other.
+    """One page table for each group of layers with the same window. All of them have the same rows and lengths.
 
     Args:
-        groups: their tables.
-        layout: which layers they are, and the window before which their pages are given up.
+        groups: the tables.
+        layout: for each table its layers, and the window before which their pages are given up.
 
     Examples:
         >>> tables, _ = PageTables.create(config).reserve(jnp.array([20, 0]))
@@ -100,7 +100,7 @@ class PageTables:
 
     @property
     def fault(self) -> Int32[Array, ""]:
-        """Bits of `Fault` that stand in any table."""
+        """The bits of `Fault` that are set in any table."""
         return functools.reduce(operator.or_, (table.fault for table in self.groups))
 
     def reserve(
@@ -114,8 +114,8 @@ class PageTables:
         asked, faults = new_tokens, [table.fault for table in self.groups]
         granted: Array = jnp.ones(self.num_rows, bool)
         if len(self.groups) > 1:
-            # What each would grant; XLA drops the rest of it. Of the rows that all grant none is refused then: what
-            # the others asked for is not needed, so no total of pages up to a row has grown.
+            # First ask each table what it would grant; XLA drops the rest of that work. Then ask again for the rows
+            # that all tables granted: they need no more pages than before, so none of them is refused now.
             tried = [table.reserve(new_tokens, priority) for table in self.groups]
             granted = functools.reduce(operator.and_, (reservation.granted for _, reservation in tried))
             asked, faults = jnp.where(granted, new_tokens, 0), [table.fault for table, _ in tried]
@@ -139,7 +139,7 @@ class PageTables:
     def truncate(self, lengths: Int32[Array, " B"]) -> "PageTables":
         """Shorten rows to `lengths`; see `PageTable.truncate`.
 
-        A row is left alone whose tokens at its new end would see what is given up.
+        A row stays as it is if a window has passed pages that the token at its new end would see.
         """
         gone = (lengths > 0) & (lengths < self.lengths) & ~self.can_cut(lengths)
         asked = jnp.where(gone, -1, lengths)  # which every table refuses
@@ -155,14 +155,15 @@ class PageTables:
         return self._with(table for table, _ in made), made[0][1]
 
     def permute(self, parents: Int32[Array, " B"]) -> "PageTables":
-        """Make each row b a share of what row `parents[b]` was; see `PageTable.permute`."""
+        """Make each row b share all pages that row `parents[b]` had; see `PageTable.permute`."""
         return self._with(table.permute(parents) for table in self.groups)
 
     def publish(self, row: Int32[Array, ""] | int, num_tokens: Int32[Array, ""] | int) -> tuple["PageTables", Handles]:
-        """Share the first tokens of a row through handles, of each group the pages that the next token sees.
+        """Make handles to the first tokens of a row: in each group, to the pages that the next token sees.
 
         Returns:
-            The tables, and the handles: of no tokens where the row has fewer, or gave up pages that the next one sees.
+            The tables, and a tuple of handles, one for each group. They hold 0 tokens if the row has fewer tokens than
+            that, or has given up pages that the next token sees.
         """
         row, num_tokens = jnp.asarray(row, jnp.int32), jnp.asarray(num_tokens, jnp.int32)
         is_whole = functools.reduce(operator.and_, self._whole(row, num_tokens))
@@ -189,14 +190,14 @@ class PageTables:
         return lax.while_loop(lambda carry: jnp.any(carry[0]), attach, (rows, self))[1]
 
     def drop(self, handles: Handles | Any) -> "PageTables":
-        """Give up the handles of one `publish`, exactly once."""
+        """Give up the handles of one `publish`; do this exactly once."""
         self._check_handles(handles)
         return self._with(table.drop(handle) for table, handle in zip(self.groups, handles, strict=True))
 
     def handles_to(
         self, pages: Int32[Array, "G M"], first_columns: Int32[Array, " G"], num_tokens: Int32[Array, ""] | int
     ) -> Handles:
-        """Handles to pages that somebody owns references to, such as a prefix cache, in order to attach them.
+        """Handles to pages whose references somebody else owns, such as a prefix cache, in order to attach them.
 
         Args:
             pages: a table row of each group; null outside the columns from the first to that of the last token.

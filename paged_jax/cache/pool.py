@@ -18,9 +18,9 @@ from pallas_kernels import Pages, copy_pages, init_pages
 
 
 class LayerPlace(NamedTuple):
-    """Where a layer's pages lie: in the array of its group, as which of the group's layers.
+    """Where the pages of a layer lie: in the array of its group, at its place among the layers of the group.
 
-    The group is static; the index may be traced, so that layers can run in a loop.
+    The group must be static; the index may be traced, so that layers can run in a loop. `PagePool.place` makes it.
 
     Examples:
         The layers of a model that has a window in every other layer:
@@ -38,18 +38,18 @@ class LayerPlace(NamedTuple):
 @partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["groups", "array_per_layer"])
 @dataclasses.dataclass(frozen=True)
 class PagePool:
-    """The KV pages of all layers; page p of each layer belongs to whoever owns p in the page table of its group.
+    """The KV pages of all layers. Page p of each layer belongs to whoever owns p in the page table of its group.
 
-    The layers of a group lie one after the other in one array of L * P pages: page p of its layer i is page i * P + p.
-    So layers can run in a loop, and copying a page for all of them is one operation. With
-    `CacheConfig.array_per_layer` each layer has an array of P pages instead.
+    A group is all layers with the same window. Its layers lie one after the other in one array of L * P pages: page p
+    of its layer i is page i * P + p there. So layers can run in a loop, and one operation copies a page for all of
+    them. With `CacheConfig.array_per_layer`, each layer has an array of P pages instead.
 
     Donate the pool at the outermost jit boundary: then every write is in place and no step copies it.
 
     Args:
-        arrays: one for each group of layers, or one for each layer.
+        arrays: the pages, one array for each group of layers, or one for each layer.
         groups: the groups of layers; static.
-        array_per_layer: which of the two; static.
+        array_per_layer: whether each layer has an array of its own; static.
 
     Examples:
         >>> pool = PagePool.create(config)
@@ -67,8 +67,8 @@ class PagePool:
 
         Args:
             config: sizes of the cache.
-            mesh: has an axis "model", whose devices hold the pages of K / (its size) KV heads each; other axes hold
-                copies. None: the default device holds all.
+            mesh: devices with an axis "model", over which the KV heads are split: each device holds the pages of its
+                own heads. Along other axes the pages are replicated. None: the default device holds all.
 
         Raises:
             ValueError: the mesh has no such axis, or K does not divide by it.

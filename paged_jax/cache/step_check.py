@@ -1,4 +1,4 @@
-"""A check of the steps of a loop of your own, for while you write it."""
+"""A check for the steps of a loop of your own, while you write it."""
 
 import dataclasses
 from typing import Any
@@ -14,8 +14,9 @@ from paged_jax.cache.page_tables import PageTables
 class StepCheck:
     """Raises where a step contradicts the page tables: a forgotten `reserve`, metadata that is used twice.
 
-    Compiled code cannot tell: it would write other slots than you think. Use one for each cache, before each
-    step, on the host; inside jit through a callback. It waits for the device, so leave it out when the loop is right.
+    Compiled code cannot notice such mistakes: it would write to other slots than you think. Make one `StepCheck` for
+    each cache, and call it before each step: on the host, or inside jit through a callback. It waits for the device, so
+    leave it out once the loop is right.
 
         check = StepCheck()
         cache, granted = cache.reserve(new_tokens)
