@@ -1,11 +1,12 @@
 """Drafts: tokens that a row may draw next, guessed cheaply, and verified by the step that computes them.
 
-Drafts stand in a row's token buffer after what it knows. A step computes them together with the row's last known token,
-so it has the logits after each of them. Then the row draws as it would have drawn one token a step, and goes on for
-as long as what it draws is what was drafted. The noise of a draw is a function of seed, sample and position, so the
-tokens are those that the row draws without drafts, whatever its temperature: where the drafts of a row follow from its
-tokens, each is accepted with the probability that the decoder gives it, as in speculative sampling (Leviathan et al.
-2023, section 2.3). Sharing the noise to couple draft and target is the method of Daliri et al. 2024.
+Drafts stand in a row's token buffer after the tokens that it knows. A step computes them together with the row's last
+known token, so it has the logits after each of them. Then the row draws its next token as it would without drafts. If
+that is the drafted one, it draws another from the logits after the draft, and so on. The noise of a draw depends only
+on seed, sample and position, so the tokens are the same as without drafts, at any temperature. If a row's drafts depend
+on its tokens only, each is accepted with the probability that the decoder gives it, as in speculative sampling
+(Leviathan et al. 2023, section 2.3). A draft model that draws with the row's own noise is the method of Daliri et al.
+2024.
 """
 
 import dataclasses
@@ -27,9 +28,10 @@ class Drafts(NamedTuple):
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Proposes drafts. A frozen, hashable value, static under jit; its wrong proposals cost time, and nothing else.
+    """Proposes tokens that a row may draw next. A frozen, hashable value, static under jit.
 
-    What it must remember is its state, a pytree, kept in `DecodeState.drafter`.
+    Wrong proposals cost time and change nothing. What a drafter must remember is its state, a pytree, which is kept in
+    `DecodeState.drafter`.
 
     Examples:
         >>> @dataclasses.dataclass(frozen=True)
@@ -73,8 +75,8 @@ class Lookup:
     Args:
         num_drafts: D, from 1 to 7.
         num_matched: n, the last tokens of a row that must occur again.
-        reads_siblings: look in other rows. Leave it out where rows of different users must not tell each other, by how
-            long a step takes, what they say.
+        reads_siblings: whether to look in other rows. Turn it off where rows of different users run together: by the
+            time that a step takes, one user could find out what another says.
 
     Examples:
         >>> rows = Rows.create(1, capacity=12, sampling=SamplingState.create(1))
@@ -166,7 +168,7 @@ RECOVERY = 1 / 64  # what trust regains in a step without drafts: a row that is 
 def update_trust(
     trust: Float[Array, " B"], proposed: Int32[Array, " B"], accepted: Int32[Array, " B"], num_drafts: int
 ) -> Float[Array, " B"]:
-    """How many drafts each row asks for next: twice as many while all are right, else half, and one for each right one.
+    """How many drafts each row asks for next: twice as many if all were right, else half, plus one for each right one.
 
     Args:
         trust: so far; a row asks for its integer part.

@@ -30,13 +30,13 @@ class DraftState:
 class DraftModel:
     """Drafts what a smaller decoder of the same vocabulary would draw in the place of the row (Leviathan et al. 2023).
 
-    It draws with the row's own parameters and noise. So where both decoders give a token much the same probability, a
-    draft is accepted more often than if they drew independently (Daliri et al. 2024), and a decoder that drafts for
-    itself is always right.
+    It draws with the row's own sampling parameters and noise. So the closer the two decoders are, the more drafts are
+    accepted, more than if they drew independently (Daliri et al. 2024). A decoder that drafts for itself is always
+    right.
 
-    A row of its cache follows the tokens of the same row of the batch: what they have in common stays, whatever became
-    of the row in between, and the rest is computed, in passes of at most `num_tokens`. A row without drafts, because it
-    is far behind or short of pages, tries again in the next step.
+    It has a cache of its own, in which row b follows the tokens of row b of the batch: tokens that both have in common
+    stay cached, and the others are computed, in passes of at most `num_tokens`. A row that is too far behind, or finds
+    no pages, drafts nothing in this step and tries again in the next.
 
         drafter = DraftModel(small.forward)
         stepper = Stepper(large.forward, token_counts_for(8, num_drafts=4), drafter=drafter)

@@ -1,4 +1,4 @@
-"""The policy: how many tokens each row computes in a step."""
+"""The policy that says how many tokens each row computes in a step."""
 
 from collections.abc import Callable
 

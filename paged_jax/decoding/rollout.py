@@ -67,10 +67,10 @@ def rollout(
 ) -> tuple[Rollout, KVCache]:
     """Draw samples of many prompts, through a batch of fixed size, in one XLA program.
 
-    A pure function: call it inside your own jit, beside the training step and with the same parameters, or inside a
-    `shard_map` over a data axis, where each device runs a queue of its own. Prompts are served first come, first
-    served; a row that ends is refilled in the next step. The samples of a prompt share its pages, which are computed
-    once. When pages run short, the youngest rows give theirs up and compute them again later, to the same tokens.
+    It is a pure function: call it inside your own jit, beside the training step and with the same parameters. Inside a
+    `shard_map` over a data axis, each device runs a queue of its own. Prompts are served first come, first served, and
+    a row that ends is refilled in the next step. A prompt is computed once, and its samples share its pages. When pages
+    run short, the youngest rows give theirs up, compute them again later, and draw the same tokens.
 
         cache = KVCache.create(config)
         stepper = Stepper(forward)

@@ -58,10 +58,10 @@ def prompt_arrays(
 class Rows:
     """B sequences in flight. Row b knows `num_known[b]` tokens, of which the page tables cache `lengths[b]`.
 
-    A row that has caught up, whose known tokens are all cached, draws its next token, with drafts perhaps several. That
-    is all there is to it: prefill is a row far behind, decoding one that is one token behind, and a row that gave up
-    its pages is far behind again. Between `ask` and `commit`, drafts stand in `tokens` after what a row knows, and the
-    tables count those that are computed.
+    A step computes tokens that a row knows and that are not cached yet. When all of them are cached, the row draws its
+    next token, or several if it has drafts. So a row that prefills is far behind, one that decodes is one token behind,
+    and one that gave up its pages is far behind again. Between `ask` and `commit`, drafts stand in `tokens` after what
+    a row knows, and the tables count those that are computed.
     """
 
     tokens: Int32[Array, "B C"]  # the prompt, then what was drawn

@@ -72,9 +72,9 @@ def score(
 ) -> tuple[Score, KVCache]:
     """Log-probabilities of given continuations of a prompt, and of the prompt itself.
 
-    A pure function: call it inside your own jit. The prompt is computed once, and its pages are shared by all
-    continuations, which are computed side by side, as many as there are rows and pages for. A step computes at most
-    `chunk` tokens, and its logits [chunk, V] are all that exist at a time.
+    It is a pure function: call it inside your own jit. The prompt is computed once, and all continuations share its
+    pages. As many of them as there are rows and pages for are computed side by side. A step computes at most `chunk`
+    tokens, so there are never more logits than [chunk, V].
 
         @functools.partial(jax.jit, donate_argnums=1)
         def choose(params, cache, prompt, prompt_len, answers, lengths):

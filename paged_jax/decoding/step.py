@@ -34,22 +34,24 @@ SHORT = 8
 
 @dataclasses.dataclass(frozen=True)
 class Stepper:
-    """All that is static about a step; hashable, so that it may be a static argument.
+    """A decoder, and everything else about a step that is static. Hashable, so it may be a static argument.
 
     Args:
         forward: the decoder.
-        token_counts: T of the forward passes that are compiled, ascending. A step in which no row computes more than
-            `SHORT` tokens runs the smallest that holds what it computes. Any other, such as one that prefills, runs the
-            largest: that is the budget of a step, and must hold a token of every row.
-        plan: how many tokens each row computes.
+        token_counts: the sizes T of the forward passes that are compiled, in ascending order; `token_counts_for` gives
+            some. A step in which no row computes more than `SHORT` tokens runs the smallest pass that holds what it
+            computes. Any other step, such as one that prefills, runs the largest pass. That is the budget of a step,
+            and must hold at least one token of every row.
+        plan: a function that says how many tokens each row computes; see `first_come_first_served`.
         drafter: proposes tokens that a step verifies, such as `Lookup`; it changes the speed, never what is drawn.
             Drafts fill the largest pass but one, since the largest is for steps that prefill.
         processor: changes the logits of every row before they are drawn from; see `paged_jax.sampling.Processor`.
-        num_logprobs: of how many of the most likely tokens `Rows` keeps the log-probabilities, beside that of the drawn
-            one; None computes none at all.
-        sharing: whether attention reads once what rows share (`paged_jax.attention.find_sharing`); None: on a CPU, in
-            passes of many rows (`sharing_pays`) that cannot prefill. It changes the speed, and how sums round.
-        processed_logprobs: those after all processors and the temperature, not the model's own.
+        num_logprobs: for how many of the most likely tokens the log-probabilities are kept, beside that of the drawn
+            token; None computes none at all.
+        sharing: whether attention reads pages that rows share once for all of them (`find_sharing`). It changes the
+            speed, and how sums round. None: on a CPU, in passes of many rows that cannot prefill.
+        processed_logprobs: whether log-probabilities are those after all processors and the temperature, instead of the
+            model's own.
 
     Examples:
         Steps of a batch of 16 rows compute at most 64 tokens, in passes of three sizes:
@@ -196,14 +198,13 @@ def draw_next(stepper: Stepper, logits: Logits, rows: Rows, draws: Bool[Array, "
 
 
 def token_counts_for(num_rows: int, budget: int = TOKEN_COUNTS[-1], *, num_drafts: int = 0) -> tuple[int, ...]:
-    """The token counts for a batch of so many rows: for a few that decode, for all of them, for a step that prefills.
+    """Token counts for a `Stepper`: a few sizes of a step that are worth compiling.
 
-    With drafts also for all rows and half of their drafts.
-
-    Not many: each pass takes as long to compile as a small decoder.
+    They are for a few rows that decode, for all of them, and for a step that prefills; with drafts, also for all rows
+    and half of their drafts. Compiling a pass takes as long as compiling a small decoder, so there are not many.
 
     Args:
-        num_rows: B.
+        num_rows: B, rows of the batch.
         budget: the most tokens that a step computes; at least B.
         num_drafts: D, the most drafts of a row.
 

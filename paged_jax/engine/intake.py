@@ -1,4 +1,4 @@
-"""What comes in, checked: prompts become token ids, or a sentence that says what is wrong with them."""
+"""Checks what users give: prompts become token ids, or an error that says what is wrong with them."""
 
 import dataclasses
 import numbers
@@ -18,10 +18,11 @@ class Intake:
     """Makes token ids and checked parameters of what users give.
 
     Args:
-        tokenizer: None: prompts are token ids.
-        stop_tokens: that end every sample.
-        vocab_size: V, asked when it is first needed.
-        check_size: raises ValueError for a number of prompt tokens, of new ones and of beams that never fit.
+        tokenizer: of the prompts; None: prompts are token ids.
+        stop_tokens: tokens that end every sample.
+        vocab_size: a function that returns V; called when it is first needed.
+        check_size: a function of the numbers of prompt tokens, new tokens and beams; raises ValueError if they never
+            fit.
     """
 
     tokenizer: Tokenizer | None

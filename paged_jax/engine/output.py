@@ -1,4 +1,4 @@
-"""The text of one sample while its tokens come, and where it ends."""
+"""The text of one sample, while its tokens come, and where it ends."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -44,15 +44,15 @@ class Tokenizer(Protocol):
 
 
 class Output:
-    """Turns the tokens of a sample into text that nothing takes back.
+    """Turns the tokens of a sample into pieces of text, none of which is ever taken back.
 
-    A stop string ends the sample with the token that completes it, and is no part of the text; what may still become
-    one is held back. A stop string that is the name of a special token ends the sample at that token.
+    A stop string ends the sample with the token that completes it, and is not part of the text. Text that may still
+    become a stop string is held back. A stop string that is the name of a special token ends the sample at that token.
 
     Args:
-        tokenizer: None: there is no text.
-        prompt: the tokens before the sample's.
-        params: of the request; their `stop_strings`.
+        tokenizer: of the tokens; None: there is no text.
+        prompt: the tokens before those of the sample.
+        params: of the request, which say what the stop strings are.
         echo: the text to begin with, such as that of the prompt.
     """
 

@@ -1,8 +1,8 @@
-"""Between the samples of an engine and the prefix cache: who finds pages, pins them, publishes its own, gives back.
+"""How the samples of an engine use the prefix cache: they find pages, pin them, publish theirs, and give them back.
 
-The index is the host's, the references are the device's. A publication is dispatched when a row has computed its prompt
-and when it ends; its page ids are read with the next snapshot, and only then can others find them. So no id in the
-index is ever stale, and the host waits for nothing.
+The index of prefixes lies on the host, the references to pages on the device. A row publishes its pages when it has
+computed its prompt, and when it ends. The host reads the ids of these pages with the next snapshot, and only then can
+other samples find them. So no id in the index is ever stale, and the host does not wait for the device.
 """
 
 import dataclasses

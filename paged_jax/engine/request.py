@@ -45,7 +45,7 @@ class Completion:
 
     Args:
         tokens: all token ids that were drawn, the stop token included.
-        text: theirs, without the string or token that stopped the sample; empty without a tokenizer.
+        text: the text of these tokens, without the stop string that ended it; empty without a tokenizer.
         logprobs: of each token, the model's own; empty with `num_logprobs=None`.
         top_logprobs: for each token the most likely ones in its place, as pairs of token id and log-probability.
         finish_reason: "stop", "length", "error", or "abort" where the request was aborted.
@@ -79,8 +79,8 @@ class Completion:
 class Sample:
     """One continuation of a request's prompt, waiting or in a row; or all beams of a search, in a group of rows.
 
-    `drawn` are the tokens that were handed out. They, the prompt and the parameters are all that it takes to start the
-    sample again: draws depend on seed, sample number and position alone.
+    `drawn` are the tokens that were handed out. With them, the prompt and the parameters, the sample can be started
+    again at any time, because draws depend only on seed, sample number and position.
     """
 
     request: "Request"
@@ -144,9 +144,9 @@ class Request:
         number: which request.
         prompt: token ids.
         params: how they are continued.
-        priority: the lowest is served first.
-        salt: its pages are found only under the same salt.
-        adapter: likewise.
+        priority: requests with a lower number are served first.
+        salt: only requests with the same salt find its pages.
+        adapter: only requests with the same adapter find its pages.
         best_of: draw so many samples and hand out the best; None: hand out all, as they come.
         beams: search with so many, instead of drawing samples.
         echo: the text that comes before that of the samples.

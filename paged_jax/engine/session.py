@@ -1,4 +1,4 @@
-"""Sessions: tokens that grow, and a claim on the pages that hold them."""
+"""Sessions: a text that grows, and whose pages stay cached."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """A conversation, or a node of a search: what was said so far, whose pages stay cached until it is closed.
+    """A conversation, or a node of a search: the pages of what was said stay cached until it is closed.
 
-    Pages that are kept can be given up where nothing else can run; then they are computed again. So a session costs
-    pages, at most `max_kept_pages` of the engine for all, and never a wrong token.
+    All sessions of an engine together keep at most `max_kept_pages`. Where nothing could run otherwise, even kept pages
+    are given up, and computed again when they are needed: a session may be slow then, but its tokens are the same.
 
     Args:
-        engine: that computes it; see `Engine.session`.
-        tokens: that it begins with.
-        salt: of its requests.
-        adapter: of its requests.
+        engine: the engine that computes it; made by `Engine.session`.
+        tokens: the tokens that it begins with.
+        salt: of its requests, see `Engine.add_request`.
+        adapter: of its requests, see `Engine.add_request`.
 
     Examples:
         >>> with engine.session("def main(") as node:
@@ -37,7 +37,7 @@ class Session:
         engine.remember(self)
 
     def append(self, what: Prompt | Completion) -> None:
-        """Say more: a text, token ids, or a completion.
+        """Add to what was said: a text, token ids, or a completion.
 
         Raises:
             ValueError: it is none of these, or the session is closed.
@@ -47,11 +47,11 @@ class Session:
         self._engine.remember(self)
 
     def generate(self, params: SamplingParams = SamplingParams(), **options: Any) -> list[Completion]:  # noqa: B008  frozen
-        """Continuations of what was said; the session stays as it is until one of them is appended.
+        """Continuations of what was said. The session stays as it is until you append one of them.
 
         Args:
             params: how it is continued.
-            options: of `Engine.add_request`.
+            options: the other arguments of `Engine.add_request`.
 
         Raises:
             ValueError: as `Engine.add_request`, or the session is closed.
@@ -63,7 +63,7 @@ class Session:
         return completions
 
     def fork(self, *more: Prompt | Completion) -> "Session":
-        """A session that says the same, and then more; it shares all pages.
+        """Another session that says the same, and then more. It shares all pages of this one.
 
         Raises:
             ValueError: as `append`.
@@ -75,7 +75,7 @@ class Session:
         return child
 
     def close(self) -> None:
-        """Keep its pages no longer than others; a session that is closed twice stays closed."""
+        """Let the pages be evicted like all others. Closing a session again does nothing."""
         self.is_closed = True
         self._engine.remember(self)
 

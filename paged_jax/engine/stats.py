@@ -17,11 +17,16 @@ TIER_FIELDS = ("loaded_tokens", "declined_tokens", "saved_pages", "tier_pages", 
 class Event(NamedTuple):
     """One thing that happened in an `Engine`, which lists the last of them in `events`.
 
-    `count` is: of a sample that is queued, the tokens of its prompt; of an admission, those of them that were cached
-    already; of a prefill, those of the prompt; of decoding, the tokens of the piece; of the end, all that were drawn;
-    of an eviction and of what is offloaded to a slower tier, pages; of what is loaded from one, tokens. A preemption on
-    the device names its sample if the sample had not caught up again by the end of the visit; of the others only the
-    number is known.
+    `count` depends on the kind:
+
+    - "queued" and "prefilled": tokens of the prompt;
+    - "admitted": those of them that were cached already;
+    - "decoded": tokens of the piece;
+    - "finished": all tokens that were drawn;
+    - "preempted": how often. It names the sample if the sample has not caught up again when the host looks; otherwise
+      only the number is known;
+    - "evicted" and "offloaded" (to a slower tier): pages;
+    - "loaded" (from a slower tier): tokens.
     """
 
     seconds: float  # of time.monotonic
@@ -101,7 +106,7 @@ class Recorder:
         self._seconds = {"first": 0.0, "rest": 0.0}
 
     def queued(self, sample: Sample) -> None:
-        """A sample waits for a row, from when its request was made; after a restart from now on."""
+        """A sample waits for a row: since its request was made, or after a restart since now."""
         self._note("queued", sample, sample.num_prompt, seconds=None if sample.was_admitted else sample.request.seconds)
 
     def admitted(self, sample: Sample, num_cached: int) -> None:

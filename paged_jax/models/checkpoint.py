@@ -54,7 +54,7 @@ class GraphForward:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A loaded checkpoint: weights, and pure functions over them.
+    """A loaded checkpoint: its weights, and the decoder as pure functions of them.
 
     Args:
         config: shape and options of the decoder.
@@ -87,7 +87,7 @@ class Model:
 
     @property
     def dtype(self) -> str:
-        """Of the weights: "float32" or "bfloat16"."""
+        """The dtype of the weights: "float32" or "bfloat16"."""
         return jax.tree.leaves(self.params)[0].dtype.name
 
     @property
@@ -99,8 +99,8 @@ class Model:
         """A `CacheConfig` for this model.
 
         Args:
-            **sizes: its other fields; `dtype` and `windows` are the model's own unless given. In the place of
-                `num_pages`, `pool_bytes` says how large the pool may be: 4e9, or "4GiB".
+            **sizes: the fields that do not follow from the model. `dtype` and `windows` are those of the model unless
+                you give others. Instead of `num_pages`, `pool_bytes` says how large the pool may be: 4e9, or "4GiB".
 
         Raises:
             ValueError: both were given, or a size is wrong.
@@ -140,10 +140,10 @@ def load(
         max_length: the longest context in tokens that will be run, by which LongRoPE models (Phi 3.5) choose between
             their factors for short and for long contexts; None: what config.json says.
         sharding: a mesh with an axis "model", over which heads and MLPs are split (`tensor_parallel`); or a function
-            from a weight's path, such as "layers.0.attn.q.weight", to its sharding; None: the default device.
-        implementation: of attention over pages: which kernel; None: by platform.
-        stacked: run the layers in a loop over stacked weights, so that compile time does not grow with their number
-            (see `Decoder`); None: unless the weights go to a CPU, where the loop would copy the weights of each layer.
+            from the path of a weight, such as "layers.0.attn.q.weight", to its sharding. None: the default device.
+        implementation: the kernel for attention over pages, by its name; None: chosen by platform.
+        stacked: whether the layers run in a loop over stacked weights, so that the time to compile does not grow with
+            their number (see `Decoder`). None: yes, except on a CPU, where the loop would copy the weights.
 
     Returns:
         The model.

@@ -1,4 +1,4 @@
-"""What the decoder families differ in, as fields."""
+"""What distinguishes the families of decoders, as fields of one config."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +22,15 @@ class DecoderConfig:
         norm_eps: added to the mean square in every RMS norm.
         unit_offset_norm: the norms multiply by `1 + weight` instead of `weight` (Gemma).
         qk_norm: RMS norm over each query and key head before RoPE (Qwen 3, Gemma 3).
-        qk_norm_of_all: that norm is one over all query heads, and one over all key heads (OLMo 2 and 3).
+        qk_norm_of_all: there is one such norm over all query heads together, and one over all key heads (OLMo 2 and 3).
         pre_norms: a norm before attention and before the MLP (all but OLMo 2 and 3).
         post_norms: a norm after attention and after the MLP (Gemma 2 and 3, OLMo 2 and 3, GLM-4).
         activation: of the MLP's gate: "silu" or "gelu_tanh".
         rope: rotary embedding of every layer.
         local_rope: rotary embedding of the layers with a window, where it differs (Gemma 3, OLMo 3).
         unturned_layers: layers without a rotary embedding (SmolLM 3).
-        windows: one entry a layer, the tokens that a query may see, None for all; empty: no layer has a window.
+        windows: for each layer how many tokens a query sees, itself included, or None for all; empty: no layer has a
+            window.
         attention_scale: factor on the scores; None: `head_dim ** -0.5`.
         attention_soft_cap: c in `c * tanh(score / c)`; None: no cap.
         logit_soft_cap: the same for the logits.
@@ -39,7 +40,7 @@ class DecoderConfig:
         qkv_bias: bias of the query, key and value projections (Qwen 2, gpt-oss).
         output_bias: bias of the attention output projection (gpt-oss).
         mlp_bias: bias of the MLP projections.
-        sinks: one learned logit a query head that takes softmax mass and adds no value (gpt-oss).
+        sinks: a learned logit for each query head, which takes part in the softmax and has no value (gpt-oss).
         num_experts: experts of each layer's MLP; 0: one plain gated MLP.
         experts_per_token: experts that each token is sent to.
         shares_of_all_experts: the chosen experts are weighted by a softmax over all experts, so that the weights sum to
@@ -99,7 +100,7 @@ class DecoderConfig:
             )
         if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(
-                f"windows has {len(self.windows)} entries for num_layers={self.num_layers}: give one a layer "
+                f"windows has {len(self.windows)} entries for num_layers={self.num_layers}: give one for each layer "
                 "(None for a layer without a window), or leave it empty."
             )
 

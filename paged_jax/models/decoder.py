@@ -1,4 +1,4 @@
-"""One decoder for the Llama family and its relatives: what differs between them is a field of `DecoderConfig`.
+"""One decoder for the Llama family and its relatives. What differs between them is a field of `DecoderConfig`.
 
 The same module serves and trains. `Decoder.__call__` runs the packed tokens of many sequences against a paged cache,
 `Decoder.dense` runs whole sequences without any cache. Both send their tokens through the same layers and differ only
@@ -93,14 +93,15 @@ def _optional(norm: RMSNorm | None, x):
 class Decoder(nnx.Module):
     """A decoder-only transformer.
 
-    Without a period its layers are unrolled: `layers.i` is layer i. With one they run in a loop over stacked weights,
-    so that compile time does not grow with their number: `layers.j` for j < period holds the weights of the layers j,
-    j + period, j + 2 * period and so on, stacked along a first axis. What is left of the last period follows, unrolled.
+    Without a period its layers are unrolled: `layers.i` is layer i. With a period they run in a loop over stacked
+    weights, so that the time to compile does not grow with their number: `layers.j` for j < period holds the weights of
+    the layers j, j + period, j + 2 * period and so on, stacked along a first axis. Layers that are left over at the end
+    are unrolled.
 
     Args:
         config: shape and options.
         period: the number of layers after which they repeat, `config.period` or a multiple of it; None: unrolled.
-        implementation: of attention over pages: which kernel; None: by platform.
+        implementation: the kernel for attention over pages, by its name; None: chosen by platform.
         dtype: of the weights and of the activations; norms, RoPE, softmax and logits are float32.
         rngs: its stream `params` initialises the weights.
 

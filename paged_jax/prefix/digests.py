@@ -1,8 +1,8 @@
-"""Names of prefixes: equal where everything is equal that the pages of a prefix depend on.
+"""Digests of prefixes: two are equal only if everything is equal on which the pages of the prefixes depend.
 
-A digest covers the tokens of a page, and the digest of the page that it continues, and so on down to the namespace: the
-salt, the adapter and the weights. What it is of is tagged, and every part has its length before it, so no two different
-things are written alike. Digests are BLAKE2b (RFC 7693), 32 bytes.
+The digest of a page is computed from its tokens and from the digest of the page before it. That of the first page is
+computed from the namespace: the salt, the adapter and the weights. Every part is preceded by a tag and by its length,
+so that no two different inputs are written as the same bytes. Digests are BLAKE2b (RFC 7693), of 32 bytes.
 """
 
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ DIGEST_BYTES = 32
 
 
 class Namespace(NamedTuple):
-    """What must be equal, besides the tokens, for a page to be found; pages of different namespaces never match.
+    """What must be equal, besides the tokens, for a page to be found. Pages of different namespaces never match.
 
     Args:
-        salt: keeps tenants apart, so that none can probe what others have asked.
-        adapter: of the weights.
-        weights: a version of the weights, or what they are known by outside of this process.
+        salt: any text that keeps tenants apart, so that none can find out what others have asked.
+        adapter: the name of the adapter with which the weights were changed, if any.
+        weights: a version of the weights, or the name by which they are known outside of this process.
     """
 
     salt: str = ""
@@ -26,19 +26,21 @@ class Namespace(NamedTuple):
     weights: int | str = 0
 
     def digest(self) -> bytes:
-        """Of the prefix without tokens."""
+        """The digest of the prefix without tokens."""
         kind = "number" if isinstance(self.weights, int) else "name"
         parts = [part.encode() for part in (self.salt, self.adapter, kind, str(self.weights))]
         return _digest(b"namespace", *parts)
 
 
 def page_digest(parent: bytes, tokens: bytes) -> bytes:
-    """Of a page, from that of what it continues and its tokens."""
+    """The digest of a page, from that of the page before it and from its tokens."""
     return _digest(b"page", parent, tokens)
 
 
 def chain(namespace: Namespace, data: bytes, page_bytes: int) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """For each page of some tokens: the digest of what it continues, its own, and its tokens; the last may be short.
+    """For each page of some tokens: the digest of what it continues, its own digest, and its tokens.
+
+    The last page may have fewer tokens than the others.
 
     Args:
         namespace: of the tokens.

@@ -1,4 +1,4 @@
-"""The references that a prefix cache owns: which pages of each group, which of them are pinned, which goes next."""
+"""The references that a prefix cache owns: which pages of each group, which are pinned, and which one goes next."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -78,7 +78,7 @@ class Ledger:
             self._count_evictable(node, -1)
 
     def unpin(self, node: Node, drops: Pages) -> None:
-        """A row no longer uses a node's pages; those that are of no more use are dropped with the last pin."""
+        """A row no longer uses a node's pages. With the last pin, drop those that nobody needs any more."""
         node.num_pins -= 1
         if node.num_pins:
             return
@@ -92,14 +92,14 @@ class Ledger:
         node.superseded = frozenset()
 
     def supersede(self, node: Node, group: int, drops: Pages) -> None:
-        """A page is of no more use: drop it, at once or with the last pin."""
+        """Nobody needs this page any more: drop it, at once or when its last pin goes."""
         if node.num_pins:
             node.superseded |= {group}
         else:
             self.drop(node, group, drops)
 
     def retire(self, node: Node, drops: Pages) -> None:
-        """A node leaves the tree: drop its pages, at once or with the last pin."""
+        """A node leaves the tree: drop its pages, at once or when its last pin goes."""
         held = [group for group in self.groups if node.pages[group]]
         if not node.num_pins:
             for group in held:

@@ -73,9 +73,10 @@ class Policy:
 
 
 class LeastRecentlyUsed(Policy):
-    """What was not used for the longest time goes first, continuations before what they continue.
+    """The page that was not used for the longest time goes first, and each page before the one that it continues.
 
-    Each use moves a prefix to the end of the order, its last page first. So every page stands before what it continues.
+    Each use moves the pages of a prefix to the end of the order, beginning with the last. So a page always stands
+    before the page that it continues.
 
     Examples:
         >>> cache = PrefixCache(config, policy=LeastRecentlyUsed, max_pages=[2])
@@ -107,9 +108,9 @@ class LeastRecentlyUsed(Policy):
 class S3Fifo(Policy):
     """Three first-in-first-out queues, so that pages which are used once leave early.
 
-    Pages enter a small queue. Those used while they stand there go on to the main queue, the others leave; a page that
-    comes back soon after that, while its ghost is remembered, enters the main queue at once. At the end of the main
-    queue a page that was used goes round again.
+    Pages enter a small queue. A page that is used while it stands there moves on to the main queue; the others leave,
+    and their fingerprints (ghosts) are remembered for a while. A page that comes back while its ghost is remembered
+    enters the main queue at once. At the end of the main queue, a page that was used goes round again.
 
     Source: Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023.
 
@@ -171,10 +172,10 @@ class S3Fifo(Policy):
 
 
 class GreedyDualSizeFrequency(Policy):
-    """What was used least often goes first; what was popular long ago ages.
+    """The page that was used least often goes first, but uses long ago count for less.
 
-    A page is worth its uses plus the clock at its last use; the clock is the worth of the last page that went. All
-    pages have one size and cost. Pages of equal worth go by age.
+    The worth of a page is the number of its uses plus the clock at its last use; the clock is the worth of the last
+    page that went. All pages have the same size and cost. Of pages of equal worth, the oldest goes first.
 
     Source: Cherkasova, "Improving WWW proxies performance with Greedy-Dual-Size-Frequency caching policy", 1998.
 

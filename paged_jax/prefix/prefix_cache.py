@@ -7,14 +7,15 @@
     drops = cache.give_back(taken)              # the row has ended
     drops = cache.evict([20])                   # pages run short
 
-It lives on the host and never reads the device. Each page that it knows carries one reference in the page tables, which
-the cache owns. What it returns as `Pages` are references for the caller to drop (`PageTables.drop_pages`), at any later
-time: a page that a row still holds stays until that row releases it.
+It lives on the host and never reads the device. For each page that it knows, it owns one reference in the page tables.
+The `Pages` that its methods return are references that the caller must drop (`PageTables.drop_pages`), at any later
+time. A page that a row still holds stays until that row releases it.
 
-A node of its tree is one page of tokens, with a page id for each group of layers. Layers that see everything have a
-page in every node. Layers with a window have pages only where a prefix was published: those that the next token sees.
-So a prefix can be continued after k tokens if the window before k is there. The cache says where it is worth publishing
-one (`Match.parts_at`), and drops the windows that a longer prefix of the same branch has made useless.
+The cache is a tree. A node is one page of tokens, with a page id for each group of layers. Layers without a window have
+a page in every node. Layers with a window have pages only in the nodes that the next token saw when a prefix was
+published. So a prefix of k tokens can be continued only if the pages in the window before k are there. The cache says
+where it is worth publishing one (`Match.parts_at`), and drops the pages of windows that a longer prefix of the same
+branch has made useless.
 """
 
 import dataclasses
@@ -49,7 +50,7 @@ class Published(Protocol):
 
 @runtime_checkable
 class Listener(Protocol):
-    """Whoever keeps pages elsewhere, too."""
+    """Is told which pages are cached and evicted, for instance because it keeps copies elsewhere."""
 
     def cached(self, namespace: Namespace, node: Node, group: int) -> None:
         """A page is cached now, `node.pages[group]`."""
@@ -63,16 +64,17 @@ class Match:
     """What is cached of a prompt.
 
     Args:
-        num_tokens: of the longest prefix that can be continued; fewer than the prompt has. The page of its last tokens
-            may hold others after them: it is shared, and copied when a row appends.
-        num_known: of the longest prefix whose tokens are cached; above `num_tokens` where windows are missing.
+        num_tokens: the length of the longest prefix that can be continued; fewer tokens than the prompt has. The page
+            of its last tokens may hold others after them; a row that appends gets a copy of it.
+        num_known: the length of the longest prefix whose tokens are cached; above `num_tokens` where the pages of a
+            window are missing.
         parts_at: after how many tokens the row should publish its pages, so that the next prompt that begins like this
             one finds them; 0 where there is no need.
         num_evictable: [G], pages of the match that count as evictable until they are taken.
-        num_asked: tokens of the prompt.
-        nodes: pages of tokens up to `num_tokens`.
-        path: pages of tokens up to `num_known`.
-        fork: where the prompt parts from what is cached.
+        num_asked: the length of the prompt.
+        nodes: the pages of tokens up to `num_tokens`.
+        path: the pages of tokens up to `num_known`.
+        fork: the page after which the prompt parts from what is cached, if there is one.
     """
 
     num_tokens: int
@@ -90,7 +92,7 @@ class Taken:
     """Pages that a row uses, pinned until they are given back.
 
     Args:
-        num_tokens: that they hold, 0 where nothing was found.
+        num_tokens: how many tokens they hold; 0 where nothing was found.
         pages: [G, M], page ids, 0 outside the mapped columns.
         first_columns: [G], the first mapped column of each group.
         nodes: what is pinned.
@@ -117,13 +119,13 @@ class Statistics:
 
 
 class PrefixCache:
-    """Which pages hold which tokens, for every group of layers. It lives on the host and changes in place.
+    """Which pages hold which tokens, for every group of layers. An object on the host, which changes in place.
 
     Args:
         config: sizes of the cache whose pages it knows.
-        policy: makes the eviction policy of a group; see `paged_jax.prefix.policies`.
-        max_pages: [G], the most pages that it keeps in each group; None: as many as there are.
-        max_kept_pages: the most pages, of the layers that see everything, that `keep` pins.
+        policy: the class of the eviction policy, see `paged_jax.prefix.policies`; each group gets an object of it.
+        max_pages: [G], the most pages that are kept in each group; None: as many as there are.
+        max_kept_pages: the most pages of the layers without a window that `keep` may pin.
 
     Examples:
         >>> config = CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=9, max_sequences=2,
@@ -159,7 +161,7 @@ class PrefixCache:
         self._evicted_pages = [0 for _ in self._groups]
 
     def tell(self, listener: Listener) -> None:
-        """Tell somebody of the pages that come from now on, and of those that are evicted."""
+        """Tell a listener which pages are cached from now on, and which are evicted."""
         self._listener = listener
 
     # ---- what is cached --------------------------------------------------------------------------------------
@@ -176,7 +178,7 @@ class PrefixCache:
 
     @property
     def num_kept_pages(self) -> int:
-        """Pages, of the layers that see everything, that `keep` has pinned; where prefixes overlap once for each."""
+        """Pages of the layers without a window that `keep` has pinned; each counts once for each prefix that has it."""
         return sum(len(kept.nodes) for kept in self._kept)
 
     def pages(self) -> list[np.ndarray]:
@@ -210,7 +212,7 @@ class PrefixCache:
         return self._match(data[: max(len(data) - TOKEN_BYTES, 0)], namespace, num_asked=len(data) // TOKEN_BYTES)
 
     def take(self, match: Match, counted: bool = True) -> Taken:
-        """Admit the request of a lookup: pin the pages that it found, count the use.
+        """Admit the request whose prompt was looked up: pin the pages that were found, and count their use.
 
         Args:
             match: what was found.
@@ -243,7 +245,7 @@ class PrefixCache:
         """The row has ended, or gave its pages up: unpin them.
 
         Returns:
-            Those that were superseded or cleared while they were pinned.
+            Pages that were superseded or cleared while they were pinned, to drop.
 
         Raises:
             ValueError: they were given back before.
@@ -268,27 +270,26 @@ class PrefixCache:
         """Cache the pages of one publication, and take over its references.
 
         Args:
-            tokens: what the row holds, from its first token on; the handles may be to fewer.
-            namespace: only prompts of the same will find them.
-            handles: of `PageTables.publish`, one for each group, on the host; to no tokens where it was refused. A null
-                page stands for one that this publication does not bring.
-            taken: of a row that goes on holding these pages; they are pinned until it is given back.
-            is_fork: prompts part where the handles end, so their windows stay when a longer prefix is cached.
+            tokens: what the row holds, from its first token on; the handles may hold fewer of them.
+            namespace: only prompts of the same namespace will find them.
+            handles: what `PageTables.publish` made, one for each group, brought to the host; of 0 tokens where it was
+                refused. A null page stands for one that this publication does not bring.
+            taken: what a row took that goes on holding these pages; they are pinned until it is given back.
+            is_fork: whether prompts part where the handles end. Then the pages of windows that end there stay, also
+                when a longer prefix is cached.
 
         Returns:
             References that the cache has no use for: pages of tokens that it holds already, windows that a longer
             prefix has superseded, and what exceeds `max_pages`.
 
         Raises:
-            ValueError: fewer tokens than the handles are to, or another number of handles than groups.
+            ValueError: there are fewer tokens than the handles hold, or not one handle for each group.
         """
         if len(handles) != len(self._groups):
             raise ValueError(f"{len(handles)} handles for {len(self._groups)} groups of layers: give one for each")
         data, num_tokens = encode(tokens), int(handles[0].num_tokens)
         if len(data) < num_tokens * TOKEN_BYTES:
-            raise ValueError(
-                f"the handles are to {num_tokens} tokens, but {len(data) // TOKEN_BYTES} tokens were given"
-            )
+            raise ValueError(f"the handles hold {num_tokens} tokens, but {len(data) // TOKEN_BYTES} tokens were given")
         drops = self._no_pages()
         if num_tokens == 0:
             return drops
@@ -303,11 +304,11 @@ class PrefixCache:
         return drops
 
     def evict(self, num_pages: Sequence[int]) -> Pages:
-        """Forget pages that no row uses, continuations before what they continue.
+        """Forget pages that no row uses, each before the page that it continues.
 
         Args:
-            num_pages: [G], how many of each group; fewer go if there are not so many, more of a group with a window
-                where pages of another group take them along.
+            num_pages: [G], how many of each group. Fewer go if there are not that many. More go of a group with a
+                window, where a page of another group takes them along.
         """
         drops = self._no_pages()
         for group in self._groups:

@@ -27,17 +27,17 @@ CHUNK = 1024  # edges that are written to a mask at once
 class Automaton:
     """A `Processor` that allows the tokens on the edges of a row's node, and follows the edge of the drawn one.
 
-    Edges lie in one list, node after node (compressed sparse rows): node n has the edges `first[n]` to
-    `first[n + 1] - 1`, in the order of their tokens. A node with more than V / 32 of them, such as the root of a large
-    trie, also has a bitmap of the vocabulary, which takes no more memory than they do. So a mask costs a pass over the
-    logits, and otherwise what it allows.
+    All edges lie in one list, sorted by node and token (compressed sparse rows): node n has the edges `first[n]` to
+    `first[n + 1] - 1`. A node with more than V / 32 edges, such as the root of a large trie, also has a bitmap of the
+    vocabulary, which takes no more memory than its edges do. So the cost of a mask is one pass over the logits, and
+    what grows with the number of allowed tokens.
 
-    A row's state is its node, or `FREE` where it may draw anything: so rows with and without a constraint run side by
-    side, and beams take theirs along.
+    The state of a row is its node, or `FREE` where it may draw anything. So rows with and without a constraint run side
+    by side, and beams take their nodes along.
 
-    A pytree: pass it to your jitted function as an argument and make the `Stepper` in there; then another automaton of
-    the same sizes compiles nothing. It is hashable by identity where a processor must be static, as in `Engine`; its
-    arrays are constants of the program there.
+    An automaton is a pytree: pass it to your jitted function as an argument, and make the `Stepper` in there. Then
+    another automaton of the same sizes compiles nothing. Where a processor must be static, as in `Engine`, it is
+    hashed by identity, and its arrays are constants of the program.
 
         trie = Automaton.of_sequences([[5, 6, 7], [5, 8]], end_token=2, vocab_size=32000)
 
@@ -48,11 +48,11 @@ class Automaton:
             return beam_search(stepper, params, prompts, lengths, cache, processor_state=start, stop_tokens=(2,), ...)
 
     Args:
-        first: where each node's edges begin.
-        tokens: on the edges.
-        targets: the nodes that they lead to.
-        bitmap: the bitmap of each node, or NO_BITMAP.
-        bitmaps: bit v % 32 of word v // 32 says whether token v is allowed; one unused where no node needs any.
+        first: where the edges of each node begin.
+        tokens: the token of each edge.
+        targets: the node to which each edge leads.
+        bitmap: the number of each node's bitmap, or NO_BITMAP.
+        bitmaps: D bitmaps, at least one. Bit v % 32 of word v // 32 says whether token v is allowed.
         vocab_size: V; static.
 
     Examples:
@@ -79,14 +79,14 @@ class Automaton:
     ) -> "Automaton":
         """The trie of some sequences: a row draws one of them, and then the end token.
 
-        Where a sequence ends, the end token is allowed, beside the next tokens of longer sequences. After it, it is the
-        only token that is allowed, for ever. So make it a stop token; a row that goes on draws it again and again.
+        Where a sequence ends, the end token is allowed, and so are the next tokens of longer sequences. After the end
+        token, nothing but the end token is allowed. So make it a stop token; a row that goes on draws it for ever.
 
         Built on the host: 100,000 sequences of 4 tokens take about half a second.
 
         Args:
-            sequences: of tokens, at least one each; or an array [n, length].
-            end_token: that follows a sequence; none of their own.
+            sequences: lists of at least one token each, or an array [n, length].
+            end_token: the token that follows a sequence; none of the sequences may hold it.
             vocab_size: V.
 
         Raises:
@@ -106,7 +106,7 @@ class Automaton:
 
     @classmethod
     def of_edges(cls, sources: np.ndarray, tokens: np.ndarray, targets: np.ndarray, vocab_size: int) -> "Automaton":
-        """Any deterministic automaton, by its edges [E] in any order; rows start at node 0.
+        """Any deterministic automaton, from its E edges in any order. Rows start at node 0.
 
         Raises:
             ValueError: a node has two edges with one token, or none though an edge leads to it; a token is not in the
@@ -154,8 +154,8 @@ class Automaton:
     def of_regex(cls, pattern: str, token_bytes: Sequence[bytes], end_token: int) -> "Automaton":
         """The texts that a regular expression matches as a whole, each followed by the end token.
 
-        The states of the expression's automaton times the tokens of the vocabulary, computed on the host by the
-        library outlines-core (extra `constraints`; Willard and Louf 2023, "Efficient guided generation").
+        The library outlines-core (extra `constraints`) computes on the host which tokens of the vocabulary may follow
+        in each state of the expression's automaton (Willard and Louf 2023, "Efficient guided generation").
 
             automaton = Automaton.of_regex(r"(yes|no)[.!]", model.tokenizer.token_bytes, end_token)
 
@@ -166,7 +166,7 @@ class Automaton:
 
         Raises:
             ImportError: outlines-core is not installed.
-            ValueError: the pattern is none, or the tokens cannot write any text that matches.
+            ValueError: the pattern is no regular expression, or the tokens cannot write any text that matches.
         """
         outlines = _outlines()
         numbers: dict[bytes, list[int]] = {}
@@ -194,9 +194,9 @@ class Automaton:
     def of_json_schema(cls, schema: Mapping[str, Any], token_bytes: Sequence[bytes], end_token: int) -> "Automaton":
         """The JSON texts that a schema allows, with at most one space between their parts; see `of_regex`.
 
-        The schema becomes a regular expression, so it must be finite in depth, and outlines-core passes over what it
-        does not express, such as the bounds of numbers: validate the answers where these matter. A string, a number or
-        an array without a greatest length may become as long as it likes, and be cut by `max_new_tokens`.
+        The schema becomes a regular expression, so it must be finite in depth. What a regular expression cannot say,
+        such as the bounds of numbers, outlines-core ignores: validate the answers where these matter. A string, number
+        or array without a greatest length may become so long that `max_new_tokens` cuts it.
 
         Raises:
             ImportError: outlines-core is not installed.
@@ -216,7 +216,7 @@ class Automaton:
     def process(
         self, state: Int32[Array, " R"] | None, logits: Float32[Array, "R V"], tokens: Any, num_known: Any
     ) -> Float32[Array, "R V"]:
-        """-inf for all tokens but those on the edges of each row's node."""
+        """The logits, with -inf for all tokens that are not on an edge of the row's node."""
         if state is None:
             raise ValueError(
                 "an Automaton needs its state: give automaton.start(num_rows) to an Engine or beam_search as "

@@ -51,7 +51,7 @@ def draw(
     token v < h = ceil(V / 2) is the first word of the hash threefry2x32 (Salmon et al. 2011) of key (seed, sample) and
     counter (position, v), that of token v + h the second, whatever generator JAX is configured to use.
 
-    A feature that no active row uses costs nothing but the test for it: a batch of plain greedy rows is an argmax.
+    A feature that no active row uses costs only the test for it. For a batch of plain greedy rows, a draw is an argmax.
 
     Args:
         logits: of the next token.

@@ -71,9 +71,9 @@ class SamplingParams(_Checked):
         frequency_penalty: subtracted from the logit of a token once for each time that the sample holds it.
         logit_bias: added to the logits of some tokens: a mapping from token to bias, or pairs of the two. It is
             stored as a tuple of pairs in the order of the tokens.
-        forbidden_tokens: never drawn. A forbidden stop token is allowed: it ends nothing, because it never comes.
+        forbidden_tokens: are never drawn. They may include stop tokens, which then end nothing.
         stop_tokens: a sample ends with the first of these.
-        stop_strings: a sample ends with the token that completes the first of these; one string stands for itself.
+        stop_strings: a sample ends with the token that completes the first of these. A single string will do, too.
         seed: sample i of a request draws from the random stream (seed, i), whatever runs beside it. So equal prompts
             with equal seeds draw equal samples: for others give each request a seed of its own, or ask for several
             samples (`num_samples`).

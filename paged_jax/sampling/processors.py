@@ -14,11 +14,12 @@ _TINY = jnp.finfo(jnp.float32).tiny
 
 @runtime_checkable
 class Processor(Protocol):
-    """Rules of a user's own about what may be drawn next: a grammar, a trie, a watermark.
+    """Your own rules about what may be drawn next: a grammar, a trie, a watermark.
 
     A processor is a frozen, hashable value, static under jit. What it must remember of each row is its state: a pytree
-    whose leaves have the rows as their first axis, kept in `SamplingState.processor`. The user makes the first state.
-    A row's part of it must depend on that row alone.
+    whose leaves have the rows as their first axis, kept in `SamplingState.processor`. You make the first state: pass it
+    to `SamplingState.of(..., processor=state)`, or to an engine as `processor_state`. The part of a row must depend on
+    that row only, since rows move and are computed again.
 
     Examples:
         Never the same token twice in a row.

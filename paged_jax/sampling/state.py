@@ -17,10 +17,10 @@ from paged_jax.sampling.params import SamplingParams
 class SamplingState:
     """The sampling parameters of every row of a batch, as arrays: new values need no recompilation.
 
-    X, the most stop tokens of a row, and Z, the most tokens that a row biases or forbids, are the shapes of arrays.
-    With X = 0 or Z = 0 the compiled draw has nothing of that feature in it.
+    X is the most stop tokens of a row, and Z the most tokens that a row biases or forbids; both are sizes of arrays.
+    With X = 0 or Z = 0, the compiled draw has no code for that feature.
 
-    Every leaf has the rows as its first axis, so that `jax.tree.map` gathers, permutes or replaces rows.
+    Every leaf has the rows as its first axis, so `jax.tree.map` can gather, permute or replace rows.
 
     Examples:
         >>> warm = SamplingParams(temperature=1.0, seed=3, stop_tokens=(2,))

@@ -91,7 +91,7 @@ def test_a_budget_is_filled_beside_windows():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("windows", (6, None), "windows has 2 entries for num_layers=4: give one a layer"),
+        ("windows", (6, None), "windows has 2 entries for num_layers=4: give one for each layer"),
         ("windows", (6, 0, None, 1), r"windows\[1\] must be a whole number of at least 1, got 0"),
         ("window_pages", 1, "window_pages must be at least 2 .*got 1"),
         ("window_pages", 0, "window_pages must be a whole number of at least 1, got 0"),

@@ -184,7 +184,7 @@ def test_a_pool_that_does_not_fit_the_layers_is_refused():
 
 
 def test_a_config_that_contradicts_itself_is_refused():
-    with pytest.raises(ValueError, match="windows has 1 entries for num_layers=3: give one a layer"):
+    with pytest.raises(ValueError, match="windows has 1 entries for num_layers=3: give one for each layer"):
         dataclasses.replace(SMALL, windows=(512,))
     with pytest.raises(ValueError, match="num_heads=2 is not a multiple of num_kv_heads=3: every KV head"):
         dataclasses.replace(SMALL, num_kv_heads=3)

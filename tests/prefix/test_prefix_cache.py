@@ -341,7 +341,7 @@ def test_tokens_must_be_whole_numbers(tokens):
 
 def test_handles_must_fit_the_tokens_and_the_groups():
     cache, handle = PrefixCache(config(None)), Handle(np.zeros(M, np.int32), 3, 0)
-    with pytest.raises(ValueError, match="the handles are to 3 tokens, but 2 tokens were given"):
+    with pytest.raises(ValueError, match="the handles hold 3 tokens, but 2 tokens were given"):
         cache.insert([1, 2], NAMESPACE, [handle])
     with pytest.raises(ValueError, match="2 handles for 1 groups of layers: give one for each"):
         cache.insert([1, 2, 3], NAMESPACE, [handle, handle])
