@@ -87,8 +87,8 @@ class CacheConfig:
                 raise ValueError(f"{name} must be at least 2 (page 0 is the null page, which holds nothing), got 1")
         if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(
-                f"windows has {len(self.windows)} entries for num_layers={self.num_layers}: give one for each layer (None "
-                "for a layer without a window), or leave it empty"
+                f"windows has {len(self.windows)} entries for num_layers={self.num_layers}: give one for each layer "
+                "(None for a layer without a window), or leave it empty"
             )
         if not isinstance(self.dtype, str):
             object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
