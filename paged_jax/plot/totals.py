@@ -8,7 +8,7 @@ import numpy as np
 from paged_jax.cache.config import CacheConfig
 from paged_jax.cache.show import COLOURS, NAMES
 from paged_jax.cache.sizes import write_bytes
-from paged_jax.memory import CACHED, CacheReport, find_tables
+from paged_jax.memory import FREE, CacheReport, find_tables
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,8 +43,8 @@ def draw_occupancy(history: Sequence[np.ndarray], *, title: str = "") -> "Figure
         ...     tables, _ = tables.reserve(jnp.array([16, 0]))
         ...     history.append(page_states(tables))
         >>> figure = draw_occupancy(history)
-        >>> [len(bars) for bars in figure.axes[1].containers]  # below: a bar for each moment, cached and in rows
-        [4, 4]
+        >>> figure.axes[1].get_ylabel(), figure.axes[1].get_xlabel()
+        ('pages in use', 'step')
     """
     import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap
@@ -68,12 +68,12 @@ def draw_occupancy(history: Sequence[np.ndarray], *, title: str = "") -> "Figure
         extent=(-0.5, states.shape[1] - 0.5, len(states) + 0.5, 0.5),
     )  # fmt: skip
     above.set_ylabel("page number", fontsize=11)
-    # Below, the pages in use: those in rows, and those that are only cached on top of them.
-    in_use = np.sum(states >= 0, axis=0)
-    by_rows = np.sum(states > 0, axis=0)
-    moments = np.arange(states.shape[1])
-    below.bar(moments, in_use, width=1, color=COLOURS[CACHED])
-    below.bar(moments, by_rows, width=1, color=COLOURS[2])
+    # Below, how many pages are in use: the most shared ones at the bottom, those that are only cached on top.
+    moments, height = np.arange(states.shape[1]), np.zeros(states.shape[1], int)
+    for state in sorted(COLOURS.keys() - {FREE}, reverse=True):
+        count = np.sum(np.minimum(states, 4) == state, axis=0)
+        below.bar(moments, count, width=1, bottom=height, color=COLOURS[state])
+        height += count
     below.set_ylim(0, len(states))
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     below.set_ylabel("pages in use", fontsize=11)
