@@ -128,7 +128,14 @@ def engine():
     return paged_jax.Engine.from_pretrained(models.DEMO, max_sequences=8, max_length=512, token_counts=(8, 64))
 
 
-SLOW = "paged_jax.decoding", "paged_jax.flax", "paged_jax.models", "paged_jax.plot", "pallas_kernels"  # they compile
+SLOW = (  # they compile
+    "paged_jax.decoding",
+    "paged_jax.flax",
+    "paged_jax.models",
+    "paged_jax.plot",
+    "paged_jax.sampling.params",
+    "pallas_kernels",
+)
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ class BeamParams(_Checked):
         ValueError: a field has a value that it cannot have; the message names the field, the value and the rule.
 
     Examples:
-        >>> engine = Engine.from_pretrained(models.DEMO, max_sequences=8, max_length=64, max_beams=4)
+        >>> engine = Engine.from_pretrained(models.DEMO, max_sequences=8, max_length=64, token_counts=(8,), max_beams=4)
         >>> best, second = engine.generate("import os\\n", BeamParams(width=4, max_new_tokens=6, num_return=2))[0]
         >>> best.score > second.score
         True
