@@ -37,17 +37,18 @@ def paged_attention(
     """Writes the new keys and values of a layer to their pages, then lets every query attend to its own sequence.
 
     Args:
-        q: queries of the packed new tokens.
-        k: their keys; None, with v: attend without writing.
-        v: their values.
+        q: the queries of the new tokens, packed; `[T, N, H]`.
+        k: their keys, `[T, K, H]`; None for k and v: attend without writing.
+        v: their values, `[T, K, H]`.
         pool: the pages of all layers.
         metadata: where each token stands.
-        layer: the layer's number; or its place, whose index may be traced, for layers that run in a loop.
+        layer: the number of the layer; or for layers that run in a loop its place (`PagePool.place`), whose index may
+            be traced.
         scale: factor on the scores; None: H ** -0.5.
         window: a query at position p sees the keys in (p - window, p]; None: all before it.
         soft_cap: c in c * tanh(score / c); None: no cap.
         sinks: an extra logit for each query head that takes softmax mass and adds no value.
-        implementation: which kernel; None: by platform.
+        implementation: the kernel, by its name in `pallas_kernels.registry.BACKENDS`; None: chosen by platform.
 
     Returns:
         The attention output in q's dtype, and the pool with the new keys and values in it.

@@ -90,6 +90,9 @@ def page_states(source: Any, group: int = 0) -> np.ndarray:
     Returns:
         int [P - 1], without the null page: FREE, CACHED (only handles hold it), or how many rows map the page.
 
+    Raises:
+        ValueError: there are no page tables or no such group, or they have no values, as inside jit.
+
     Examples:
         Two rows share page 1, one has page 2 for itself, and page 3 is held by a handle only.
 
@@ -141,6 +144,9 @@ class MemoryReport:
         Args:
             source: an `Engine`, a `KVCache`, a `PageTables` or a `PageTable`.
             group: of layers.
+
+        Raises:
+            ValueError: there are no page tables or no such group, or they have no values, as inside jit.
         """
         table = find_table(source, group)
         page_size = table.page_size

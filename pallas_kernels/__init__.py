@@ -1,4 +1,4 @@
-"""Paged attention over a pool of KV pages: arrays in, arrays out."""
+"""Paged attention over a pool of KV pages, as functions from arrays to arrays."""
 
 from pallas_kernels.contents import PageContents, export_pages, import_pages
 from pallas_kernels.merge import merge_states

@@ -1,4 +1,4 @@
-"""What whole pages hold, in a form that no layout, padding or platform shows in: pages that leave and come back."""
+"""The contents of whole pages, in a form that does not depend on layout, padding or platform."""
 
 from __future__ import annotations
 

@@ -33,13 +33,13 @@ def paged_attention(
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> AttentionResult:
-    """Writes new keys and values to their pages and attends over each sequence's pages, causally.
+    """Writes new keys and values to their pages; then each query attends to its own sequence, causally.
 
     Sequence b owns the packed tokens `query_starts[b] : query_starts[b + 1]`; the last of them has position
     `lengths[b] - 1`. Its keys and values go to page `page_table[b, position // S]`, slot `position % S`; then
     each query sees the positions up to its own. A page id outside `1 .. P-1` is unmapped: its keys do not
-    exist, and a write to it is dropped. A token with a negative position is inert, as is one past
-    `query_starts[B]`: it writes nothing and its output is 0. From PagedAttention (Kwon et al. 2023, arXiv
+    exist, and a write to it is dropped. A token with a negative position, or past `query_starts[B]`,
+    writes nothing, and its output is 0. From PagedAttention (Kwon et al. 2023, arXiv
     2309.06180).
 
     Args:
@@ -50,14 +50,15 @@ def paged_attention(
         page_table: int32 `[B, M]`, the pages of each sequence.
         lengths: int32 `[B]`, tokens in each sequence, the new ones included.
         query_starts: int32 `[B + 1]`, where each sequence's tokens start in `T`, and where the last ends.
-        scale: of the scores; None: `H ** -0.5`.
+        scale: factor on the scores; None: `H ** -0.5`.
         window: how many positions a query sees, its own included; None: all.
         soft_cap: c in `c * tanh(score / c)`; None: no cap.
         sinks: float `[N]`, for each query head a logit that takes part in the softmax and has no value.
-        sharing: which rows begin with the same pages, a promise that changes the speed only; None: no row.
-        max_query_len: a promise that no sequence has more tokens in `T`; None: T. 1: decoding.
-        return_lse: also return the log of each softmax denominator, sinks included.
-        implementation: None (by platform and arguments) or a name in `BACKENDS`, which never falls back.
+        sharing: which rows begin with the same pages (`find_groups`). It changes the speed only, and is trusted.
+            None: no rows do.
+        max_query_len: the most tokens of a sequence in `T`, which is trusted; 1 when decoding. None: T.
+        return_lse: whether to return the log of each softmax denominator, sinks included.
+        implementation: a name in `BACKENDS`, which never falls back to another; None: chosen by platform and arguments.
 
     Returns:
         `out` `[T, N, H]` in q's dtype, the pages, and `lse` float32 `[T, N]` or None. Where a query sees no

@@ -92,7 +92,7 @@ def stored(pages: Pages) -> Pages:
 
 
 def page_bytes(num_kv_heads: int, page_size: int, head_dim: int, dtype: Any, is_padded: bool | None = None) -> int:
-    """Bytes of one page of one layer, its scales and what pads it included; the arguments are those of `init_pages`.
+    """Bytes of one page of one layer, with its scales and padding. The arguments are those of `init_pages`.
 
     Examples:
         A key and a value of 128 numbers of two bytes, for 16 tokens and 8 heads:
@@ -119,10 +119,10 @@ def init_pages(
         num_kv_heads: K.
         page_size: S, tokens in a page.
         head_dim: H.
-        dtype: float32, bfloat16, or one of the quantised int8 and float8_e4m3fn (with one scale a token, head and key
-            or value).
-        is_padded: whether zeros follow each key and value up to a multiple of 64, and a head's scales in a page up to
-            a multiple of 128, which the TPU kernels need; None: on a TPU.
+        dtype: float32, bfloat16, or one of the quantised int8 and float8_e4m3fn, which have a scale for each key and
+            each value of a token and head.
+        is_padded: whether zeros fill each key and value up to a multiple of 64 numbers, and the scales of a head in a
+            page up to a multiple of 128. The TPU kernels need that. None: yes on a TPU, no elsewhere.
 
     Returns:
         Pages of zeros.

@@ -1,4 +1,4 @@
-"""Which rows of the page table begin with the same pages: attention can read those once for all of them."""
+"""Which rows of the page table begin with the same pages, so that attention can read those once for all of them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ FEWEST_TOKENS = 512  # that a group must save to pay: those of all its rows but 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sharing:
-    """Groups of rows that begin with the same pages, on several levels: a promise that changes the speed only.
+    """Groups of rows that begin with the same pages, on several levels. It changes the speed only, and is trusted.
 
-    On level i, row b has its first `tokens[i, b]` tokens in the same pages as row `leader[i, b]`, and so have all rows
-    with this leader, which have the same `tokens`. Each level counts from the first token, and its groups are parts of
-    the groups of the level before it: on level 0 everybody may share 512 tokens, on level 1 eight rows 1024.
+    On level i, a group is all rows with the same `leader[i, b]`. They have the same `tokens[i, b]`, and hold that many
+    tokens, counted from the first, in the same pages. The groups of a level are parts of those of the level before it:
+    on level 0 all rows may share 512 tokens, and on level 1 eight of them may share 1024.
 
     Args:
         leader: row of the page table for each row, or -1 where the row has no group.

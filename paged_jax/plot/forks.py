@@ -36,6 +36,9 @@ def sharing_branches(source: Any, group: int = 0) -> list[Branch]:
         source: an `Engine`, a `KVCache`, or page tables.
         group: of layers.
 
+    Raises:
+        ValueError: there are no page tables or no such group, or they have no values, as inside jit.
+
     Examples:
         >>> tables, _ = PageTables.create(config).reserve(jnp.array([40, 0]))
         >>> tables, _ = tables.fork(jnp.array([0]), jnp.array([1]))
@@ -80,6 +83,9 @@ def fork_tree(source: Any, group: int = 0) -> Tree:
         source: an `Engine`, a `KVCache`, or page tables.
         group: of layers.
 
+    Raises:
+        ValueError: there are no page tables or no such group, or they have no values, as inside jit.
+
     Examples:
         >>> tables, _ = PageTables.create(config).reserve(jnp.array([40, 0]))
         >>> tables, _ = tables.fork(jnp.array([0]), jnp.array([1]))
@@ -111,6 +117,9 @@ def draw_forks(source: Any, group: int = 0, *, title: str = "") -> "Figure":
 
     Returns:
         The matplotlib figure.
+
+    Raises:
+        ValueError: there are no page tables or no such group, or they have no values, as inside jit.
 
     Examples:
         >>> tables, _ = PageTables.create(config).reserve(jnp.array([40, 0]))

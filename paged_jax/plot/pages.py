@@ -28,6 +28,9 @@ def page_map(source: Any, group: int = 0, *, width: int = 64) -> Text:
         group: of layers.
         width: cells in a line.
 
+    Raises:
+        ValueError: there are no page tables or no such group, or they have no values, as inside jit.
+
     Examples:
         >>> tables, _ = PageTables.create(config).reserve(jnp.array([40, 0]))
         >>> tables, _ = tables.fork(jnp.array([0]), jnp.array([1]))
@@ -60,6 +63,9 @@ def draw_pages(source: Any, group: int = 0, *, title: str = "", width: int | Non
 
     Returns:
         The matplotlib figure.
+
+    Raises:
+        ValueError: there are no page tables or no such group, or they have no values, as inside jit.
 
     Examples:
         >>> tables, _ = PageTables.create(config).reserve(jnp.array([40, 0]))

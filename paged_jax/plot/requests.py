@@ -41,6 +41,9 @@ def request_spans(source: Any) -> list[Span]:
     Args:
         source: an `Engine`, or a list of its events.
 
+    Raises:
+        ValueError: there are no events.
+
     Examples:
         >>> log = [Event(0.0, "queued", 0, 0, 5), Event(0.2, "admitted", 0, 0, 0), Event(0.5, "prefilled", 0, 0, 5),
         ...        Event(0.5, "decoded", 0, 0, 1), Event(0.75, "decoded", 0, 0, 4), Event(1.0, "finished", 0, 0, 5)]
@@ -85,6 +88,9 @@ def latencies(source: Any) -> Latencies:
     Args:
         source: an `Engine`, or a list of its events.
 
+    Raises:
+        ValueError: there are no events.
+
     Examples:
         >>> log = [Event(0.0, "queued", 0, 0, 5), Event(0.2, "admitted", 0, 0, 0), Event(0.5, "prefilled", 0, 0, 5),
         ...        Event(0.5, "decoded", 0, 0, 1), Event(0.75, "decoded", 0, 0, 4), Event(1.0, "finished", 0, 0, 5)]
@@ -116,6 +122,9 @@ def draw_timeline(source: Any, *, title: str = "") -> "Figure":
 
     Returns:
         The matplotlib figure.
+
+    Raises:
+        ValueError: there are no events.
 
     Examples:
         >>> log = [Event(0.0, "queued", 0, 0, 5), Event(0.2, "admitted", 0, 0, 0), Event(0.5, "prefilled", 0, 0, 5),
@@ -166,6 +175,9 @@ def timeline_map(source: Any, *, width: int = 64) -> Text:
         source: an `Engine`, or a list of its events.
         width: characters of the whole time.
 
+    Raises:
+        ValueError: there are no events.
+
     Examples:
         >>> log = [Event(0.0, "queued", 0, 0, 5), Event(0.2, "admitted", 0, 0, 0), Event(0.5, "prefilled", 0, 0, 5),
         ...        Event(0.5, "decoded", 0, 0, 1), Event(0.75, "decoded", 0, 0, 4), Event(1.0, "finished", 0, 0, 5)]
@@ -197,6 +209,9 @@ def draw_latencies(source: Any, *, title: str = "") -> "Figure":
 
     Returns:
         The matplotlib figure.
+
+    Raises:
+        ValueError: there are no events.
 
     Examples:
         >>> log = [Event(0.0, "queued", 0, 0, 5), Event(0.2, "admitted", 0, 0, 0), Event(0.5, "prefilled", 0, 0, 5),

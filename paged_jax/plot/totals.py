@@ -36,6 +36,9 @@ def draw_occupancy(history: Sequence[np.ndarray], *, title: str = "") -> "Figure
     Returns:
         The matplotlib figure.
 
+    Raises:
+        ValueError: the history is empty, or is of several groups of layers.
+
     Examples:
         >>> from paged_jax.plot import page_states
         >>> tables, history = PageTables.create(config), []
@@ -95,6 +98,9 @@ def draw_bytes(source: Any, config: CacheConfig | None = None, *, title: str = "
     Returns:
         The matplotlib figure.
 
+    Raises:
+        ValueError: there are no page tables, or no config.
+
     Examples:
         >>> cache, granted = KVCache.create(config).reserve(jnp.array([20, 3]))
         >>> figure = draw_bytes(cache, config)
@@ -136,6 +142,9 @@ def draw_capacity(curves: Mapping[str, Sequence[CapacityPoint]], *, title: str =
 
     Returns:
         The matplotlib figure.
+
+    Raises:
+        ValueError: the curves are no dict.
 
     Examples:
         >>> figure = draw_capacity({"lru": [CapacityPoint(64, 0.2, 90), CapacityPoint(128, 0.6, 30)]})
