@@ -78,6 +78,9 @@ class Lookup:
         reads_siblings: whether to look in other rows. Turn it off where rows of different users run together: by the
             time that a step takes, one user could find out what another says.
 
+    Raises:
+        ValueError: `num_matched` is below 1.
+
     Examples:
         >>> rows = Rows.create(1, capacity=12, sampling=SamplingState.create(1))
         >>> tokens = jnp.array([[7, 1, 2, 3, 8, 9, 1, 2, 3, 0, 0, 0]])

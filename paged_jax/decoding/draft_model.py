@@ -74,6 +74,9 @@ class DraftModel:
             cache: its own, empty, with as many rows as the batch.
             capacity: C, tokens that a row of the batch can know: in a rollout those of the longest prompt and the most
                 new ones, in an engine `config.max_length + 1`.
+
+        Raises:
+            ValueError: `num_tokens` does not hold one token of each row.
         """
         num_rows = cache.tables.num_rows
         if self.num_tokens < num_rows:

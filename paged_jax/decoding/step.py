@@ -53,6 +53,9 @@ class Stepper:
         processed_logprobs: whether log-probabilities are those after all processors and the temperature, instead of the
             model's own.
 
+    Raises:
+        ValueError: `forward` is no function, the token counts do not ascend, or the drafter or processor is none.
+
     Examples:
         Steps of a batch of 16 rows compute at most 64 tokens, in passes of three sizes:
 
@@ -207,6 +210,9 @@ def token_counts_for(num_rows: int, budget: int = TOKEN_COUNTS[-1], *, num_draft
         num_rows: B, rows of the batch.
         budget: the most tokens that a step computes; at least B.
         num_drafts: D, the most drafts of a row.
+
+    Raises:
+        ValueError: the budget does not hold one token of each row, with half of its drafts.
 
     Examples:
         >>> token_counts_for(64), token_counts_for(64, num_drafts=4)

@@ -75,6 +75,9 @@ class Engine:
         max_kept_pages: the most pages that sessions keep; None: half of those of the pool.
         max_events: of the log, which forgets the oldest.
 
+    Raises:
+        ValueError: an argument has a value that it cannot have; the message names it, the value and the rule.
+
     Examples:
         >>> engine = Engine.from_pretrained(models.DEMO, max_sequences=8, max_length=512, token_counts=(8, 64))
         >>> (completion,) = engine.generate("import os\\n", SamplingParams(max_new_tokens=8))[0]

@@ -49,6 +49,9 @@ class DecoderConfig:
         clipped_gates: the experts' gates are those of gpt-oss instead of `activation`.
         tie_embeddings: the logits use the embedding matrix.
 
+    Raises:
+        ValueError: the KV heads do not divide the query heads, or there is not one window for each layer.
+
     Examples:
         >>> decoder = models.DecoderConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2,
         ...                                num_heads=4, num_kv_heads=2, head_dim=8)

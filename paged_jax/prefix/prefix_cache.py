@@ -127,6 +127,9 @@ class PrefixCache:
         max_pages: [G], the most pages that are kept in each group; None: as many as there are.
         max_kept_pages: the most pages of the layers without a window that `keep` may pin.
 
+    Raises:
+        ValueError: `policy` makes no eviction policies, or `max_pages` has not one number for each group.
+
     Examples:
         >>> config = CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=9, max_sequences=2,
         ...                      max_pages_per_sequence=4, page_size=2)

@@ -216,7 +216,11 @@ class Automaton:
     def process(
         self, state: Int32[Array, " R"] | None, logits: Float32[Array, "R V"], tokens: Any, num_known: Any
     ) -> Float32[Array, "R V"]:
-        """The logits, with -inf for all tokens that are not on an edge of the row's node."""
+        """The logits, with -inf for all tokens that are not on an edge of the row's node.
+
+        Raises:
+            ValueError: the state is missing, or the logits have another vocabulary.
+        """
         if state is None:
             raise ValueError(
                 "an Automaton needs its state: give automaton.start(num_rows) to an Engine or beam_search as "
