@@ -144,7 +144,7 @@ def find_sharing(metadata: AttentionMetadata, pool: PagePool) -> AttentionMetada
 
 
 def sharing_pays(num_rows: int) -> bool:
-    """Whether a pass of so many rows that cannot prefill had better look for what they share."""
+    """Whether a pass of this many rows, which cannot prefill, should look for pages that they share."""
     return num_rows >= FEWEST_SHARING_ROWS and target_platform() == "cpu"
 
 

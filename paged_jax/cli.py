@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("prompts", nargs="*", help="prompts; none: one a line from --file or stdin")
     generate.add_argument("--file", type=pathlib.Path, help="read prompts from a file, one a line")
     generate.add_argument("--chat", action="store_true", help="a prompt is what a user says: use the chat template")
-    generate.add_argument("--best-of", type=int, help="draw so many samples, print the --num-samples likeliest")
+    generate.add_argument("--best-of", type=int, help="draw this many samples, and print the --num-samples likeliest")
     generate.add_argument(
         "--json-input",
         action="store_true",
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--json", action="store_true", help="print an object a line for each sample")
     _add_model_options(generate)
     beams = generate.add_argument_group("beam search", "the --num-samples best sequences, instead of drawn samples")
-    beams.add_argument("--beams", type=int, metavar="N", help="search with so many beams")
+    beams.add_argument("--beams", type=int, metavar="N", help="search with this many beams")
     beams.add_argument("--length-penalty", type=float, help="a score is logprob / length ** penalty; default: 1")
     beams.add_argument("--early-stopping", choices=["false", "true", "never"], help="default: false")
 

@@ -19,7 +19,7 @@ LARGEST = {"int8": 127, FP8.name: 448}  # a vector is scaled so that the largest
 MOST_ROWS = 2**31 - 2**20  # of a pool: ops count rows in int32, and send tokens that they drop past the last one
 MOST_WRITTEN = 256  # tokens in one scatter
 SUBLANES, LANES = 8, 128  # of a TPU register; key and value share the lanes where a head does not fill them
-PADDED_TO = LANES // 2  # on a TPU, heads take a multiple of so many numbers
+PADDED_TO = LANES // 2  # on a TPU, heads take a multiple of this many numbers
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -288,7 +288,7 @@ def put_tokens(
 ) -> Pages:
     """Writes each token's key and value to its page and slot; tokens of the null page are dropped.
 
-    XLA copies what it scatters, so many tokens go in pieces.
+    XLA copies what it scatters; so if there are many tokens, they go in pieces.
     """
     num_tokens = page.size
     if num_tokens <= MOST_WRITTEN:

@@ -30,8 +30,8 @@ MOST_LANES = 32
 class Items(NamedTuple):
     """Tiles of keys that queries see: those of the first query in order, then those of the second, and so on.
 
-    Only running totals are stored: item i belongs to the query whose total first passes i. They depend on lengths
-    alone, so XLA computes them once for all layers of a step.
+    Only running totals are stored: item i belongs to the query whose total first passes i. They depend only on
+    lengths, so XLA computes them once for all layers of a step.
     """
 
     starts: Int32[Array, " T"]  # of each query's items

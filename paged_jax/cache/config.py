@@ -210,5 +210,5 @@ def pages_mapped(window: int | None, num_tokens: int, new_tokens: int, page_size
     pages = -(-num_tokens // page_size)
     if window is None:
         return pages
-    # a step reads window - 1 tokens and writes the new ones; so many in a row touch at most
+    # a step reads window - 1 tokens and writes the new ones; that many in a row touch at most
     return min(pages, -(-(window + new_tokens - 2) // page_size) + 1)

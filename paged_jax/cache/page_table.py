@@ -389,7 +389,7 @@ class PageTable:
         return dataclasses.replace(table, version=self.version + 1, epoch=self.epoch + 1)
 
     def _columns(self, lengths: Array) -> Array:
-        """Columns that so many tokens reach."""
+        """Columns that this many tokens reach."""
         return (lengths + self.page_size - 1) // self.page_size
 
     def _row(self, b: Array) -> Int32[Array, " M"]:

@@ -23,7 +23,7 @@ class Drafts(NamedTuple):
     """What a `Drafter` proposes: tokens that may come next in each row; D is its `num_drafts`."""
 
     tokens: Int32[Array, "B D"]
-    counts: Int32[Array, " B"]  # the first so many of them; 0 where nothing is proposed
+    counts: Int32[Array, " B"]  # how many of them, from the first on; 0 where nothing is proposed
 
 
 @runtime_checkable
@@ -228,7 +228,7 @@ def _divide(wanted: Int32[Array, " B"], room: Int32[Array, ""]) -> Int32[Array, 
 
 
 def _fit(state: DecodeState, counts: Int32[Array, " B"]) -> Bool[Array, ""]:
-    """Whether the free pages hold so many new tokens of each row, with a copy of each row's last page."""
+    """Whether the free pages hold this many new tokens of each row, with a copy of each row's last page."""
     fits = jnp.bool_(True)
     for table in state.cache.tables.groups:
         size = table.page_size

@@ -102,7 +102,7 @@ class Stepper:
         return 0 if self.drafter is None else self.drafter.num_drafts
 
     def verifies(self, num_tokens: int) -> bool:
-        """Whether the pass of so many tokens may have drafts in it."""
+        """Whether the pass of this many tokens may have drafts in it."""
         return self.drafter is not None and num_tokens <= self.most_verified
 
     @property
@@ -144,7 +144,7 @@ class Logits(NamedTuple):
     num_drafts: Int32[Array, " R"]
 
     def after(self, num_drafts: int | Int32[Array, ""]) -> Float[Array, "R V"]:
-        """Those after so many drafts of each row; anything for rows that have fewer."""
+        """Those after this many drafts of each row; anything for rows that have fewer."""
         if self.first is None:
             return self.values
         return self.values.at[self.first + num_drafts].get(mode="clip")

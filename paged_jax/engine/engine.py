@@ -44,7 +44,7 @@ class Engine:
 
     Requests are served by priority, then first come, first served. Prompts are prefilled in chunks beside the rows that
     decode; the samples of a request share the pages of its prompt. When pages run short, the newest samples give theirs
-    up and are computed again later, to the same tokens: a draw depends on seed, sample number and position alone.
+    up and are computed again later, to the same tokens: a draw depends only on seed, sample number and position.
 
     Whatever raises, and whenever, in a step, Ctrl-C included: every request keeps what it was given so far, and the
     next step starts all of them again from there, on an empty cache.
@@ -58,7 +58,7 @@ class Engine:
         config: sizes of the cache.
         tokenizer: from text to tokens and back; None: prompts are token ids, and pieces have no text.
         stop_tokens: end every sample, beside those of its request.
-        token_counts: of the steps, see `Stepper`; longer prompts are cut at the largest. None: some for so many rows.
+        token_counts: of the steps, see `Stepper`; longer prompts are cut at the largest. None: those of `token_counts_for`.
         visit_steps: the most steps between two looks of the host, and so, without drafts, the most tokens of a piece.
         drafter: proposes tokens that a step verifies, such as `Lookup`; see `Stepper`.
         drafter_state: before anything is drafted, where the drafter has one.
@@ -67,7 +67,7 @@ class Engine:
         num_logprobs: how many of the most likely tokens come with each token; None: no log-probabilities at all.
         max_stop_tokens: the most stop tokens of a request, beside the engine's.
         max_bias_tokens: the most tokens that a request biases or forbids.
-        max_beams: the widest beam search of a request, which takes so many rows; 0: there are none.
+        max_beams: the widest beam search of a request, which takes that many rows; 0: there are none.
         prefix_cache: keep the pages of prompts and answers for later prompts that begin alike.
         eviction: which of them go first; see `paged_jax.prefix.policies`.
         host_cache_bytes: of host memory for pages that the pool gives up; they come back when they are needed.
@@ -223,7 +223,7 @@ class Engine:
             salt: cached prefixes are found only under the salt that they were computed with.
             adapter: likewise, for adapters of the weights.
             echo: the text begins with that of the prompt.
-            best_of: draw so many samples, and hand out the `params.num_samples` of the greatest mean log-probability,
+            best_of: draw this many samples, and hand out the `params.num_samples` of the greatest mean log-probability,
                 the best as sample 0, when all have ended.
 
         Returns:

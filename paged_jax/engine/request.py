@@ -147,7 +147,7 @@ class Request:
         priority: requests with a lower number are served first.
         salt: only requests with the same salt find its pages.
         adapter: only requests with the same adapter find its pages.
-        best_of: draw so many samples and hand out the best; None: hand out all, as they come.
+        best_of: draw this many samples and hand out the best; None: hand out all, as they come.
         beams: search with so many, instead of drawing samples.
         echo: the text that comes before that of the samples.
         pieces: where its pieces go.

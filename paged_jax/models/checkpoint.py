@@ -221,7 +221,7 @@ def save(folder: str | Path, hf_config: dict[str, Any], params: Any, *, dtype=No
 
 
 def read_config(folder: str | Path, max_length: int | None = None) -> tuple[DecoderConfig, str]:
-    """The decoder of a checkpoint folder and the dtype of its weights, from config.json alone.
+    """The decoder of a checkpoint folder and the dtype of its weights, from config.json only.
 
     Args:
         folder: holds config.json.

@@ -83,10 +83,10 @@ class Plan:
         return math.floor(min(fitting) + 1e-9)
 
     def step_bytes(self, num_sequences: int) -> float:
-        """Bytes that a device reads in a step in which so many sequences of `context` tokens draw a token each."""
+        """Bytes that a device reads in a step in which this many sequences of `context` tokens draw a token each."""
         weights, decoder = self.weights, self.model.decoder
         of_experts = weights.of_experts
-        if of_experts:  # the share of the experts that so many tokens choose, if they choose at random
+        if of_experts:  # the share of the experts that this many tokens choose, if they choose at random
             of_experts *= 1 - (1 - decoder.experts_per_token / decoder.num_experts) ** num_sequences
         read = weights.total - weights.looked_up - weights.of_experts + of_experts
         seen = (len(group.layers) * min(self.context, group.window or self.context) for group in self.config.groups)
@@ -206,7 +206,7 @@ def make_plan(
     budget = left // empty.layer_page_bytes_on(chip.platform, num_devices) * empty.layer_page_bytes
 
     def fit(rows: int) -> Plan | None:
-        """The plan with so many rows; None if their windows leave nothing to the other layers."""
+        """The plan with this many rows; None if their windows leave nothing to the other layers."""
         if budget < CacheConfig(num_pages=2, max_sequences=rows, **fields).pool_bytes:
             return None
         config = CacheConfig.for_budget(pool_bytes=budget, max_sequences=rows, **fields)

@@ -88,7 +88,7 @@ def find_sizes(model: Any, dtype: str | None = None) -> ModelSizes:
 def read_sizes(text: str, dtype: str = "bfloat16") -> ModelSizes:
     """Sizes from text such as "num_layers=32,num_kv_heads=8,head_dim=128,num_params=8e9".
 
-    With `window=512,window_layers=20`, so many of the layers see no farther than that.
+    With `window=512,window_layers=20`, 20 of the layers see 512 tokens; the others see all.
 
     Raises:
         ValueError: a name is not known, or one is missing.

@@ -88,7 +88,7 @@ def draw_occupancy(history: Sequence[np.ndarray], *, title: str = "") -> "Figure
 
 
 def draw_bytes(source: Any, config: CacheConfig | None = None, *, title: str = "") -> "Figure":
-    """The bytes of the sequences that are there: in contiguous caches, in pages, and of their tokens alone.
+    """The bytes of the sequences that are there: in contiguous caches, in pages, and of nothing but their tokens.
 
     Args:
         source: an `Engine`, a `KVCache`, or page tables.

@@ -18,7 +18,7 @@ from pallas_kernels.pages import Pages, token_places
 from pallas_kernels.reference import AttentionResult
 from pallas_kernels.sharing import FEWEST_ROWS, RUN, Runs, Sharing, runs_of
 
-MOST_PACKED_QUERIES = 32  # of a sequence: up to so many, the rows of a block are the query heads of a KV head as well
+MOST_PACKED_QUERIES = 32  # of a sequence: up to this many, the rows of a block are the query heads of a KV head as well
 MOST_DECODE_GROUP = 16  # query heads of a KV head that the decode kernel takes
 SHARING_PAYS = 2.0**26  # bytes that it must save: 16 us of an H200's bandwidth, not yet measured
 SEES_ALL = 2**30  # the position of a query that sees every key

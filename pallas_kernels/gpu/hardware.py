@@ -32,7 +32,7 @@ def compute_capability() -> str:
 
 
 def shared_memory_per_block(blocks: int) -> int:
-    """The shared memory each of so many blocks on one multiprocessor can have, in bytes."""
+    """The shared memory that each of this many blocks on one multiprocessor can have, in bytes."""
     return SHARED_MEMORY // blocks - RESERVED_SHARED_MEMORY
 
 

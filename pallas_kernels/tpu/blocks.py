@@ -1,4 +1,4 @@
-"""Block sizes of the TPU kernels: a short heuristic from shapes alone."""
+"""Block sizes of the TPU kernels: a short heuristic that depends only on shapes."""
 
 from __future__ import annotations
 
