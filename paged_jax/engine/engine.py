@@ -58,7 +58,8 @@ class Engine:
         config: sizes of the cache.
         tokenizer: from text to tokens and back; None: prompts are token ids, and pieces have no text.
         stop_tokens: end every sample, beside those of its request.
-        token_counts: of the steps, see `Stepper`; longer prompts are cut at the largest. None: those of `token_counts_for`.
+        token_counts: of the steps, see `Stepper`; longer prompts are cut at the largest. None: those of
+            `token_counts_for`.
         visit_steps: the most steps between two looks of the host, and so, without drafts, the most tokens of a piece.
         drafter: proposes tokens that a step verifies, such as `Lookup`; see `Stepper`.
         drafter_state: before anything is drafted, where the drafter has one.
