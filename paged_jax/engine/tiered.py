@@ -25,8 +25,7 @@ from paged_jax.engine.transfers import WIDTHS, Transfers
 from paged_jax.prefix.digests import Namespace
 from paged_jax.prefix.prefix_cache import PrefixCache, Taken
 from paged_jax.prefix.tree import Node, encode
-from paged_jax.store.host import PageKey
-from paged_jax.store.page_file import StoredPage
+from paged_jax.store.page_file import PageKey, StoredPage
 from paged_jax.store.tiers import HOST, Found, Tiers, Wanted
 
 SHARE = 0.15  # of the time of a visit, that pages which come back may take while others decode
