@@ -27,7 +27,7 @@ AT_ONCE = 32  # requests
 FIRST = 16  # pages that are looked for first; four times as many each time that some are there
 REST = 10.0  # seconds for which nothing more is asked of a store that failed
 PER_LISTING = 64  # share of the cap that is written until the objects are listed again
-TIMEOUTS = {"connect_timeout": "2s", "timeout": "10s"}
+CLIENT = {"connect_timeout": "2s", "timeout": "10s", "allow_http": True}  # http:// is for who names such an endpoint
 RETRIES = {"max_retries": 2, "retry_timeout": datetime.timedelta(seconds=5)}
 NAME = re.compile("pages/([0-9a-f]{16})/([0-9a-f]{64})/([0-9a-f]{64})-([0-9]+)")
 
@@ -70,7 +70,7 @@ class ObjectStore:
         self.url, self.max_bytes = url.rstrip("/"), read_cap("ObjectStore", max_bytes)
         self._obstore = obstore = _import()
         self._errors = OSError, obstore.exceptions.BaseError
-        options["client_options"] = TIMEOUTS | options.get("client_options", {})
+        options["client_options"] = CLIENT | options.get("client_options", {})
         options.setdefault("retry_config", RETRIES)
         if url.startswith("file:"):
             options = {"mkdir": True}  # it has no others
@@ -269,7 +269,7 @@ def _newest_first(everything: Sequence[Stored]) -> list[Stored]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    return str(error).partition("\n")[0][:300]
 
 
 def _import() -> Any:
