@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from paged_jax.cache.sizes import read_bytes
 from paged_jax.decoding.draft import Lookup
 from paged_jax.engine import Completion, Engine, Piece
 from paged_jax.engine.intake import Prompt, find_folder, prompt_tokens
@@ -85,11 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-length", type=int, default=4096, help="tokens of the whole conversation")
     _add_model_options(chat)
 
-    store = commands.add_parser("store", help="look into a folder of stored pages, check it, make it smaller")
+    store = commands.add_parser("store", help="look into a store of pages, check it, make it smaller")
     store.set_defaults(command=_store)
     store.add_argument("action", choices=("info", "verify", "prune"))
-    store.add_argument("folder", type=pathlib.Path)
-    store.add_argument("--max-bytes", type=int, help="of `prune`: how many bytes of pages stay")
+    store.add_argument("store", metavar="FOLDER_OR_URL")
+    store.add_argument("--max-bytes", metavar="SIZE", help="of `prune`: how many bytes of pages stay, such as 10GiB")
 
     plan = commands.add_parser("plan", help="say what fits in the memory of a device, and how fast it can be")
     plan.set_defaults(command=_plan)
@@ -175,25 +176,26 @@ def _families(options: argparse.Namespace) -> None:
 
 
 def _store(options: argparse.Namespace) -> int:
-    from paged_jax.store import Store
+    from paged_jax.store import open_store
 
-    if not (options.folder / "pages").is_dir():
-        raise ValueError(f"{options.folder} is no store: it has no folder of pages")
+    where = options.store
+    if "://" not in where and not (pathlib.Path(where) / "pages").is_dir():
+        raise ValueError(f"{where} is no store: it has no folder of pages")
     if (options.action == "prune") != (options.max_bytes is not None):
         raise ValueError("`prune` needs --max-bytes, and the other actions take none")
-    if options.action == "prune" and options.max_bytes < 0:
-        raise ValueError(f"--max-bytes={options.max_bytes}: give a number of bytes, or 0 to remove all pages")
-    store, num_bad = Store(options.folder), 0
+    max_bytes, num_bad = read_bytes(options.max_bytes or 0), 0
+    store = open_store(where)
     if options.action == "verify":
         num_good, num_bad = store.verify()
-        print(f"{num_good} pages are good, {num_bad} were not and were set aside, in {options.folder / 'aside'}")
+        print(f"{num_good} pages are good, {num_bad} were not and were set aside, in {where.rstrip('/')}/aside")
     if options.action == "prune":
-        print(f"{store.prune(options.max_bytes)} pages were removed")
+        print(f"{store.prune(max_bytes)} pages were removed")
     contents = store.contents()
-    print(f"{contents.pages} pages, {contents.bytes} bytes, {contents.inline_pages} of them in the index")
+    inline = f", {contents.inline_pages} of them in the index" if contents.inline_pages else ""
+    print(f"{contents.pages} pages, {contents.bytes} bytes{inline}")
     for fingerprint, count in contents.fingerprints.items():
-        print(f"  {count} of the model {fingerprint[:16]}")
-    print(f"{contents.aside} damaged files were set aside")
+        print(f"  {count} of the model {fingerprint}")
+    print(f"{contents.aside} damaged pages were set aside")
     store.close()
     return 1 if num_bad else 0
 

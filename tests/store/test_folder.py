@@ -1,7 +1,6 @@
 """The store: what is written is found, and what is damaged is a miss, said once, and set aside."""
 
 import dataclasses
-import logging
 import random
 import shutil
 import sqlite3
@@ -11,13 +10,6 @@ from store_cases import LARGE, SMALL, bytes_on_disk, check, prefix, read
 
 from paged_jax.store import Store
 from paged_jax.store.page_file import Damaged, pack, unpack
-
-
-@pytest.fixture
-def warnings(caplog):
-    """The warnings of the store so far."""
-    caplog.set_level(logging.WARNING, "paged_jax.store")
-    return lambda: [record.getMessage() for record in caplog.records]
 
 
 @pytest.mark.parametrize("num_bytes", [SMALL, LARGE])

@@ -6,9 +6,7 @@ The long forms: more requests, and more errors.
 """
 
 import errno
-import logging
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,7 @@ import hash_decoder as decoder
 from engine_cases import pool_is_empty
 from paged_jax.sampling import SamplingParams
 from paged_jax.store import Store
-
-sys.path.append(str(Path(__file__).parent.parent / "engine"))
-from test_traffic import HYBRID, make_engine, run_faults, run_traffic
+from traffic_cases import HYBRID, make_engine, run_faults, run_traffic
 
 GREEDY = SamplingParams(max_new_tokens=6)
 HOST_BYTES = 40 * 4096  # about twice the pool, so that it overflows, too
@@ -43,13 +39,6 @@ def tiers_of(engine) -> Any:
 
 def text(seed: int, length: int) -> list[int]:
     return np.random.default_rng(seed).integers(0, decoder.VOCAB, length).tolist()
-
-
-@pytest.fixture
-def warnings(caplog):
-    """The warnings of the store so far."""
-    caplog.set_level(logging.WARNING, "paged_jax.store")
-    return lambda: [record.getMessage() for record in caplog.records]
 
 
 def run(engine, prompts, windows=(None, None), params=GREEDY):
