@@ -123,6 +123,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="verify up to N (1 to 7) looked-up drafts a step",
     )
+    parser.add_argument("--store", metavar="FOLDER_OR_URL", help="keep prefixes there for the next call, and find them")
+    parser.add_argument("--host-cache-bytes", metavar="SIZE", default=0, help="of host memory for prefixes: 4GiB")
     sampling = parser.add_argument_group("sampling", "fields of paged_jax.SamplingParams")
     for field in dataclasses.fields(SamplingParams):
         option = "--" + field.name.replace("_", "-")
@@ -237,15 +239,15 @@ def _generate(options: argparse.Namespace) -> None:
     # In coarse sizes, so that another call of about this size finds its program compiled.
     num_rows = (4 if num_samples <= 4 else 16) if options.beams is None else min(len(asked), 4) * options.beams
     sizes = {"max_length": -(-max(sizes) // 128) * 128, "max_sequences": num_rows, "max_beams": options.beams or 0}
-    engine = _engine(folder, options, of=asked, **sizes)
-    for one in asked:
-        engine.add_request(one.prompt, one.params, best_of=options.best_of)
     printer = _Printer(asked, options.json)
-    try:
-        for piece in engine.stream():
-            printer.push(piece)
-    finally:
-        printer.finish()
+    with _engine(folder, options, of=asked, **sizes) as engine:
+        for one in asked:
+            engine.add_request(one.prompt, one.params, best_of=options.best_of)
+        try:
+            for piece in engine.stream():
+                printer.push(piece)
+        finally:
+            printer.finish()
 
 
 def _beams(options: argparse.Namespace) -> BeamParams:
@@ -254,7 +256,9 @@ def _beams(options: argparse.Namespace) -> BeamParams:
     fits = "max_new_tokens", "num_samples", "stop_tokens"
     others = [f.name for f in dataclasses.fields(params) if f.name not in fits]
     wrong = [name for name in others if getattr(params, name) != getattr(drawing, name)]
-    wrong += [name for name in ("best_of", "json_input", "drafts") if getattr(options, name)]
+    wrong += [
+        name for name in ("best_of", "json_input", "drafts") if getattr(options, name)
+    ]
     if wrong:
         raise ValueError(f"--beams finds the likeliest sequences: leave out --{wrong[0].replace('_', '-')}")
     if params.num_samples > options.beams:
@@ -281,6 +285,8 @@ def _engine(folder, options: argparse.Namespace, of: Sequence["_Asked"], **sizes
         max_stop_tokens=max(len(one.sampling.stop_tokens) for one in of),
         max_bias_tokens=max(len(one.sampling.logit_bias) + len(one.sampling.forbidden_tokens) for one in of),
         drafter=Lookup(options.drafts) if options.drafts else None,
+        host_cache_bytes=options.host_cache_bytes,
+        store=options.store,
         **sizes,
     )
 
@@ -366,9 +372,12 @@ def _chat(options: argparse.Namespace) -> None:
 
     params = _sampling(options, num_samples=1)
     asked = _Asked("", "", params)
-    engine = _engine(
-        find_folder(options.model or models.DEMO), options, of=[asked], max_sequences=1, max_length=options.max_length
-    )
+    folder, sizes = find_folder(options.model or models.DEMO), {"max_sequences": 1, "max_length": options.max_length}
+    with _engine(folder, options, of=[asked], **sizes) as engine:
+        _converse(engine, options, params)
+
+
+def _converse(engine: Engine, options: argparse.Namespace, params: SamplingParams) -> None:
     messages = [{"role": "system", "content": options.system}] if options.system else []
     while True:
         try:

@@ -4,6 +4,7 @@ import pytest
 from store_cases import prefix
 
 from paged_jax.cli import main
+from paged_jax.engine import Engine
 from paged_jax.store import Store
 
 
@@ -31,6 +32,53 @@ def test_info_verify_and_prune(tmp_path, capsys):
     assert out.endswith("1 damaged pages were set aside\n")
     assert main(["store", "prune", str(tmp_path), "--max-bytes", "0"]) == 0
     assert capsys.readouterr().out.startswith("5 pages were removed\n0 pages, 0 bytes")
+
+
+@pytest.fixture
+def statistics(monkeypatch):
+    """Of the engines that were closed."""
+    found, close = [], Engine.close
+
+    def close_and_keep(engine):
+        close(engine)
+        found.append(engine.stats())
+
+    monkeypatch.setattr(Engine, "close", close_and_keep)
+    return found
+
+
+def test_generate_finds_what_an_earlier_call_has_stored(tmp_path, capsys, statistics):
+    command = ["generate", 20 * "x = 1\n", "--max-new-tokens", "4", "--page-size", "4", "--store", str(tmp_path)]
+    outputs = []
+    for _ in range(2):
+        assert main([*command, "--host-cache-bytes", "1MiB"]) == 0
+        outputs.append(capsys.readouterr().out)
+    first, second = statistics
+    assert outputs[0] == outputs[1] and first.loaded_tokens == {}
+    assert second.loaded_tokens["store"] == second.prompt_tokens - 1
+    assert "tokens loaded from the store; 0 pages in host memory; 1 pages stored" in second.summary
+
+
+def test_chat_keeps_the_conversation(tmp_path, monkeypatch, statistics):
+    answers = iter(["a = 1", None])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(answers) or (_ for _ in ()).throw(EOFError))
+    monkeypatch.setattr("paged_jax.engine.intake.prompt_tokens", lambda tokenizer, prompt: list(range(40)))
+    assert main(["chat", "--max-new-tokens", "4", "--max-length", "64", "--store", str(tmp_path)]) == 0
+    assert statistics[0].saved_pages["store"] > 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--host-cache-bytes", "much"], "host_cache_bytes='much': 'much' is no size: write a number of bytes"),
+        (["--store", "s4://x"], "the store 's4://x' cannot be opened"),
+        (["--store", __file__], "is a file: name a folder"),
+        (["--store", "x", "--beams", "2"], "--beams finds the likeliest sequences: leave out --store"),
+    ],
+)
+def test_what_makes_no_sense_for_an_engine_is_refused(capsys, options, message):
+    assert main(["generate", "x", *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
