@@ -256,9 +256,7 @@ def _beams(options: argparse.Namespace) -> BeamParams:
     fits = "max_new_tokens", "num_samples", "stop_tokens"
     others = [f.name for f in dataclasses.fields(params) if f.name not in fits]
     wrong = [name for name in others if getattr(params, name) != getattr(drawing, name)]
-    wrong += [
-        name for name in ("best_of", "json_input", "drafts") if getattr(options, name)
-    ]
+    wrong += [name for name in ("best_of", "json_input", "drafts") if getattr(options, name)]
     if wrong:
         raise ValueError(f"--beams finds the likeliest sequences: leave out --{wrong[0].replace('_', '-')}")
     if params.num_samples > options.beams:

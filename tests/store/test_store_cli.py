@@ -1,8 +1,12 @@
 """`paged_jax store`: what is there, whether it is good, and less of it."""
 
+import functools
+from contextlib import nullcontext
+
 import pytest
 from store_cases import prefix
 
+from paged_jax import models
 from paged_jax.cli import main
 from paged_jax.engine import Engine
 from paged_jax.store import Store
@@ -10,8 +14,9 @@ from paged_jax.store import Store
 
 @pytest.fixture(autouse=True)
 def nothing_is_kept_on_disk(monkeypatch):
-    """Of compiled programs."""
+    """Of compiled programs; and a model that is loaded again is compiled again."""
     monkeypatch.setattr("paged_jax.cli.keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(models, "load", functools.cache(models.load))
 
 
 def test_info_verify_and_prune(tmp_path, capsys):
@@ -56,15 +61,15 @@ def test_generate_finds_what_an_earlier_call_has_stored(tmp_path, capsys, statis
     first, second = statistics
     assert outputs[0] == outputs[1] and first.loaded_tokens == {}
     assert second.loaded_tokens["store"] == second.prompt_tokens - 1
-    assert "tokens loaded from the store; 0 pages in host memory; 1 pages stored" in second.summary
+    assert f"{second.prompt_tokens - 1} tokens loaded from the store; 0 pages in host memory" in second.summary
 
 
-def test_chat_keeps_the_conversation(tmp_path, monkeypatch, statistics):
-    answers = iter(["a = 1", None])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(answers) or (_ for _ in ()).throw(EOFError))
-    monkeypatch.setattr("paged_jax.engine.intake.prompt_tokens", lambda tokenizer, prompt: list(range(40)))
-    assert main(["chat", "--max-new-tokens", "4", "--max-length", "64", "--store", str(tmp_path)]) == 0
-    assert statistics[0].saved_pages["store"] > 0
+def test_chat_has_the_same_options(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(Engine, "from_pretrained", lambda folder, **options: seen.update(options) or nullcontext())
+    monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))
+    assert main(["chat", "--store", "there", "--host-cache-bytes", "2GiB"]) == 0
+    assert (seen["store"], seen["host_cache_bytes"]) == ("there", "2GiB")
 
 
 @pytest.mark.parametrize(
