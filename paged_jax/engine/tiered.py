@@ -107,7 +107,7 @@ class TieredPrefixes(CachedPrefixes):
         key = PageKey(node.fingerprint, group)
         if self._tiers.host is not None:
             self._tiers.host.discard(key)
-        if self._tiers.store is not None and self._keeps_new and not self._tiers.is_known(key):
+        if self._tiers.store is not None and self._keeps_new:
             assert node.parent is not None
             stored = self._tiers.stored(namespace, key, node.parent.fingerprint, node.tokens, node.depth)
             self._outgoing.append(Outgoing(key, node.pages[group], stored))

@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -28,7 +28,6 @@ from paged_jax.store.page_file import PageKey, StoredPage
 
 POOL, HOST, STORE = "pool", "host", "store"
 MOST_QUEUED = 256 << 20  # bytes that wait to be written; what comes then is not written
-MOST_KNOWN = 1 << 17  # pages that are known to be in the store
 _log = logging.getLogger("paged_jax.store")
 
 
@@ -124,17 +123,12 @@ class Tiers:
         self.prefill, self.visits = Rate(), Rate()  # tokens; visits of the engine
         self.counts: dict[str, Counter[str]] = {"loaded": Counter(), "declined": Counter(), "saved": Counter()}
         self._config, self._reach = config, Reach(config)
-        self._known: OrderedDict[PageKey, None] = OrderedDict()  # in the store, or soon
-        self._num_queued, self._lock = 0, threading.Lock()  # of both: three threads use them
+        self._num_queued, self._lock = 0, threading.Lock()  # bytes; two threads count them
         if self.store is not None:
             self._readers = concurrent.futures.ThreadPoolExecutor(1, "paged_jax_store_reads")
             self._writers = concurrent.futures.ThreadPoolExecutor(1, "paged_jax_store_writes")
 
     # ---- pages that go ---------------------------------------------------------------------------------------
-
-    def is_known(self, key: PageKey) -> bool:
-        """Whether the store has a page, or soon will, as far as this process knows."""
-        return key in self._known
 
     def save(self, pages: Sequence[StoredPage], payloads: Callable[[], Sequence[bytes]]) -> None:
         """Write pages to the store, some time; the call returns at once.
@@ -147,8 +141,6 @@ class Tiers:
         if self._num_queued + num_bytes > MOST_QUEUED:
             self.counts["saved"]["dropped"] += len(pages)
             return
-        for page in pages:
-            self._know(page.key)
         with self._lock:
             self._num_queued += num_bytes
         self._writers.submit(self._write, pages, payloads, num_bytes)
@@ -182,26 +174,11 @@ class Tiers:
             whole = [dataclasses.replace(page, payload=x) for page, x in zip(pages, payloads(), strict=True)]
             num_new = self.store.write(whole)
             self.counts["saved"][STORE] += num_new or 0
-            if num_new is None:
-                self._forget([page.key for page in pages])
         except Exception:  # a bug, which must not end the thread: the pages are computed again
             _log.exception("pages could not be written")
         finally:
             with self._lock:
                 self._num_queued -= num_bytes
-
-    def _know(self, key: PageKey) -> None:
-        with self._lock:
-            self._known[key] = None
-            self._known.move_to_end(key)
-            while len(self._known) > MOST_KNOWN:
-                self._known.popitem(last=False)
-
-    def _forget(self, keys: Sequence[PageKey]) -> None:
-        """They are not in the store, or no longer: who caches them saves them again."""
-        with self._lock:
-            for key in keys:
-                self._known.pop(key, None)
 
     # ---- pages that come back --------------------------------------------------------------------------------
 
@@ -277,7 +254,6 @@ class Tiers:
             links.append(_Link(column, len(tokens) // TOKEN_BYTES, stored, holders))
         elsewhere = [page for link in links for page in link.pages if not link.holders[page.group]]
         in_store = self.store.find(elsewhere) if self.store is not None else set()
-        self._forget([page.key for page in elsewhere if page.key not in in_store])
         for link in links:
             for page, holders in zip(link.pages, link.holders, strict=True):
                 if self.host is not None and self.host.get(page.key) is not None:
@@ -357,9 +333,6 @@ class Tiers:
         if payloads:
             self.rates[STORE].measured(sum(map(len, payloads.values())), seconds)
         used = [page for page in expected if page.key in payloads]
-        self._forget([page.key for page in expected if page.key not in payloads])
-        for page in used:
-            self._know(page.key)
         self._writers.submit(self.store.touch, used)
         return payloads
 

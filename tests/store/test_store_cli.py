@@ -1,7 +1,6 @@
 """`paged_jax store`: what is there, whether it is good, and less of it."""
 
 import functools
-from contextlib import nullcontext
 
 import pytest
 from store_cases import prefix
@@ -66,9 +65,13 @@ def test_generate_finds_what_an_earlier_call_has_stored(tmp_path, capsys, statis
 
 def test_chat_has_the_same_options(monkeypatch):
     seen = {}
-    monkeypatch.setattr(Engine, "from_pretrained", lambda folder, **options: seen.update(options) or nullcontext())
-    monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))
-    assert main(["chat", "--store", "there", "--host-cache-bytes", "2GiB"]) == 0
+
+    def from_pretrained(folder, **options):
+        seen.update(options)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(Engine, "from_pretrained", from_pretrained)
+    assert main(["chat", "--store", "there", "--host-cache-bytes", "2GiB"]) == 2
     assert (seen["store"], seen["host_cache_bytes"]) == ("there", "2GiB")
 
 

@@ -6,18 +6,24 @@ The long forms: more requests, and more errors.
 """
 
 import errno
+import gc
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import hash_decoder as decoder
 from engine_cases import pool_is_empty
+from paged_jax.engine.transfers import stage
 from paged_jax.sampling import SamplingParams
 from paged_jax.store import Store
+from pallas_kernels import PageContents
 from traffic_cases import HYBRID, make_engine, run_faults, run_traffic
 
 GREEDY = SamplingParams(max_new_tokens=6)
@@ -78,6 +84,32 @@ def test_a_conversation_goes_on_after_a_restart(tmp_path, windows):
     assert pool_is_empty(second)
 
 
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_pages_leave_through_pinned_memory(num_devices):
+    mesh = Mesh(np.array(jax.devices()[:num_devices]), ("model",))
+    split = NamedSharding(mesh, PartitionSpec(None, "model"))
+    contents = PageContents(*jax.device_put([np.arange(8.0).reshape(2, 4)] * 2, split))
+    staged = stage(contents)
+    assert all(leaf.sharding.memory_kind == "pinned_host" for leaf in jax.tree.leaves(staged))
+    assert staged.keys.sharding == split.with_memory_kind("pinned_host")
+    assert np.array_equal(staged.values, contents.values)
+
+
+def test_all_that_leaves_an_engine_is_staged_before_the_next_step(tmp_path, monkeypatch):
+    engine, kinds = make(store=Store(tmp_path), host_cache_bytes=1 << 20), []
+    note = engine._core.runner.note
+
+    def watch(key, arrays):
+        if isinstance(arrays, PageContents):
+            kinds.append({leaf.sharding.memory_kind for leaf in jax.tree.leaves(arrays)})
+        note(key, arrays)
+
+    monkeypatch.setattr(engine._core.runner, "note", watch)
+    for seed in range(3):
+        run(engine, [text(seed, 33)])
+    assert len(kinds) > 3 and all(kind == {"pinned_host"} for kind in kinds)
+
+
 def fill(folder, prompt, **options):
     """A store in which a prompt was computed."""
     engine = make(store=Store(folder))
@@ -98,6 +130,42 @@ def test_the_same_prompt_computes_nothing_but_its_last_token(tmp_path):
         before = engine.stats().computed_tokens
         assert run(engine, [prompt]).computed_tokens - before == 1 + 5
     assert engine.stats().loaded_tokens == {"store": 34 + 3 * 32, "host": 34}
+
+
+# ---- the end of an engine ----------------------------------------------------------------------------------------
+
+
+def threads() -> set[threading.Thread]:
+    """Of all engines and stores."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("paged_jax")}
+
+
+def test_an_engine_that_is_closed_leaves_no_thread_and_everything_in_the_store(tmp_path):
+    before = threads()
+    with make(store=tmp_path) as engine:
+        run(engine, [text(0, 33)])
+        assert len(threads() - before) >= 1
+        engine.add_request(text(1, 33), GREEDY)
+        engine.step()
+    assert threads() <= before
+    assert not engine.has_work
+    with Store(tmp_path) as store:
+        assert store.contents().pages >= 10
+    with pytest.raises(ValueError, match="this engine is closed: make another one"):
+        engine.generate([text(0, 33)])
+    engine.close()
+
+
+def test_an_engine_that_nobody_refers_to_leaves_no_thread(tmp_path):
+    before = threads()
+    engine = make(store=Store(tmp_path))
+    run(engine, [text(0, 33)])
+    del engine
+    gc.collect()
+    for thread in threads() - before:
+        thread.join(10)
+    assert threads() <= before
+    assert Store(tmp_path).contents().pages == 10
 
 
 # ---- a miss, never a wrong token ---------------------------------------------------------------------------------
@@ -140,6 +208,19 @@ def test_damaged_pages_are_computed_again(tmp_path, warnings, monkeypatch, damag
     engine.flush()
     stats = run(make(store=Store(tmp_path)), [prompt])
     assert stats.loaded_tokens == {"store": 32} and len(warnings()) == 1, "they were set aside, and stored again"
+
+
+def test_what_was_pruned_is_stored_again(tmp_path):
+    store, prompt = Store(tmp_path), text(0, 33)
+    engine = make(store=store)
+    for _ in range(2):
+        run(engine, [prompt])
+        engine.flush()
+        assert store.prune(0) == 10
+        for seed in (1, 2, 3):  # until the pool has given it up
+            run(engine, [text(seed, 33)])
+        engine.flush()
+        store.prune(0)
 
 
 # ---- disks that fail ---------------------------------------------------------------------------------------------
