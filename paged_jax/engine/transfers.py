@@ -40,7 +40,8 @@ class Transfers:
         for part in _parts(len(pages)):
             ids = np.full(_width(part), NULL_PAGE, np.int32)
             ids[: part.stop - part.start] = pages[part]
-            contents = stage(_export(self._runner.state.cache, group, ids))
+            contents = _export(self._runner.state.cache, group, ids)
+            contents = contents if is_on_host(contents) else stage(contents)
             for leaf in jax.tree.leaves(contents):
                 leaf.copy_to_host_async()
             yield part, contents
@@ -63,6 +64,11 @@ class Transfers:
             where = np.asarray([part.start, part.stop - part.start], np.int32)
             self._runner.change(_fill, group, claimed, where, contents)
         return was_warm
+
+
+def is_on_host(contents: PageContents) -> bool:
+    """Whether contents are in the memory of the host already: then staging is one more copy."""
+    return all(device.platform == "cpu" for device in contents.keys.devices())
 
 
 def stage(contents: PageContents) -> PageContents:

@@ -81,7 +81,6 @@ def test_chat_has_the_same_options(monkeypatch):
         (["--host-cache-bytes", "much"], "host_cache_bytes='much': 'much' is no size: write a number of bytes"),
         (["--store", "s4://x"], "the store 's4://x' cannot be opened"),
         (["--store", __file__], "is a file: name a folder"),
-        (["--store", "x", "--beams", "2"], "--beams finds the likeliest sequences: leave out --store"),
     ],
 )
 def test_what_makes_no_sense_for_an_engine_is_refused(capsys, options, message):

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import hash_decoder as decoder
 from engine_cases import pool_is_empty
-from paged_jax.engine.transfers import stage
+from paged_jax.engine.transfers import is_on_host, stage
 from paged_jax.sampling import SamplingParams
 from paged_jax.store import Store
 from pallas_kernels import PageContents
@@ -89,6 +89,7 @@ def test_pages_leave_through_pinned_memory(num_devices):
     mesh = Mesh(np.array(jax.devices()[:num_devices]), ("model",))
     split = NamedSharding(mesh, PartitionSpec(None, "model"))
     contents = PageContents(*jax.device_put([np.arange(8.0).reshape(2, 4)] * 2, split))
+    assert is_on_host(contents)
     staged = stage(contents)
     assert all(leaf.sharding.memory_kind == "pinned_host" for leaf in jax.tree.leaves(staged))
     assert staged.keys.sharding == split.with_memory_kind("pinned_host")
@@ -105,6 +106,7 @@ def test_all_that_leaves_an_engine_is_staged_before_the_next_step(tmp_path, monk
         note(key, arrays)
 
     monkeypatch.setattr(engine._core.runner, "note", watch)
+    monkeypatch.setattr("paged_jax.engine.transfers.is_on_host", lambda contents: False)  # as on a TPU or a GPU
     for seed in range(3):
         run(engine, [text(seed, 33)])
     assert len(kinds) > 3 and all(kind == {"pinned_host"} for kind in kinds)
@@ -355,12 +357,13 @@ def test_random_traffic(tmp_path, windows):
     assert found > 0, statistics
 
 
-@pytest.mark.long  # the short form of this with many requests
+@pytest.mark.long  # the short form of this with many requests, and with beams
 @pytest.mark.timeout(3600)
+@pytest.mark.parametrize("max_beams", [0, 2])
 @WINDOWS
-def test_long_random_traffic(tmp_path, windows):
+def test_long_random_traffic(tmp_path, windows, max_beams):
     for seed in range(4):
-        engine = run_traffic(300, seed, windows, COPIES, **tiers(tmp_path))
+        engine = run_traffic(300, seed, windows, COPIES, max_beams=max_beams, **tiers(tmp_path))
         print(engine.stats())
         found = [*engine.stats().loaded_tokens.values(), *engine.stats().declined_tokens.values()]
         assert sum(found) > 100
