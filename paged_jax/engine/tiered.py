@@ -90,7 +90,6 @@ class TieredPrefixes(CachedPrefixes):
     ):
         super().__init__(config, runner, scheduler, cache, version)
         self._tiers, self._recorder, self._transfers = tiers, recorder, Transfers(runner)
-        self._nothing = (0,) * len(config.groups)
         self._loads: dict[Sample, Load] = {}
         self._tried: set[Sample] = set()  # that wait, and for which was looked
         self._hanging: concurrent.futures.Future[Found | None] | None = None  # a read that took too long
