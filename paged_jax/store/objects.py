@@ -70,10 +70,11 @@ class ObjectStore:
         self.url, self.max_bytes = url.rstrip("/"), read_cap("ObjectStore", max_bytes)
         self._obstore = obstore = _import()
         self._errors = OSError, obstore.exceptions.BaseError
-        options["client_options"] = CLIENT | options.get("client_options", {})
-        options.setdefault("retry_config", RETRIES)
         if url.startswith("file:"):
-            options = {"mkdir": True}  # it has no others
+            options = {"mkdir": True} | options
+        else:
+            client = CLIENT | options.get("client_options", {})
+            options = {"retry_config": RETRIES} | options | {"client_options": client}
         try:
             self._objects = obstore.store.from_url(url, **options)
         except (*self._errors, TypeError, ValueError) as error:

@@ -329,6 +329,8 @@ def test_events_and_statistics_name_the_tier(tmp_path):
     "options, message",
     [
         ({"host_cache_bytes": -1}, "host_cache_bytes=-1.*give a number of bytes, or 0 for none"),
+        ({"host_cache_bytes": "a lot"}, "host_cache_bytes='a lot': 'a lot' is no size"),
+        ({"store": 3}, "store=3: give a folder, a URL, or a Store or ObjectStore of paged_jax.store"),
         ({"host_cache_bytes": 9, "prefix_cache": False}, "leave prefix_cache on, or both of them out"),
     ],
 )
