@@ -345,7 +345,7 @@ class Engine:
 
     def flush(self) -> None:
         """Wait until all pages that were cached by the last step are in the store, if there is one."""
-        if self._core.tiers is not None:
+        if self._core.tiers is not None and not self._is_closed:
             self._core.tiers.flush()
 
     @property

@@ -76,7 +76,8 @@ class _Link:
 
     column: int
     num_tokens: int  # of the prompt
-    pages: list[StoredPage]  # [G], without payload
+    keys: list[PageKey]  # [G]
+    pages: list[StoredPage]  # [G], without payload; none where there is no store
     holders: list[set[str]]  # [G], the tiers that have it
 
     def holder(self, group: int, tiers: Sequence[str]) -> str | None:
@@ -249,16 +250,18 @@ class Tiers:
         for column, (parent, digest, tokens) in pages:
             in_pool = wanted.in_pool.get(digest, (False,) * len(self.formats))
             keys = [PageKey(digest, group) for group in self._reach.groups]
-            stored = [self.stored(wanted.namespace, key, parent, tokens, column + 1) for key in keys]
+            stored = []
+            if self.store is not None:
+                stored = [self.stored(wanted.namespace, key, parent, tokens, column + 1) for key in keys]
             holders = [{POOL} if is_there else set() for is_there in in_pool]
-            links.append(_Link(column, len(tokens) // TOKEN_BYTES, stored, holders))
+            links.append(_Link(column, len(tokens) // TOKEN_BYTES, keys, stored, holders))
         elsewhere = [page for link in links for page in link.pages if not link.holders[page.group]]
         in_store = self.store.find(elsewhere) if self.store is not None else set()
         for link in links:
-            for page, holders in zip(link.pages, link.holders, strict=True):
-                if self.host is not None and self.host.get(page.key) is not None:
+            for key, holders in zip(link.keys, link.holders, strict=True):
+                if self.host is not None and self.host.get(key) is not None:
                     holders.add(HOST)
-                if page.key in in_store:
+                if key in in_store:
                     holders.add(STORE)
         return links
 
@@ -306,7 +309,7 @@ class Tiers:
         pages: list[list[bytes | memoryview]] = [[] for _ in self._reach.groups]
         tokens, is_whole = dict[int, tuple[str, int]](), True
         for link, group, tier in needed:
-            key = link.pages[group].key
+            key = link.keys[group]
             page = self.host.get(key) if tier == HOST and self.host is not None else brought.get(key)
             if page is None:
                 link.holders[group].discard(tier or "")
@@ -340,6 +343,5 @@ class Tiers:
         """A page as the store must have it, but for its payload."""
         form = self.formats[key.group]
         shape = form.num_layers, form.page_size, form.num_kv_heads, form.head_dim
-        weights = namespace.weights
-        fingerprint = bytes.fromhex(weights) if isinstance(weights, str) else b""  # without a store it is a number
+        fingerprint = bytes.fromhex(str(namespace.weights))
         return StoredPage(key.digest, key.group, depth, parent, fingerprint, tokens, form.dtype, shape, b"")

@@ -61,21 +61,21 @@ def open_store(request, server: Server, tmp_path):
 
 
 def test_what_is_written_is_found_by_every_process(open_store, warnings):
-    first, other, pages = open_store(), open_store(), [*prefix(1, num_pages=40), *prefix(2)]
+    first, other, pages = open_store(), open_store(), [*prefix(1, num_pages=20), *prefix(2)]
     assert check(first, pages) == 0
-    assert first.write(pages) == 43 and first.write(pages) == 0
-    assert check(first, pages) == check(other, pages) == 43
+    assert first.write(pages) == 23 and first.write(pages) == 0
+    assert check(first, pages) == check(other, pages) == 23
     assert other.find([*pages, *prefix(3)]) == {page.key for page in pages}
     assert other.read([pages[5], prefix(3)[0], pages[6]])[1] is None
     contents = other.contents()
-    assert contents.pages == 43 and contents.bytes == 43 * SIZE and contents.fingerprints == {"66" * 8: 43}
-    assert other.verify() == (43, 0) and contents.aside == 0
+    assert contents.pages == 23 and contents.bytes == 23 * SIZE and contents.fingerprints == {"66" * 8: 23}
+    assert other.verify() == (23, 0) and contents.aside == 0
     first.close()
     assert check(first, pages) == 0 and first.write(pages) is None and warnings() == []
 
 
-def test_of_a_long_prompt_only_the_beginning_is_looked_for_when_none_of_it_is_there(open_store, monkeypatch):
-    store, asked = open_store(), []
+def test_of_a_long_prompt_only_the_beginning_is_looked_for_when_none_of_it_is_there(tmp_path, monkeypatch):
+    store, asked = ObjectStore(f"file://{tmp_path}"), []
     has = store._has
     monkeypatch.setattr(store, "_has", lambda page: asked.append(page) or has(page))
     assert store.find(prefix(1, num_pages=1000)) == set() and len(asked) == 16

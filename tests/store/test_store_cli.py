@@ -1,21 +1,16 @@
 """`paged_jax store`: what is there, whether it is good, and less of it."""
 
-import functools
-
 import pytest
 from store_cases import prefix
 
-from paged_jax import models
 from paged_jax.cli import main
-from paged_jax.engine import Engine
 from paged_jax.store import Store
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_kept_on_disk(monkeypatch):
-    """Of compiled programs; and a model that is loaded again is compiled again."""
+    """Of compiled programs."""
     monkeypatch.setattr("paged_jax.cli.keep_compiled_programs", lambda: None)
-    monkeypatch.setattr(models, "load", functools.cache(models.load))
 
 
 def test_info_verify_and_prune(tmp_path, capsys):
@@ -36,56 +31,6 @@ def test_info_verify_and_prune(tmp_path, capsys):
     assert out.endswith("1 damaged pages were set aside\n")
     assert main(["store", "prune", str(tmp_path), "--max-bytes", "0"]) == 0
     assert capsys.readouterr().out.startswith("5 pages were removed\n0 pages, 0 bytes")
-
-
-@pytest.fixture
-def statistics(monkeypatch):
-    """Of the engines that were closed."""
-    found, close = [], Engine.close
-
-    def close_and_keep(engine):
-        close(engine)
-        found.append(engine.stats())
-
-    monkeypatch.setattr(Engine, "close", close_and_keep)
-    return found
-
-
-def test_generate_finds_what_an_earlier_call_has_stored(tmp_path, capsys, statistics):
-    command = ["generate", 20 * "x = 1\n", "--max-new-tokens", "4", "--page-size", "4", "--store", str(tmp_path)]
-    outputs = []
-    for _ in range(2):
-        assert main([*command, "--host-cache-bytes", "1MiB"]) == 0
-        outputs.append(capsys.readouterr().out)
-    first, second = statistics
-    assert outputs[0] == outputs[1] and first.loaded_tokens == {}
-    assert second.loaded_tokens["store"] == second.prompt_tokens - 1
-    assert f"{second.prompt_tokens - 1} tokens loaded from the store; 0 pages in host memory" in second.summary
-
-
-def test_chat_has_the_same_options(monkeypatch):
-    seen = {}
-
-    def from_pretrained(folder, **options):
-        seen.update(options)
-        raise ValueError("seen")
-
-    monkeypatch.setattr(Engine, "from_pretrained", from_pretrained)
-    assert main(["chat", "--store", "there", "--host-cache-bytes", "2GiB"]) == 2
-    assert (seen["store"], seen["host_cache_bytes"]) == ("there", "2GiB")
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (["--host-cache-bytes", "much"], "host_cache_bytes='much': 'much' is no size: write a number of bytes"),
-        (["--store", "s4://x"], "the store 's4://x' cannot be opened"),
-        (["--store", __file__], "is a file: name a folder"),
-    ],
-)
-def test_what_makes_no_sense_for_an_engine_is_refused(capsys, options, message):
-    assert main(["generate", "x", *options]) == 2
-    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

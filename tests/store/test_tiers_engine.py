@@ -155,6 +155,7 @@ def test_an_engine_that_is_closed_leaves_no_thread_and_everything_in_the_store(t
         assert store.contents().pages >= 10
     with pytest.raises(ValueError, match="this engine is closed: make another one"):
         engine.generate([text(0, 33)])
+    engine.flush()
     engine.close()
 
 
