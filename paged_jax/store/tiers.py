@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from paged_jax.cache.config import CacheConfig
@@ -76,13 +76,16 @@ class _Link:
 
     column: int
     num_tokens: int  # of the prompt
-    keys: list[PageKey]  # [G]
+    digest: bytes
     pages: list[StoredPage]  # [G], without payload; none where there is no store
     holders: list[set[str]]  # [G], the tiers that have it
 
     def holder(self, group: int, tiers: Sequence[str]) -> str | None:
         """From where a group's page would come; "pool" is where it stays."""
-        return next((tier for tier in (POOL, *tiers) if tier in self.holders[group]), None)
+        for tier in (POOL, *tiers):
+            if tier in self.holders[group]:
+                return tier
+        return None
 
 
 @dataclasses.dataclass
@@ -220,8 +223,7 @@ class Tiers:
     def _links(self, wanted: Wanted) -> list[_Link]:
         """The pages of a prompt's tokens, up to the first that nobody has."""
         pages = list(chain(wanted.namespace, wanted.data, self._page_bytes))
-        looked = self._look(wanted, enumerate(pages))
-        links = list(itertools.takewhile(self._is_somewhere, looked))
+        links = list(itertools.takewhile(self._is_somewhere, self._look(wanted, enumerate(pages))))
         if len(links) == len(pages):
             return links
         parent, _, tokens = pages[len(links)]  # there may be a page that begins with these tokens, or that ends before
@@ -244,26 +246,25 @@ class Tiers:
         found = self.host.beginning(parent, tokens) if self.host is not None else None
         return found if found is not None or self.store is None else self.store.beginning(parent, tokens)
 
-    def _look(self, wanted: Wanted, pages: Iterable[tuple[int, tuple[bytes, bytes, bytes]]]) -> list[_Link]:
-        """Which tiers have some pages, given as column, and parent, digest and tokens."""
-        links = []
-        for column, (parent, digest, tokens) in pages:
-            in_pool = wanted.in_pool.get(digest, (False,) * len(self.formats))
-            keys = [PageKey(digest, group) for group in self._reach.groups]
-            stored = []
-            if self.store is not None:
-                stored = [self.stored(wanted.namespace, key, parent, tokens, column + 1) for key in keys]
-            holders = [{POOL} if is_there else set() for is_there in in_pool]
-            links.append(_Link(column, len(tokens) // TOKEN_BYTES, keys, stored, holders))
-        elsewhere = [page for link in links for page in link.pages if not link.holders[page.group]]
-        in_store = self.store.find(elsewhere) if self.store is not None else set()
-        for link in links:
-            for key, holders in zip(link.keys, link.holders, strict=True):
-                if self.host is not None and self.host.get(key) is not None:
-                    holders.add(HOST)
-                if key in in_store:
-                    holders.add(STORE)
-        return links
+    def _look(self, wanted: Wanted, pages: Iterable[tuple[int, tuple[bytes, bytes, bytes]]]) -> Iterator[_Link]:
+        """Which tiers have some pages, given as column, and parent, digest and tokens; the store is asked once."""
+        nowhere = (False,) * len(self.formats)
+        stored, found = dict[bytes, list[StoredPage]](), set[PageKey]()
+        if self.store is not None:
+            pages = list(pages)
+            for column, (parent, digest, tokens) in pages:
+                keys = [PageKey(digest, group) for group in self._reach.groups]
+                stored[digest] = [self.stored(wanted.namespace, key, parent, tokens, column + 1) for key in keys]
+            not_in_pool = [x for x in stored if not all(wanted.in_pool.get(x, nowhere))]
+            found = self.store.find([page for digest in not_in_pool for page in stored[digest]])
+        for column, (_, digest, tokens) in pages:
+            holders = []
+            for group, is_in_pool in zip(self._reach.groups, wanted.in_pool.get(digest, nowhere), strict=True):
+                key = PageKey(digest, group)
+                is_on_host = self.host is not None and self.host.get(key) is not None
+                where = (POOL, is_in_pool), (HOST, is_on_host), (STORE, key in found)
+                holders.append({tier for tier, is_there in where if is_there})
+            yield _Link(column, len(tokens) // TOKEN_BYTES, digest, stored.get(digest, []), holders)
 
     def _choose(self, wanted: Wanted, links: list[_Link]) -> tuple[int, Sequence[str]] | None:
         """After how many tokens to continue, with pages from which tiers; None: with what is in the pool."""
@@ -309,7 +310,7 @@ class Tiers:
         pages: list[list[bytes | memoryview]] = [[] for _ in self._reach.groups]
         tokens, is_whole = dict[int, tuple[str, int]](), True
         for link, group, tier in needed:
-            key = link.keys[group]
+            key = PageKey(link.digest, group)
             page = self.host.get(key) if tier == HOST and self.host is not None else brought.get(key)
             if page is None:
                 link.holders[group].discard(tier or "")
