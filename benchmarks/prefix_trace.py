@@ -30,7 +30,7 @@ from paged_jax.prefix.digests import Namespace
 from paged_jax.prefix.policies import POLICIES
 from paged_jax.prefix.prefix_cache import PrefixCache
 from paged_jax.prefix.tree import Node, encode
-from paged_jax.store.host import PageKey
+from paged_jax.store.page_file import PageKey
 from paged_jax.store.tiers import Tiers, Wanted
 
 LAST_TOKEN = -1  # after the blocks of a prompt: a lookup leaves one token to compute

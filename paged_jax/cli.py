@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from paged_jax.cache.sizes import read_bytes
 from paged_jax.decoding.draft import Lookup
 from paged_jax.engine import Completion, Engine, Piece
 from paged_jax.engine.intake import Prompt, find_folder, prompt_tokens
@@ -85,11 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-length", type=int, default=4096, help="tokens of the whole conversation")
     _add_model_options(chat)
 
-    store = commands.add_parser("store", help="look into a folder of stored pages, check it, make it smaller")
+    store = commands.add_parser("store", help="look into a store of pages, check it, make it smaller")
     store.set_defaults(command=_store)
     store.add_argument("action", choices=("info", "verify", "prune"))
-    store.add_argument("folder", type=pathlib.Path)
-    store.add_argument("--max-bytes", type=int, help="of `prune`: how many bytes of pages stay")
+    store.add_argument("store", metavar="FOLDER_OR_URL")
+    store.add_argument("--max-bytes", metavar="SIZE", help="of `prune`: how many bytes of pages stay, such as 10GiB")
 
     plan = commands.add_parser("plan", help="say what fits in the memory of a device, and how fast it can be")
     plan.set_defaults(command=_plan)
@@ -122,6 +123,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="verify up to N (1 to 7) looked-up drafts a step",
     )
+    parser.add_argument("--store", metavar="FOLDER_OR_URL", help="keep prefixes there for the next call, and find them")
+    parser.add_argument("--host-cache-bytes", metavar="SIZE", default=0, help="of host memory for prefixes: 4GiB")
     sampling = parser.add_argument_group("sampling", "fields of paged_jax.SamplingParams")
     for field in dataclasses.fields(SamplingParams):
         option = "--" + field.name.replace("_", "-")
@@ -175,25 +178,26 @@ def _families(options: argparse.Namespace) -> None:
 
 
 def _store(options: argparse.Namespace) -> int:
-    from paged_jax.store import Store
+    from paged_jax.store import open_store
 
-    if not (options.folder / "pages").is_dir():
-        raise ValueError(f"{options.folder} is no store: it has no folder of pages")
+    where = options.store
+    if "://" not in where and not (pathlib.Path(where) / "pages").is_dir():
+        raise ValueError(f"{where} is no store: it has no folder of pages")
     if (options.action == "prune") != (options.max_bytes is not None):
         raise ValueError("`prune` needs --max-bytes, and the other actions take none")
-    if options.action == "prune" and options.max_bytes < 0:
-        raise ValueError(f"--max-bytes={options.max_bytes}: give a number of bytes, or 0 to remove all pages")
-    store, num_bad = Store(options.folder), 0
+    max_bytes, num_bad = read_bytes(options.max_bytes or 0), 0
+    store = open_store(where)
     if options.action == "verify":
         num_good, num_bad = store.verify()
-        print(f"{num_good} pages are good, {num_bad} were not and were set aside, in {options.folder / 'aside'}")
+        print(f"{num_good} pages are good, {num_bad} were not and were set aside, in {where.rstrip('/')}/aside")
     if options.action == "prune":
-        print(f"{store.prune(options.max_bytes)} pages were removed")
+        print(f"{store.prune(max_bytes)} pages were removed")
     contents = store.contents()
-    print(f"{contents.pages} pages, {contents.bytes} bytes, {contents.inline_pages} of them in the index")
+    inline = f", {contents.inline_pages} of them in the index" if contents.inline_pages else ""
+    print(f"{contents.pages} pages, {contents.bytes} bytes{inline}")
     for fingerprint, count in contents.fingerprints.items():
-        print(f"  {count} of the model {fingerprint[:16]}")
-    print(f"{contents.aside} damaged files were set aside")
+        print(f"  {count} of the model {fingerprint}")
+    print(f"{contents.aside} damaged pages were set aside")
     store.close()
     return 1 if num_bad else 0
 
@@ -244,15 +248,15 @@ def _generate(options: argparse.Namespace) -> None:
     # In coarse sizes, so that another call of about this size finds its program compiled.
     num_rows = (4 if num_samples <= 4 else 16) if options.beams is None else min(len(asked), 4) * options.beams
     sizes = {"max_length": -(-max(sizes) // 128) * 128, "max_sequences": num_rows, "max_beams": options.beams or 0}
-    engine = _engine(folder, options, of=asked, **sizes)
-    for one in asked:
-        engine.add_request(one.prompt, one.params, best_of=options.best_of)
     printer = _Printer(asked, options.json)
-    try:
-        for piece in engine.stream():
-            printer.push(piece)
-    finally:
-        printer.finish()
+    with _engine(folder, options, of=asked, **sizes) as engine:
+        for one in asked:
+            engine.add_request(one.prompt, one.params, best_of=options.best_of)
+        try:
+            for piece in engine.stream():
+                printer.push(piece)
+        finally:
+            printer.finish()
 
 
 def _beams(options: argparse.Namespace) -> BeamParams:
@@ -288,6 +292,8 @@ def _engine(folder, options: argparse.Namespace, of: Sequence["_Asked"], **sizes
         max_stop_tokens=max(len(one.sampling.stop_tokens) for one in of),
         max_bias_tokens=max(len(one.sampling.logit_bias) + len(one.sampling.forbidden_tokens) for one in of),
         drafter=Lookup(options.drafts) if options.drafts else None,
+        host_cache_bytes=options.host_cache_bytes,
+        store=options.store,
         **sizes,
     )
 
@@ -373,9 +379,12 @@ def _chat(options: argparse.Namespace) -> None:
 
     params = _sampling(options, num_samples=1)
     asked = _Asked("", "", params)
-    engine = _engine(
-        find_folder(options.model or models.DEMO), options, of=[asked], max_sequences=1, max_length=options.max_length
-    )
+    folder, sizes = find_folder(options.model or models.DEMO), {"max_sequences": 1, "max_length": options.max_length}
+    with _engine(folder, options, of=[asked], **sizes) as engine:
+        _converse(engine, options, params)
+
+
+def _converse(engine: Engine, options: argparse.Namespace, params: SamplingParams) -> None:
     messages = [{"role": "system", "content": options.system}] if options.system else []
     while True:
         try:

@@ -12,6 +12,7 @@ import pytest
 
 from paged_jax import models
 from paged_jax.cli import _parser, _sampling, keep_compiled_programs, main
+from paged_jax.engine import Engine
 from paged_jax.engine.core import Core
 from paged_jax.models.families import FAMILIES
 from paged_jax.sampling import SamplingParams
@@ -142,6 +143,56 @@ def test_chat_remembers_what_was_said_and_what_was_cut(capsys, monkeypatch, chat
     first = continuation("def main(", 6)
     second = continuation(f"def main(def {first}(def run(", 6)
     assert capsys.readouterr().out == f"{first}\n{second}\n\n"
+
+
+@pytest.fixture
+def statistics(monkeypatch):
+    """Of the engines that were closed."""
+    found, close = [], Engine.close
+
+    def close_and_keep(engine):
+        close(engine)
+        found.append(engine.stats())
+
+    monkeypatch.setattr(Engine, "close", close_and_keep)
+    return found
+
+
+def test_generate_finds_what_an_earlier_call_has_stored(tmp_path, capsys, statistics):
+    command = ["generate", 20 * "x = 1\n", "--max-new-tokens", "4", "--store", str(tmp_path)]
+    outputs = []
+    for _ in range(2):
+        assert main([*command, "--host-cache-bytes", "1MiB"]) == 0
+        outputs.append(capsys.readouterr().out)
+    first, second = statistics
+    assert outputs[0] == outputs[1] and first.loaded_tokens == {}
+    assert second.loaded_tokens["store"] == second.prompt_tokens - 1
+    assert f"{second.prompt_tokens - 1} tokens loaded from the store; 0 pages in host memory" in second.summary
+
+
+def test_chat_has_the_same_options(monkeypatch):
+    seen = {}
+
+    def from_pretrained(folder, **options):
+        seen.update(options)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(Engine, "from_pretrained", from_pretrained)
+    assert main(["chat", "--store", "there", "--host-cache-bytes", "2GiB"]) == 2
+    assert (seen["store"], seen["host_cache_bytes"]) == ("there", "2GiB")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--host-cache-bytes", "much"], "host_cache_bytes='much': 'much' is no size: write a number of bytes"),
+        (["--store", "s4://x"], "the store 's4://x' cannot be opened"),
+        (["--store", __file__], "is a file: name a folder"),
+    ],
+)
+def test_what_makes_no_sense_for_an_engine_is_refused(capsys, options, message):
+    assert main(["generate", "x", *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_demo_prints_text_and_memory(capsys):

@@ -32,7 +32,7 @@ from paged_jax.forward import Forward
 from paged_jax.prefix.policies import LeastRecentlyUsed, Policy
 from paged_jax.prefix.prefix_cache import PrefixCache
 from paged_jax.sampling import BeamParams, Processor, SamplingParams
-from paged_jax.store import Store
+from paged_jax.store import PageStore
 from paged_jax.store.fingerprint import fingerprint
 from paged_jax.store.tiers import Tiers
 
@@ -71,8 +71,10 @@ class Engine:
         max_beams: the widest beam search of a request, which takes that many rows; 0: there are none.
         prefix_cache: keep the pages of prompts and answers for later prompts that begin alike.
         eviction: which of them go first; see `paged_jax.prefix.policies`.
-        host_cache_bytes: of host memory for pages that the pool gives up; they come back when they are needed.
-        store: of pages, which outlives this process and which others share; see `paged_jax.store`.
+        host_cache_bytes: of host memory for pages that the pool gives up, or a size such as "4GiB"; they come back when
+            they are needed.
+        store: of pages, which outlives this process and which others share: a folder, a URL such as
+            "s3://bucket/prefix", or a `Store` or `ObjectStore` of `paged_jax.store`.
         max_kept_pages: the most pages that sessions keep; None: half of those of the pool.
         max_events: of the log, which forgets the oldest.
 
@@ -108,8 +110,8 @@ class Engine:
         max_beams: int = 0,
         prefix_cache: bool = True,
         eviction: Callable[[], Policy] = LeastRecentlyUsed,
-        host_cache_bytes: int = 0,
-        store: Store | None = None,
+        host_cache_bytes: int | float | str = 0,
+        store: PageStore | str | Path | None = None,
         max_kept_pages: int | None = None,
         max_events: int = 10_000,
     ):
@@ -121,10 +123,6 @@ class Engine:
         num_drafts = 0 if drafter is None else drafter.num_drafts
         counts = token_counts or token_counts_for(config.max_sequences, num_drafts=num_drafts)
         stepper = Stepper(forward, counts, drafter=drafter, processor=processor, num_logprobs=num_logprobs)
-        if store is not None and not isinstance(store, Store):
-            raise ValueError(f"Engine(store={store!r}): give a paged_jax.store.Store, such as Store({str(store)!r})")
-        if host_cache_bytes < 0:
-            raise ValueError(f"Engine(host_cache_bytes={host_cache_bytes}): give a number of bytes, or 0 for none")
         if (host_cache_bytes or store is not None) and not prefix_cache:
             raise ValueError(
                 "host_cache_bytes and store keep cached prefixes: leave prefix_cache on, or both of them out"
@@ -156,6 +154,7 @@ class Engine:
         self._fingerprint = functools.partial(fingerprint, forward, config=config) if store is not None else None
         self._core = Core(runner, tokenizer, make_cache, Recorder(max_events), tiers, self._version(params, 0))
         self._numbers, self._orders, self._updates = itertools.count(), itertools.count(), 0
+        self._is_closed = False
 
     @classmethod
     def from_pretrained(
@@ -201,6 +200,27 @@ class Engine:
         )
         options = {"stop_tokens": model.stop_tokens} | options
         return cls(model.forward, model.params, config, model.tokenizer, **options)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Abort what has not ended, wait until what was cached is in the store, and end the threads.
+
+        An engine without a store has no threads. One that nobody refers to ends its threads, too, but aborts nothing.
+        """
+        self._is_closed = True
+        try:
+            for number in list(self._core.requests):
+                self._core.abort(number)
+            while self._core.requests:
+                self._core.advance()
+        finally:
+            if self._core.tiers is not None:
+                self._core.tiers.close()
 
     # ---- requests --------------------------------------------------------------------------------------------
 
@@ -332,7 +352,7 @@ class Engine:
 
     def flush(self) -> None:
         """Wait until all pages that were cached by the last step are in the store, if there is one."""
-        if self._core.tiers is not None:
+        if self._core.tiers is not None and not self._is_closed:
             self._core.tiers.flush()
 
     @property
@@ -423,6 +443,8 @@ class Engine:
         best_of: int | None = None,
     ) -> Request:
         """A request, checked."""
+        if self._is_closed:
+            raise ValueError("this engine is closed: make another one")
         tokens = self._intake.tokens(prompt)
         beams, num_rows = None, 1
         if isinstance(params, BeamParams):

@@ -12,7 +12,7 @@ from typing import Any
 from paged_jax.cache.config import CacheConfig
 from paged_jax.engine.request import Request, Sample
 from paged_jax.engine.runner import Runner
-from paged_jax.engine.scheduler import NoPrefixes, Pages, Scheduler
+from paged_jax.engine.scheduler import NoPrefixes, NothingElsewhere, Pages, Scheduler
 from paged_jax.engine.session import Session
 from paged_jax.prefix.digests import Namespace
 from paged_jax.prefix.prefix_cache import Match, PrefixCache, Taken
@@ -30,7 +30,7 @@ class Publication:
     is_fork: bool  # prompts part where it ends
 
 
-class CachedPrefixes:
+class CachedPrefixes(NothingElsewhere):
     """The prefix cache, as the scheduler and a step of the engine see it.
 
     Args:
@@ -44,6 +44,7 @@ class CachedPrefixes:
     def __init__(
         self, config: CacheConfig, runner: Runner, scheduler: Scheduler, cache: PrefixCache, version: int | str
     ):
+        super().__init__(len(config.groups))
         self._config, self._runner = config, runner
         self._running, self._waiting = scheduler.running, scheduler.waiting
         self.cache, self._version = cache, version
@@ -82,14 +83,6 @@ class CachedPrefixes:
         """Pages that nobody uses."""
         return self.cache.num_evictable
 
-    def fetch(self, sample: Sample) -> bool:
-        """There is no elsewhere."""
-        return False
-
-    def arriving(self) -> Pages:
-        """No pages."""
-        return (0,) * len(self._config.groups)
-
     def take(self, sample: Sample) -> None:
         """Pin what was found for a sample."""
         assert self._found is not None and self._found[0] is sample, "it was looked up just now"
@@ -126,13 +119,6 @@ class CachedPrefixes:
             dropped = [[*a, *b, *c] for a, b, c in zip(dropped, given, more, strict=True)]
         self._runner.drop(dropped)
         return tuple(map(len, dropped))
-
-    def restore(self) -> Pages:
-        """Dispatch the copies of what was brought from elsewhere; returns how many free pages that took."""
-        return self.arriving()
-
-    def wait(self) -> None:
-        """Nothing runs: wait a little for what is being brought."""
 
     def watch(self, sample: Sample) -> None:
         """After a visit: publish a prompt that is computed, unpin what the row has given up."""
@@ -226,13 +212,6 @@ class UncachedPrefixes(NoPrefixes):
     def evict(self, shortage: Pages) -> Pages:
         """No pages."""
         return self.evictable()
-
-    def restore(self) -> Pages:
-        """No pages."""
-        return self.arriving()
-
-    def wait(self) -> None:
-        """Nothing is awaited."""
 
     def watch(self, sample: Sample) -> None:
         """Nothing is published."""

@@ -32,7 +32,7 @@ class _Place(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Schedule:
     """What happens before the next visit, in this order, and how long the visit is."""
 
     paused: list[tuple[int, Sample]]  # rows, and whose they were: samples of a higher priority need them
@@ -72,11 +72,34 @@ class Prefixes(Protocol):
         ...
 
 
-class NoPrefixes:
-    """Nothing is cached."""
+class NothingElsewhere:
+    """Cached prefixes that are brought from nowhere.
+
+    Args:
+        num_groups: of layers.
+    """
 
     def __init__(self, num_groups: int):
         self._nothing = (0,) * num_groups
+
+    def fetch(self, sample: Sample) -> bool:
+        """No: there is no elsewhere."""
+        return False
+
+    def arriving(self) -> Pages:
+        """No pages."""
+        return self._nothing
+
+    def restore(self) -> Pages:
+        """Dispatch the copies of what was brought; returns how many free pages that took."""
+        return self._nothing
+
+    def wait(self) -> None:
+        """Nothing runs: wait a little for what is being brought."""
+
+
+class NoPrefixes(NothingElsewhere):
+    """Nothing is cached."""
 
     def find(self, sample: Sample) -> tuple[int, Pages]:
         """No tokens."""
@@ -87,14 +110,6 @@ class NoPrefixes:
         return False
 
     def evictable(self) -> Pages:
-        """None."""
-        return self._nothing
-
-    def fetch(self, sample: Sample) -> bool:
-        """No."""
-        return False
-
-    def arriving(self) -> Pages:
         """None."""
         return self._nothing
 
@@ -157,7 +172,7 @@ class Scheduler:
         if place < len(self._waiting) and self._waiting[place] is sample:
             del self._waiting[place]
 
-    def plan(self, free: Pages, prefixes: "Prefixes") -> Plan:
+    def plan(self, free: Pages, prefixes: "Prefixes") -> Schedule:
         """Give rows to the samples that are next, as long as there are pages for all that run.
 
         Args:
@@ -198,7 +213,7 @@ class Scheduler:
         shortage = tuple(max(0, n) for n in _add(self._needed(num_steps), prefixes.arriving(), _negative(free)))
         for sample in self.running.values():
             sample.steps_ahead += num_steps
-        return Plan(paused, admitted, shortage, num_steps, bool(self._waiting))
+        return Schedule(paused, admitted, shortage, num_steps, bool(self._waiting))
 
     def ages(self) -> list[int]:
         """The age of each row, by rank: the device serves the lowest first."""

@@ -11,6 +11,7 @@ from paged_jax.engine.request import Piece, Sample
 Kind = Literal["queued", "admitted", "prefilled", "decoded", "preempted", "finished", "evicted", "offloaded", "loaded"]
 
 
+_TIERS = {"host": "host memory", "store": "the store"}
 TIER_FIELDS = ("loaded_tokens", "declined_tokens", "saved_pages", "tier_pages", "tier_bytes")
 
 
@@ -85,11 +86,16 @@ class Statistics:
     @property
     def summary(self) -> str:
         """What matters most, in one line."""
-        return (
-            f"{self.running} samples run, {self.waiting} wait, {self.finished} have ended; "
-            f"{self.occupancy:.0%} of the pages in use; {self.hit_rate:.0%} of the prompt tokens found cached; "
-            f"{self.preemptions} preemptions"
-        )
+        parts = [
+            f"{self.running} samples run, {self.waiting} wait, {self.finished} have ended",
+            f"{self.occupancy:.0%} of the pages in use",
+            f"{self.hit_rate:.0%} of the prompt tokens found cached",
+            f"{self.preemptions} preemptions",
+        ]
+        parts += [f"{count} tokens loaded from {_TIERS[tier]}" for tier, count in self.loaded_tokens.items()]
+        parts += [f"{count} pages in {_TIERS[tier]}" for tier, count in self.tier_pages.items()]
+        parts += [f"{self.saved_pages['store']} pages stored"] if "store" in self.saved_pages else []
+        return "; ".join(parts)
 
 
 class Recorder:

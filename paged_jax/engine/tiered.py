@@ -25,8 +25,7 @@ from paged_jax.engine.transfers import WIDTHS, Transfers
 from paged_jax.prefix.digests import Namespace
 from paged_jax.prefix.prefix_cache import PrefixCache, Taken
 from paged_jax.prefix.tree import Node, encode
-from paged_jax.store.host import PageKey
-from paged_jax.store.page_file import StoredPage
+from paged_jax.store.page_file import PageKey, StoredPage
 from paged_jax.store.tiers import HOST, Found, Tiers, Wanted
 
 SHARE = 0.15  # of the time of a visit, that pages which come back may take while others decode
@@ -91,7 +90,6 @@ class TieredPrefixes(CachedPrefixes):
     ):
         super().__init__(config, runner, scheduler, cache, version)
         self._tiers, self._recorder, self._transfers = tiers, recorder, Transfers(runner)
-        self._nothing = (0,) * len(config.groups)
         self._loads: dict[Sample, Load] = {}
         self._tried: set[Sample] = set()  # that wait, and for which was looked
         self._hanging: concurrent.futures.Future[Found | None] | None = None  # a read that took too long
@@ -108,7 +106,7 @@ class TieredPrefixes(CachedPrefixes):
         key = PageKey(node.fingerprint, group)
         if self._tiers.host is not None:
             self._tiers.host.discard(key)
-        if self._tiers.store is not None and self._keeps_new and not self._tiers.is_known(key):
+        if self._tiers.store is not None and self._keeps_new:
             assert node.parent is not None
             stored = self._tiers.stored(namespace, key, node.parent.fingerprint, node.tokens, node.depth)
             self._outgoing.append(Outgoing(key, node.pages[group], stored))

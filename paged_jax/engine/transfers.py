@@ -1,5 +1,6 @@
 """Pages between the pool and the host: dispatched between visits, read with the next snapshot.
 
+What leaves goes through pinned memory of the host, to which a device copies by itself while it computes.
 A few widths are compiled once; pages past the last one are null, and cost what a page costs.
 """
 
@@ -19,6 +20,7 @@ from paged_jax.decoding.rows import DecodeState
 from paged_jax.engine.runner import Runner, count_traces
 
 WIDTHS = (8, 64)  # pages that go at once
+STAGING = "pinned_host"  # the kind of memory
 
 
 class Transfers:
@@ -39,6 +41,7 @@ class Transfers:
             ids = np.full(_width(part), NULL_PAGE, np.int32)
             ids[: part.stop - part.start] = pages[part]
             contents = _export(self._runner.state.cache, group, ids)
+            contents = contents if is_on_host(contents) else stage(contents)
             for leaf in jax.tree.leaves(contents):
                 leaf.copy_to_host_async()
             yield part, contents
@@ -61,6 +64,17 @@ class Transfers:
             where = np.asarray([part.start, part.stop - part.start], np.int32)
             self._runner.change(_fill, group, claimed, where, contents)
         return was_warm
+
+
+def is_on_host(contents: PageContents) -> bool:
+    """Whether contents are in the memory of the host already: then staging is one more copy."""
+    return all(device.platform == "cpu" for device in contents.keys.devices())
+
+
+def stage(contents: PageContents) -> PageContents:
+    """Contents in pinned memory of the host, split as they were; the call returns at once."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind(STAGING), contents)
+    return jax.device_put(contents, shardings)
 
 
 def _parts(num_pages: int) -> Iterator[slice]:

@@ -14,10 +14,8 @@ Whatever the disk does, serving goes on: errors are warnings, one of each kind, 
 
 import collections
 import contextlib
-import dataclasses
 import errno
 import fcntl
-import logging
 import os
 import re
 import shutil
@@ -28,24 +26,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from paged_jax.store.index import Index, Row
-from paged_jax.store.page_file import Damaged, StoredPage, content_name, pack, unpack
+from paged_jax.store.interface import Contents, Warnings, read_cap
+from paged_jax.store.page_file import Damaged, PageKey, StoredPage, content_name, pack, unpack
 
 INLINE_BYTES = 8192  # of the largest page that the index holds itself
 MOST_ASIDE = 64  # damaged files that are kept
 MOST_INDICES = 3  # that a process makes anew before it goes on without the store
 NAME = re.compile("[0-9a-f]{32}")  # of a file: see `content_name`
-_log = logging.getLogger("paged_jax.store")
-
-
-@dataclasses.dataclass(frozen=True)
-class Contents:
-    """What a store holds."""
-
-    pages: int
-    bytes: int
-    inline_pages: int
-    fingerprints: dict[str, int]  # pages of each model and its sizes
-    aside: int  # damaged files
 
 
 class Store:
@@ -53,31 +40,30 @@ class Store:
 
     Args:
         folder: made where there is none.
-        max_bytes: of its pages; those that were not used for the longest time go first. None: no limit.
+        max_bytes: of its pages, or a size such as "10GiB"; those that were not used for the longest time go first.
+            None: no limit.
 
     Raises:
-        ValueError: `max_bytes` is no positive number, or the folder is a file.
+        ValueError: `max_bytes` is no size, or the folder is a file.
 
     Examples:
         >>> import tempfile
-        >>> store = Store(tempfile.mkdtemp(), max_bytes=10 << 30)
+        >>> store = Store(tempfile.mkdtemp(), max_bytes="10GiB")
         >>> engine = Engine.from_pretrained(models.DEMO, max_sequences=8, max_length=512, store=store)
         >>> store.contents().pages
         0
         >>> store.close()
     """
 
-    def __init__(self, folder: str | Path, max_bytes: int | None = None):
-        if max_bytes is not None and (not isinstance(max_bytes, int) or max_bytes < 1):
-            raise ValueError(f"Store(max_bytes={max_bytes!r}): give a whole number of bytes of at least 1, or None")
-        self.folder, self.max_bytes = Path(folder), max_bytes
+    def __init__(self, folder: str | Path, max_bytes: int | float | str | None = None):
+        self.folder, self.max_bytes = Path(folder), read_cap("Store", max_bytes)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"the store {self.folder} is a file: name a folder")
         self._pages, self._aside = self.folder / "pages", self.folder / "aside"
         self._index: Index | None = None
         self._writing: Path | None = None
         self._lock_of_writing = -1
-        self._said: set[str] = set()
+        self._warnings = Warnings()
         self._num_indices = 0  # that were begun anew
         with self._errors("be opened"):
             self._open()
@@ -108,12 +94,12 @@ class Store:
 
     # ---- pages -----------------------------------------------------------------------------------------------
 
-    def find(self, digests: Sequence[bytes]) -> dict[tuple[bytes, int], Row]:
-        """The pages that end some prefixes, by digest and group of layers; they may turn out not to be good."""
+    def find(self, pages: Sequence[StoredPage]) -> set[PageKey]:
+        """Which pages are there; they may turn out not to be good."""
         with self._errors("be read"):
             if self._index is not None:
-                return self._index.find(digests)
-        return {}
+                return self._index.find(page.digest for page in pages) & {page.key for page in pages}
+        return set()
 
     def beginning(self, parent: bytes, tokens: bytes) -> bytes | None:
         """The tokens of a page that continues a prefix, and begins with some tokens."""
@@ -122,29 +108,30 @@ class Store:
                 return self._index.beginning(parent, tokens)
         return None
 
-    def read(self, row: Row, expected: StoredPage) -> StoredPage | None:
-        """A page, checked.
+    def read(self, pages: Sequence[StoredPage]) -> list[StoredPage | None]:
+        """Pages with their payloads, checked; None where one is not there, or not what it should be."""
+        with self._errors("be read"):
+            if self._index is not None:
+                rows = self._index.rows(page.digest for page in pages)
+                return [self._read(rows[page.key], page) if page.key in rows else None for page in pages]
+        return [None] * len(pages)
 
-        Args:
-            row: of the index.
-            expected: what the page must be, but for its payload.
-
-        Returns:
-            The page; None where it is not what is expected.
-        """
+    def _read(self, row: Row, expected: StoredPage) -> StoredPage | None:
         with self._errors("be read"):
             try:
-                data = row.inline if row.inline is not None else self._file(row).read_bytes()
-                page = unpack(data)
+                page = unpack(self._data(row))
                 if not page.is_same_place(expected):
                     raise Damaged("the page is one of other tokens, or of another model")
                 return page
             except FileNotFoundError:
-                if (row.digest, row.group) in self.find([row.digest]):  # else it was pruned just now
+                if self.find([expected]):  # else it was pruned just now
                     self._set_aside(row, "the file is gone")
             except Damaged as reason:
                 self._set_aside(row, str(reason))
         return None
+
+    def _data(self, row: Row) -> bytes:
+        return row.inline if row.inline is not None else self._file(row).read_bytes()
 
     def write(self, pages: Sequence[StoredPage]) -> int | None:
         """Keep pages; when this returns they are on the disk.
@@ -155,15 +142,15 @@ class Store:
         with self._errors("be written"):
             if self._index is None:
                 return None
-            known = self._index.find([page.digest for page in pages])
-            new = [page for page in pages if (page.digest, page.group) not in known]
+            known = self._index.find(page.digest for page in pages)
+            new = [page for page in pages if page.key not in known]
             if not new:
                 return 0
             with contextlib.ExitStack() as stack:
                 rows = [self._write_file(page, stack) for page in new]
                 with self._index.changing():
                     num_new = sum(self._publish(*row) for row in rows)
-                    self._index.touch([row for row, _ in rows])
+                    self._index.touch(new)
                     if any(path is not None for _, path in rows):
                         _sync(self._pages)
                     old = self._forget_oldest(self.max_bytes)
@@ -171,12 +158,12 @@ class Store:
             return num_new
         return None
 
-    def touch(self, rows: Sequence[Row]) -> None:
+    def touch(self, pages: Sequence[StoredPage]) -> None:
         """Pages were used."""
         with self._errors("be written"):
             if self._index is not None:
                 with self._index.changing():
-                    self._index.touch(rows)
+                    self._index.touch(pages)
 
     def prune(self, max_bytes: int) -> int:
         """Remove the pages that were not used for the longest time; returns how many."""
@@ -193,11 +180,12 @@ class Store:
         num_good = num_bad = 0
         with self._errors("be read"):
             for row in self._index.all() if self._index is not None else []:
-                row = self.find([row.digest]).get((row.digest, row.group), row)  # with its bytes
+                key = PageKey(row.digest, row.group)
+                row = self._index.rows([row.digest]).get(key, row) if self._index is not None else row  # with its bytes
                 try:
-                    data = row.inline if row.inline is not None else self._file(row).read_bytes()
+                    data = self._data(row)
                     page = unpack(data)
-                    if content_name(data) != row.name or (page.digest, page.group) != (row.digest, row.group):
+                    if content_name(data) != row.name or page.key != key:
                         raise Damaged("the file is another than the index says")
                     num_good += 1
                 except (Damaged, OSError) as reason:
@@ -208,7 +196,7 @@ class Store:
     def contents(self) -> Contents:
         """What is there."""
         rows = self._index.all() if self._index is not None else []
-        fingerprints = collections.Counter(row.fingerprint.hex() for row in rows)
+        fingerprints = collections.Counter(row.fingerprint.hex()[:16] for row in rows)
         num_aside = len(list(self._aside.iterdir())) if self._aside.is_dir() else 0
         total, inline = sum(row.num_bytes for row in rows), self._index.num_inline() if self._index is not None else 0
         return Contents(len(rows), total, inline, dict(fingerprints), num_aside)
@@ -244,7 +232,7 @@ class Store:
         fcntl.flock(self._lock_of_writing, fcntl.LOCK_EX)
 
     def _begin_index_anew(self, reason: str) -> None:
-        self._say(
+        self._warnings.say(
             "index", f"the index of the store {self.folder} is damaged ({reason}): it is made again from the files"
         )
         if self._index is not None:
@@ -318,8 +306,8 @@ class Store:
         assert self._index is not None
         if max_bytes is None:
             return []
-        _, total = self._index.total()
-        rows = self._index.oldest(total - max_bytes) if total > max_bytes else []
+        excess = self._index.num_bytes() - max_bytes
+        rows = self._index.oldest(excess) if excess > 0 else []
         for row in rows:
             self._index.remove(row)
         return rows
@@ -336,7 +324,7 @@ class Store:
 
     def _set_aside(self, row: Row, reason: str) -> None:
         """A page is not what it should be: nobody finds it any more."""
-        self._say("damage", f"a page of the store {self.folder} is damaged ({reason}): it is computed again")
+        self._warnings.say("damage", f"a page of the store {self.folder} is damaged ({reason}): it is computed again")
         if self._index is not None:
             with self._index.changing():
                 if self._index.remove(row) and row.inline is None:
@@ -344,7 +332,7 @@ class Store:
                         self._move_aside(self._file(row), reason)
 
     def _move_aside(self, path: Path, reason: str) -> None:
-        self._say("damage", f"a page of the store {self.folder} is damaged ({reason}): it is computed again")
+        self._warnings.say("damage", f"a page of the store {self.folder} is damaged ({reason}): it is computed again")
         with contextlib.suppress(FileNotFoundError):
             path.rename(self._aside / path.name)
         for old in sorted(self._aside.iterdir(), key=lambda path: path.stat().st_mtime)[:-MOST_ASIDE]:
@@ -359,20 +347,16 @@ class Store:
         try:
             yield
         except sqlite3.OperationalError as error:
-            self._say(what, f"the store {self.folder} cannot {what} ({error}): serving goes on without")
+            self._warnings.say(what, f"the store {self.folder} cannot {what} ({error}): serving goes on without")
         except sqlite3.DatabaseError as error:
             with self._errors("be opened"), _locked(self.folder / "lock"):
                 if self._index is index:  # else another thread was faster, or it was closed
                     self._begin_index_anew(str(error))
         except OSError as error:
             reason = errno.errorcode.get(error.errno or 0, "error")
-            self._say(what, f"the store {self.folder} cannot {what} ({reason}: {error}): serving goes on without")
-
-    def _say(self, what: str, message: str) -> None:
-        """Warn, but only once."""
-        if what not in self._said:
-            self._said.add(what)
-            _log.warning(message)
+            self._warnings.say(
+                what, f"the store {self.folder} cannot {what} ({reason}: {error}): serving goes on without"
+            )
 
 
 @contextlib.contextmanager

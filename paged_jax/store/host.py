@@ -4,12 +4,7 @@ import threading
 from collections import Counter, OrderedDict
 from typing import NamedTuple
 
-
-class PageKey(NamedTuple):
-    """A page of one group of layers: the digest of the prefix that it ends, and the group."""
-
-    digest: bytes
-    group: int
+from paged_jax.store.page_file import PageKey
 
 
 class Entry(NamedTuple):

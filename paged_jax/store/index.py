@@ -5,14 +5,15 @@ waits for nobody. A change is on the disk when it returns.
 """
 
 import contextlib
+import itertools
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from paged_jax.store.page_file import StoredPage
+from paged_jax.store.page_file import PageKey, StoredPage
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS pages (
@@ -146,13 +147,13 @@ class Index:
         what = row.digest, row.group, row.name
         return self._connection.execute("DELETE FROM pages WHERE digest=? AND grp=? AND name=?", what).rowcount > 0
 
-    def touch(self, rows: Sequence[Row]) -> None:
+    def touch(self, pages: Sequence[StoredPage]) -> None:
         """Pages were used, and with them all that they continue: no page leaves before what continues it."""
-        ours = {row.digest for row in rows}
-        for digest in {row.parent for row in rows} - ours:
+        ours = {page.digest for page in pages}
+        for digest in {page.parent for page in pages} - ours:
             query = f"UPDATE pages SET used = ? - depth WHERE digest IN ({ANCESTORS})"
             self._connection.execute(query, (self._stamp, digest))
-        values = [(self._stamp - row.depth, row.digest) for row in rows]
+        values = [(self._stamp - page.depth, page.digest) for page in pages]
         self._connection.executemany("UPDATE pages SET used=? WHERE digest=?", values)
 
     def oldest(self, num_bytes: int) -> list[Row]:
@@ -165,23 +166,26 @@ class Index:
             total += rows[-1].num_bytes
         return rows
 
-    def total(self) -> tuple[int, int]:
-        """Pages, and their bytes."""
-        return self._connection.execute("SELECT COUNT(*), COALESCE(SUM(bytes), 0) FROM pages").fetchone()
+    def num_bytes(self) -> int:
+        """Of all pages."""
+        return self._connection.execute("SELECT COALESCE(SUM(bytes), 0) FROM pages").fetchone()[0]
 
     # ---- reading ---------------------------------------------------------------------------------------------
 
-    def find(self, digests: Sequence[bytes]) -> dict[tuple[bytes, int], Row]:
-        """The pages that end some prefixes, by digest and group."""
-        found = {}
-        for at in range(0, len(digests), AT_ONCE):
-            some = digests[at : at + AT_ONCE]
-            marks = ", ".join("?" * len(some))
-            query = f"SELECT {COLUMNS}, inline FROM pages WHERE digest IN ({marks})"
+    def find(self, digests: Iterable[bytes]) -> set[PageKey]:
+        """Which pages that end some prefixes are there."""
+        return {PageKey(*values) for values in self._select("digest, grp", digests)}
+
+    def rows(self, digests: Iterable[bytes]) -> dict[PageKey, Row]:
+        """The pages that end some prefixes."""
+        return {PageKey(*values[:2]): Row(*values) for values in self._select(f"{COLUMNS}, inline", digests)}
+
+    def _select(self, columns: str, digests: Iterable[bytes]) -> Iterator[tuple]:
+        for some in itertools.batched(dict.fromkeys(digests), AT_ONCE):
+            query = f"SELECT {columns} FROM pages WHERE digest IN ({', '.join('?' * len(some))})"
             with self._reading:
                 rows = self._reader.execute(query, some).fetchall()
-            found |= {(values[0], values[1]): Row(*values) for values in rows}
-        return found
+            yield from rows
 
     def beginning(self, parent: bytes, tokens: bytes) -> bytes | None:
         """The tokens of a page that continues a prefix, and begins with some tokens."""

@@ -14,6 +14,7 @@ import dataclasses
 import struct
 import zlib
 from hashlib import blake2b
+from typing import NamedTuple
 
 MAGIC = b"PagedKV\0"
 VERSION = 1  # of this layout, and of that of the payload
@@ -23,6 +24,13 @@ _CHECKSUM = struct.Struct("<I")
 
 class Damaged(Exception):
     """These bytes are not what was written, or not a page at all."""
+
+
+class PageKey(NamedTuple):
+    """A page of one group of layers: the digest of the prefix that it ends, and the group."""
+
+    digest: bytes
+    group: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +59,11 @@ class StoredPage:
     shape: tuple[int, int, int, int]
     payload: bytes | memoryview = dataclasses.field(repr=False)
 
+    @property
+    def key(self) -> PageKey:
+        """What it is found by."""
+        return PageKey(self.digest, self.group)
+
     def is_same_place(self, other: "StoredPage") -> bool:
         """Whether another page is one of the same prefix, model and sizes, whatever its payload."""
         return dataclasses.replace(self, payload=b"") == dataclasses.replace(other, payload=b"")
@@ -76,7 +89,7 @@ def pack(page: StoredPage) -> bytes:
     return b"".join([head, _checksum(head), payload, _checksum(payload)])
 
 
-def unpack(data: bytes) -> StoredPage:
+def unpack(data: bytes | memoryview) -> StoredPage:
     """The page that bytes of a file hold.
 
     Args:

@@ -1,32 +1,33 @@
 """Host memory and a store behind the pool: where the pages of a prompt are, and whether they are worth bringing.
 
-It knows no device. The engine hands it the bytes of pages, and asks for those of a prompt; whatever touches a disk
+It knows no device. The engine hands it the bytes of pages, and asks for those of a prompt; whatever touches a store
 happens in threads of its own, one that reads and one that writes.
 """
 
 import concurrent.futures
 import dataclasses
+import itertools
 import logging
 import math
 import threading
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 from paged_jax.cache.config import CacheConfig
 from paged_jax.cache.contents import PageFormat
+from paged_jax.cache.sizes import read_bytes
 from paged_jax.prefix.digests import Namespace, chain, page_digest
 from paged_jax.prefix.reach import Reach
 from paged_jax.prefix.tree import TOKEN_BYTES
+from paged_jax.store import PageStore, open_store
 from paged_jax.store.costs import Rate
-from paged_jax.store.folder import Store
-from paged_jax.store.host import HostPages, PageKey
-from paged_jax.store.index import Row
-from paged_jax.store.page_file import StoredPage
+from paged_jax.store.host import HostPages
+from paged_jax.store.page_file import PageKey, StoredPage
 
-HOST, STORE = "host", "store"
+POOL, HOST, STORE = "pool", "host", "store"
 MOST_QUEUED = 256 << 20  # bytes that wait to be written; what comes then is not written
-MOST_KNOWN = 1 << 17  # pages that are known to be in the store
 _log = logging.getLogger("paged_jax.store")
 
 
@@ -56,14 +57,12 @@ class Found:
         columns: [G], of the pages of each group, ascending.
         pages: [G], their bytes.
         tokens: that are brought from each tier.
-        bytes: likewise.
     """
 
     num_tokens: int
     columns: tuple[tuple[int, ...], ...]
     pages: tuple[tuple[bytes | memoryview, ...], ...]
     tokens: dict[str, int]
-    bytes: dict[str, int]
 
     @property
     def num_pages(self) -> tuple[int, ...]:
@@ -73,24 +72,20 @@ class Found:
 
 @dataclasses.dataclass
 class _Link:
-    """A page, and which of the groups have it where; the first of its tokens are those of the prompt."""
+    """A page of a prompt; its first tokens are those of the prompt."""
 
-    parent: bytes
-    digest: bytes
-    tokens: bytes
-    num_tokens: int  # of the prompt
     column: int
-    in_pool: tuple[bool, ...]
-    host: list[bool]
-    rows: list[Row | None]
+    num_tokens: int  # of the prompt
+    digest: bytes
+    pages: list[StoredPage]  # [G], without payload; none where there is no store
+    holders: list[set[str]]  # [G], the tiers that have it
 
     def holder(self, group: int, tiers: Sequence[str]) -> str | None:
         """From where a group's page would come; "pool" is where it stays."""
-        if self.in_pool[group]:
-            return "pool"
-        if HOST in tiers and self.host[group]:
-            return HOST
-        return STORE if STORE in tiers and self.rows[group] is not None else None
+        for tier in (POOL, *tiers):
+            if tier in self.holders[group]:
+                return tier
+        return None
 
 
 @dataclasses.dataclass
@@ -105,29 +100,39 @@ class Tiers:
 
     Args:
         config: sizes of the cache.
-        host_bytes: of the pages in host memory; 0: there are none.
-        store: that outlives the process; None: there is none.
+        host_bytes: of the pages in host memory, or a size such as "4GiB"; 0: there are none.
+        store: that outlives the process; None: there is none. The folder or the URL of one is opened, and closed in the
+            end.
+
+    Raises:
+        ValueError: the size is none, or the store is of another type.
     """
 
-    def __init__(self, config: CacheConfig, host_bytes: int = 0, store: Store | None = None):
-        self.host = HostPages(host_bytes) if host_bytes else None
-        self.store = store
+    def __init__(
+        self, config: CacheConfig, host_bytes: int | float | str = 0, store: PageStore | str | Path | None = None
+    ):
+        try:
+            num_bytes = read_bytes(host_bytes)
+        except ValueError as error:
+            raise ValueError(f"host_cache_bytes={host_bytes!r}: {error}") from None
+        if num_bytes < 0:
+            raise ValueError(f"host_cache_bytes={host_bytes!r}: give a number of bytes, or 0 for none")
+        self._owns_store = isinstance(store, str | Path)
+        self.store: PageStore | None = open_store(store) if isinstance(store, str | Path) else store
+        if self.store is not None and not isinstance(self.store, PageStore):
+            raise ValueError(f"store={store!r}: give a folder, a URL, or a Store or ObjectStore of paged_jax.store")
+        self.host = HostPages(num_bytes) if num_bytes else None
         self.formats = PageFormat.of(config)
         self.rates = {HOST: Rate(), STORE: Rate()}  # bytes
         self.prefill, self.visits = Rate(), Rate()  # tokens; visits of the engine
         self.counts: dict[str, Counter[str]] = {"loaded": Counter(), "declined": Counter(), "saved": Counter()}
         self._config, self._reach = config, Reach(config)
-        self._known: OrderedDict[PageKey, None] = OrderedDict()  # in the store, or soon
-        self._num_queued, self._lock = 0, threading.Lock()  # of both: three threads use them
-        if store is not None:
+        self._num_queued, self._lock = 0, threading.Lock()  # bytes; two threads count them
+        if self.store is not None:
             self._readers = concurrent.futures.ThreadPoolExecutor(1, "paged_jax_store_reads")
             self._writers = concurrent.futures.ThreadPoolExecutor(1, "paged_jax_store_writes")
 
     # ---- pages that go ---------------------------------------------------------------------------------------
-
-    def is_known(self, key: PageKey) -> bool:
-        """Whether the store has a page, or soon will, as far as this process knows."""
-        return key in self._known
 
     def save(self, pages: Sequence[StoredPage], payloads: Callable[[], Sequence[bytes]]) -> None:
         """Write pages to the store, some time; the call returns at once.
@@ -140,8 +145,6 @@ class Tiers:
         if self._num_queued + num_bytes > MOST_QUEUED:
             self.counts["saved"]["dropped"] += len(pages)
             return
-        for page in pages:
-            self._know(PageKey(page.digest, page.group))
         with self._lock:
             self._num_queued += num_bytes
         self._writers.submit(self._write, pages, payloads, num_bytes)
@@ -161,28 +164,25 @@ class Tiers:
         if self.store is not None:
             self._writers.submit(int).result()
 
+    def close(self) -> None:
+        """Wait until what was saved is on the disk, and end the threads; then no page may be asked for or saved."""
+        if self.store is not None:
+            self._readers.shutdown(cancel_futures=True)
+            self._writers.shutdown()
+            if self._owns_store:
+                self.store.close()
+
     def _write(self, pages: Sequence[StoredPage], payloads: Callable[[], Sequence[bytes]], num_bytes: int) -> None:
         assert self.store is not None
         try:
             whole = [dataclasses.replace(page, payload=x) for page, x in zip(pages, payloads(), strict=True)]
             num_new = self.store.write(whole)
             self.counts["saved"][STORE] += num_new or 0
-            if num_new is None:
-                with self._lock:
-                    for page in pages:
-                        self._known.pop(PageKey(page.digest, page.group), None)
         except Exception:  # a bug, which must not end the thread: the pages are computed again
             _log.exception("pages could not be written")
         finally:
             with self._lock:
                 self._num_queued -= num_bytes
-
-    def _know(self, key: PageKey) -> None:
-        with self._lock:
-            self._known[key] = None
-            self._known.move_to_end(key)
-            while len(self._known) > MOST_KNOWN:
-                self._known.popitem(last=False)
 
     # ---- pages that come back --------------------------------------------------------------------------------
 
@@ -222,49 +222,49 @@ class Tiers:
 
     def _links(self, wanted: Wanted) -> list[_Link]:
         """The pages of a prompt's tokens, up to the first that nobody has."""
-        pages = [
-            (parent, digest, tokens)
-            for parent, digest, tokens in chain(wanted.namespace, wanted.data, self._page_bytes)
-        ]
-        links = self._held(wanted, pages, 0)
+        pages = list(chain(wanted.namespace, wanted.data, self._page_bytes))
+        links = list(itertools.takewhile(self._is_somewhere, self._look(wanted, enumerate(pages))))
         if len(links) == len(pages):
             return links
         parent, _, tokens = pages[len(links)]  # there may be a page that begins with these tokens, or that ends before
         options = [tokens[:stop] for stop in range(len(tokens) - TOKEN_BYTES, 0, -TOKEN_BYTES)]
         longer = self._beginning(parent, tokens) if len(tokens) < self._page_bytes else None
-        for one in [longer, *options] if longer is not None else options:
-            last = self._held(wanted, [(parent, page_digest(parent, one), one)], len(links))
-            if last:
-                last[0].num_tokens = min(len(one), len(tokens)) // TOKEN_BYTES
-                return links + last
+        if longer is not None:
+            options.insert(0, longer)
+        looked = self._look(wanted, [(len(links), (parent, page_digest(parent, one), one)) for one in options])
+        last = next(filter(self._is_somewhere, looked), None)
+        if last is not None:
+            last.num_tokens = min(last.num_tokens, len(tokens) // TOKEN_BYTES)
+            links.append(last)
         return links
+
+    def _is_somewhere(self, link: _Link) -> bool:
+        return any(link.holders)
 
     def _beginning(self, parent: bytes, tokens: bytes) -> bytes | None:
         """The tokens of a page that begins with these."""
         found = self.host.beginning(parent, tokens) if self.host is not None else None
         return found if found is not None or self.store is None else self.store.beginning(parent, tokens)
 
-    def _held(self, wanted: Wanted, pages: Sequence[tuple[bytes, bytes, bytes]], first: int) -> list[_Link]:
-        rows = self.store.find([digest for _, digest, _ in pages]) if self.store is not None else {}
-        links = []
-        for column, (parent, digest, tokens) in enumerate(pages, first):
-            link = _Link(
-                parent,
-                digest,
-                tokens,
-                len(tokens) // TOKEN_BYTES,
-                column,
-                wanted.in_pool.get(digest, (False,) * len(self.formats)),
-                [
-                    self.host is not None and self.host.get(PageKey(digest, group)) is not None
-                    for group in self._reach.groups
-                ],
-                [rows.get((digest, group)) for group in self._reach.groups],
-            )
-            if not any(link.holder(group, (HOST, STORE)) for group in self._reach.groups):
-                break
-            links.append(link)
-        return links
+    def _look(self, wanted: Wanted, pages: Iterable[tuple[int, tuple[bytes, bytes, bytes]]]) -> Iterator[_Link]:
+        """Which tiers have some pages, given as column, and parent, digest and tokens; the store is asked once."""
+        nowhere = (False,) * len(self.formats)
+        stored, found = dict[bytes, list[StoredPage]](), set[PageKey]()
+        if self.store is not None:
+            pages = list(pages)
+            for column, (parent, digest, tokens) in pages:
+                keys = [PageKey(digest, group) for group in self._reach.groups]
+                stored[digest] = [self.stored(wanted.namespace, key, parent, tokens, column + 1) for key in keys]
+            not_in_pool = [x for x in stored if not all(wanted.in_pool.get(x, nowhere))]
+            found = self.store.find([page for digest in not_in_pool for page in stored[digest]])
+        for column, (_, digest, tokens) in pages:
+            holders = []
+            for group, is_in_pool in zip(self._reach.groups, wanted.in_pool.get(digest, nowhere), strict=True):
+                key = PageKey(digest, group)
+                is_on_host = self.host is not None and self.host.get(key) is not None
+                where = (POOL, is_in_pool), (HOST, is_on_host), (STORE, key in found)
+                holders.append({tier for tier, is_there in where if is_there})
+            yield _Link(column, len(tokens) // TOKEN_BYTES, digest, stored.get(digest, []), holders)
 
     def _choose(self, wanted: Wanted, links: list[_Link]) -> tuple[int, Sequence[str]] | None:
         """After how many tokens to continue, with pages from which tiers; None: with what is in the pool."""
@@ -304,40 +304,41 @@ class Tiers:
 
     def _bring(self, wanted: Wanted, links: list[_Link], num_tokens: int, tiers: Sequence[str]) -> Found | None:
         """Read the pages; None where one turned out not to be there."""
+        needed = [(link, group, link.holder(group, tiers)) for link, group in self._needed(links, num_tokens, tiers)]
+        brought = self._read([link.pages[group] for link, group, tier in needed if tier == STORE])
         columns: list[list[int]] = [[] for _ in self._reach.groups]
         pages: list[list[bytes | memoryview]] = [[] for _ in self._reach.groups]
-        sizes, tokens, used = Counter[str](), Counter[str](), []
-        counted, start = set(), time.perf_counter()
-        for link, group in self._needed(links, num_tokens, tiers):
-            tier = link.holder(group, tiers)
-            page = self._page(wanted, link, group, tier)
+        tokens, is_whole = dict[int, tuple[str, int]](), True
+        for link, group, tier in needed:
+            key = PageKey(link.digest, group)
+            page = self.host.get(key) if tier == HOST and self.host is not None else brought.get(key)
             if page is None:
-                link.host[group] &= tier != HOST
-                link.rows[group] = link.rows[group] if tier == HOST else None
-                return None
+                link.holders[group].discard(tier or "")
+                is_whole = False
+                continue
             columns[group].append(link.column)
             pages[group].append(page)
-            sizes[tier or ""] += len(page)
-            if link.column not in counted:
-                counted.add(link.column)
-                tokens[tier or ""] += link.num_tokens
-            if tier == STORE:
-                used.append(link.rows[group])
-                self._know(PageKey(link.digest, group))
-        if used and self.store is not None:
-            self.rates[STORE].measured(sizes[STORE], time.perf_counter() - start)
-            self._writers.submit(self.store.touch, used)
-        return Found(num_tokens, tuple(map(tuple, columns)), tuple(map(tuple, pages)), dict(tokens), dict(sizes))
-
-    def _page(self, wanted: Wanted, link: _Link, group: int, tier: str | None) -> bytes | memoryview | None:
-        key, row = PageKey(link.digest, group), link.rows[group]
-        if tier == HOST and self.host is not None:
-            return self.host.get(key)
-        if self.store is None or row is None:
+            tokens.setdefault(link.column, (tier or "", link.num_tokens))
+        if not is_whole:
             return None
-        page = self.store.read(row, self.stored(wanted.namespace, key, link.parent, link.tokens, link.column + 1))
-        is_whole = page is not None and len(page.payload) == self.formats[group].num_bytes
-        return page.payload if page is not None and is_whole else None
+        counts = Counter[str]()
+        for tier, count in tokens.values():
+            counts[tier] += count
+        return Found(num_tokens, tuple(map(tuple, columns)), tuple(map(tuple, pages)), dict(counts))
+
+    def _read(self, expected: Sequence[StoredPage]) -> dict[PageKey, bytes | memoryview]:
+        """The bytes of pages that are in the store."""
+        if self.store is None or not expected:
+            return {}
+        start = time.perf_counter()
+        read = [page for page in self.store.read(expected) if page is not None]
+        seconds = time.perf_counter() - start
+        payloads = {page.key: page.payload for page in read if len(page.payload) == self.formats[page.group].num_bytes}
+        if payloads:
+            self.rates[STORE].measured(sum(map(len, payloads.values())), seconds)
+        used = [page for page in expected if page.key in payloads]
+        self._writers.submit(self.store.touch, used)
+        return payloads
 
     def stored(self, namespace: Namespace, key: PageKey, parent: bytes, tokens: bytes, depth: int) -> StoredPage:
         """A page as the store must have it, but for its payload."""

@@ -1,11 +1,11 @@
 """Layers with windows give up pages, and prefixes are found all the same, where prompts part and where turns end."""
 
 import numpy as np
-from test_traffic import HYBRID, make_engine, run_traffic
 
 import hash_decoder as decoder
 from engine_cases import pool_is_empty
 from paged_jax.sampling import SamplingParams
+from traffic_cases import HYBRID, make_engine, run_traffic
 
 PARAMS = SamplingParams(max_new_tokens=4)
 

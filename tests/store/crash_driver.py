@@ -170,7 +170,7 @@ def together(folder: Path, seconds: int) -> int:
             pages = prefix(mine.randrange(6), salt=mine.choice(("", "other")))
             check(store, pages)
             store.write(pages)
-            store.touch(list(store.find([page.digest for page in pages]).values()))
+            store.touch(pages)
         store.close()
 
     children = [fork(lambda seed=seed: use(seed)) for seed in range(2)]

@@ -1,7 +1,7 @@
 """What the tests of the store share: pages whose every part follows from a number, and what may be read of them."""
 
 from paged_jax.prefix.digests import Namespace, chain
-from paged_jax.store import Store
+from paged_jax.store import PageStore, Store
 from paged_jax.store.page_file import StoredPage
 
 FINGERPRINT = b"f" * 32
@@ -20,14 +20,13 @@ def prefix(number: int, num_pages: int = 3, num_bytes: int = LARGE, salt: str = 
     return pages
 
 
-def read(store: Store, page: StoredPage) -> bytes | None:
+def read(store: PageStore, page: StoredPage) -> bytes | None:
     """The payload that a store has for a page; None: a miss."""
-    row = store.find([page.digest]).get((page.digest, page.group))
-    found = None if row is None else store.read(row, page)
+    (found,) = store.read([page]) if page.key in store.find([page]) else [None]
     return None if found is None else bytes(found.payload)
 
 
-def check(store: Store, pages: list[StoredPage]) -> int:
+def check(store: PageStore, pages: list[StoredPage]) -> int:
     """Nothing wrong is read; returns how many pages are there."""
     payloads = [read(store, page) for page in pages]
     for page, payload in zip(pages, payloads, strict=True):

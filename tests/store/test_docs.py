@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PAGE = (HERE.parent.parent / "paged_jax" / "store" / "README.md").read_text().split("## ")[1]
+PAGE = (HERE.parent.parent / "docs" / "how-to" / "store.md").read_text().split("## What is promised")[1].split("## ")[0]
 ROWS = [line.strip("|").split("|") for line in PAGE.splitlines() if line.startswith("| ")][1:]
 
 

@@ -1,7 +1,6 @@
 """The store: what is written is found, and what is damaged is a miss, said once, and set aside."""
 
 import dataclasses
-import logging
 import random
 import shutil
 import sqlite3
@@ -11,13 +10,6 @@ from store_cases import LARGE, SMALL, bytes_on_disk, check, prefix, read
 
 from paged_jax.store import Store
 from paged_jax.store.page_file import Damaged, pack, unpack
-
-
-@pytest.fixture
-def warnings(caplog):
-    """The warnings of the store so far."""
-    caplog.set_level(logging.WARNING, "paged_jax.store")
-    return lambda: [record.getMessage() for record in caplog.records]
 
 
 @pytest.mark.parametrize("num_bytes", [SMALL, LARGE])
@@ -62,7 +54,7 @@ def test_what_was_used_stays(tmp_path):
     store, size = Store(tmp_path), len(pack(prefix(0)[0]))
     for number in range(3):
         store.write(prefix(number))
-    store.touch([store.find([page.digest])[page.digest, 0] for page in prefix(0)[2:]])
+    store.touch(prefix(0)[2:])
     assert store.prune(4 * size) == 5
     assert [check(store, prefix(number)) for number in range(3)] == [3, 0, 1]
 
@@ -76,10 +68,22 @@ def test_what_a_new_page_continues_was_used_too(tmp_path):
     assert check(store, longer) == 6 and check(store, prefix(1)) == 0
 
 
-@pytest.mark.parametrize("size", [0, -1, 1.5, "9"])
-def test_other_caps_are_refused(tmp_path, size):
-    with pytest.raises(ValueError, match=rf"Store\(max_bytes={size!r}\): give a whole number of bytes of at least 1"):
+@pytest.mark.parametrize(
+    "size, reason",
+    [
+        (0, "give at least one byte, or None for no limit"),
+        (-1, "give at least one byte, or None for no limit"),
+        (1.5, "a size must be a whole number of bytes"),
+        ("9 apples", "write a number of bytes, or one with a unit"),
+    ],
+)
+def test_other_caps_are_refused(tmp_path, size, reason):
+    with pytest.raises(ValueError, match=rf"Store\(max_bytes={size!r}\): .*{reason}"):
         Store(tmp_path, max_bytes=size)
+
+
+def test_a_cap_may_be_written_as_a_size(tmp_path):
+    assert Store(tmp_path, max_bytes="3KiB").max_bytes == 3 * 1024
 
 
 def test_a_file_is_no_store(tmp_path):

@@ -1,7 +1,8 @@
 """Host memory for pages: its budget, its order, and what is on its way."""
 
 from paged_jax.store.costs import Rate
-from paged_jax.store.host import HostPages, PageKey
+from paged_jax.store.host import HostPages
+from paged_jax.store.page_file import PageKey
 
 ONE, TWO, THREE = (PageKey(name, 0) for name in (b"1", b"2", b"3"))
 

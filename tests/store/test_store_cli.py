@@ -20,7 +20,7 @@ def test_info_verify_and_prune(tmp_path, capsys):
     store.close()
     assert main(["store", "info", str(tmp_path)]) == 0
     expected = (
-        f"6 pages, {total} bytes, 3 of them in the index\n  6 of the model {'66' * 8}\n0 damaged files were set aside\n"
+        f"6 pages, {total} bytes, 3 of them in the index\n  6 of the model {'66' * 8}\n0 damaged pages were set aside\n"
     )
     assert capsys.readouterr().out == expected
     path = next((tmp_path / "pages").iterdir())
@@ -28,7 +28,7 @@ def test_info_verify_and_prune(tmp_path, capsys):
     assert main(["store", "verify", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert out.startswith(f"5 pages are good, 1 were not and were set aside, in {tmp_path / 'aside'}\n5 pages, ")
-    assert out.endswith("1 damaged files were set aside\n")
+    assert out.endswith("1 damaged pages were set aside\n")
     assert main(["store", "prune", str(tmp_path), "--max-bytes", "0"]) == 0
     assert capsys.readouterr().out.startswith("5 pages were removed\n0 pages, 0 bytes")
 
@@ -39,7 +39,7 @@ def test_info_verify_and_prune(tmp_path, capsys):
         (["info", "nowhere"], "nowhere is no store: it has no folder of pages"),
         (["prune", "."], "`prune` needs --max-bytes, and the other actions take none"),
         (["info", ".", "--max-bytes", "3"], "`prune` needs --max-bytes, and the other actions take none"),
-        (["prune", ".", "--max-bytes", "-3"], "--max-bytes=-3: give a number of bytes, or 0 to remove all pages"),
+        (["prune", ".", "--max-bytes=-3"], "'-3' is no size: write a number of bytes, or one with a unit, as in 16GiB"),
     ],
 )
 def test_what_makes_no_sense_is_refused(tmp_path, monkeypatch, capsys, arguments, message):

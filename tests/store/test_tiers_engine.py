@@ -6,23 +6,25 @@ The long forms: more requests, and more errors.
 """
 
 import errno
-import logging
+import gc
 import os
-import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import hash_decoder as decoder
 from engine_cases import pool_is_empty
+from paged_jax.engine.transfers import is_on_host, stage
 from paged_jax.sampling import SamplingParams
 from paged_jax.store import Store
-
-sys.path.append(str(Path(__file__).parent.parent / "engine"))
-from test_traffic import HYBRID, make_engine, run_faults, run_traffic
+from pallas_kernels import PageContents
+from traffic_cases import HYBRID, make_engine, run_faults, run_traffic
 
 GREEDY = SamplingParams(max_new_tokens=6)
 HOST_BYTES = 40 * 4096  # about twice the pool, so that it overflows, too
@@ -43,13 +45,6 @@ def tiers_of(engine) -> Any:
 
 def text(seed: int, length: int) -> list[int]:
     return np.random.default_rng(seed).integers(0, decoder.VOCAB, length).tolist()
-
-
-@pytest.fixture
-def warnings(caplog):
-    """The warnings of the store so far."""
-    caplog.set_level(logging.WARNING, "paged_jax.store")
-    return lambda: [record.getMessage() for record in caplog.records]
 
 
 def run(engine, prompts, windows=(None, None), params=GREEDY):
@@ -89,6 +84,34 @@ def test_a_conversation_goes_on_after_a_restart(tmp_path, windows):
     assert pool_is_empty(second)
 
 
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_pages_leave_through_pinned_memory(num_devices):
+    mesh = Mesh(np.array(jax.devices()[:num_devices]), ("model",))
+    split = NamedSharding(mesh, PartitionSpec(None, "model"))
+    contents = PageContents(*jax.device_put([np.arange(8.0).reshape(2, 4)] * 2, split))
+    assert is_on_host(contents)
+    staged = stage(contents)
+    assert all(leaf.sharding.memory_kind == "pinned_host" for leaf in jax.tree.leaves(staged))
+    assert staged.keys.sharding == split.with_memory_kind("pinned_host")
+    assert np.array_equal(staged.values, contents.values)
+
+
+def test_all_that_leaves_an_engine_is_staged_before_the_next_step(tmp_path, monkeypatch):
+    engine, kinds = make(store=Store(tmp_path), host_cache_bytes=1 << 20), []
+    note = engine._core.runner.note
+
+    def watch(key, arrays):
+        if isinstance(arrays, PageContents):
+            kinds.append({leaf.sharding.memory_kind for leaf in jax.tree.leaves(arrays)})
+        note(key, arrays)
+
+    monkeypatch.setattr(engine._core.runner, "note", watch)
+    monkeypatch.setattr("paged_jax.engine.transfers.is_on_host", lambda contents: False)  # as on a TPU or a GPU
+    for seed in range(3):
+        run(engine, [text(seed, 33)])
+    assert len(kinds) > 3 and all(kind == {"pinned_host"} for kind in kinds)
+
+
 def fill(folder, prompt, **options):
     """A store in which a prompt was computed."""
     engine = make(store=Store(folder))
@@ -109,6 +132,43 @@ def test_the_same_prompt_computes_nothing_but_its_last_token(tmp_path):
         before = engine.stats().computed_tokens
         assert run(engine, [prompt]).computed_tokens - before == 1 + 5
     assert engine.stats().loaded_tokens == {"store": 34 + 3 * 32, "host": 34}
+
+
+# ---- the end of an engine ----------------------------------------------------------------------------------------
+
+
+def threads() -> set[threading.Thread]:
+    """Of all engines and stores."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("paged_jax")}
+
+
+def test_an_engine_that_is_closed_leaves_no_thread_and_everything_in_the_store(tmp_path):
+    before = threads()
+    with make(store=tmp_path) as engine:
+        run(engine, [text(0, 33)])
+        assert len(threads() - before) >= 1
+        engine.add_request(text(1, 33), GREEDY)
+        engine.step()
+    assert threads() <= before
+    assert not engine.has_work
+    with Store(tmp_path) as store:
+        assert store.contents().pages >= 10
+    with pytest.raises(ValueError, match="this engine is closed: make another one"):
+        engine.generate([text(0, 33)])
+    engine.flush()
+    engine.close()
+
+
+def test_an_engine_that_nobody_refers_to_leaves_no_thread(tmp_path):
+    before = threads()
+    engine = make(store=Store(tmp_path))
+    run(engine, [text(0, 33)])
+    del engine
+    gc.collect()
+    for thread in threads() - before:
+        thread.join(10)
+    assert threads() <= before
+    assert Store(tmp_path).contents().pages == 10
 
 
 # ---- a miss, never a wrong token ---------------------------------------------------------------------------------
@@ -149,8 +209,21 @@ def test_damaged_pages_are_computed_again(tmp_path, warnings, monkeypatch, damag
     stats = run(engine, [prompt])
     assert stats.loaded_tokens == {} and len(warnings()) == 1
     engine.flush()
-    run(make(store=Store(tmp_path)), [prompt])
-    assert len(warnings()) == 2, "one of each process: this one read the next damaged page"
+    stats = run(make(store=Store(tmp_path)), [prompt])
+    assert stats.loaded_tokens == {"store": 32} and len(warnings()) == 1, "they were set aside, and stored again"
+
+
+def test_what_was_pruned_is_stored_again(tmp_path):
+    store, prompt = Store(tmp_path), text(0, 33)
+    engine = make(store=store)
+    for _ in range(2):
+        run(engine, [prompt])
+        engine.flush()
+        assert store.prune(0) == 10
+        for seed in (1, 2, 3):  # until the pool has given it up
+            run(engine, [text(seed, 33)])
+        engine.flush()
+        store.prune(0)
 
 
 # ---- disks that fail ---------------------------------------------------------------------------------------------
@@ -201,10 +274,10 @@ def test_a_slow_disk_delays_nobody_for_long(tmp_path, monkeypatch):
     run(engine, [text(9, 33)])
     calls = []
 
-    def find(digests):
-        calls.append(digests)
+    def find(pages):
+        calls.append(pages)
         time.sleep(1.5)
-        return {}
+        return set()
 
     monkeypatch.setattr("paged_jax.engine.tiered.PATIENCE", 0.1)
     monkeypatch.setattr(tiers_of(engine).store, "find", find)
@@ -257,6 +330,8 @@ def test_events_and_statistics_name_the_tier(tmp_path):
     "options, message",
     [
         ({"host_cache_bytes": -1}, "host_cache_bytes=-1.*give a number of bytes, or 0 for none"),
+        ({"host_cache_bytes": "a lot"}, "host_cache_bytes='a lot': 'a lot' is no size"),
+        ({"store": 3}, "store=3: give a folder, a URL, or a Store or ObjectStore of paged_jax.store"),
         ({"host_cache_bytes": 9, "prefix_cache": False}, "leave prefix_cache on, or both of them out"),
     ],
 )
@@ -285,12 +360,13 @@ def test_random_traffic(tmp_path, windows):
     assert found > 0, statistics
 
 
-@pytest.mark.long  # the short form of this with many requests
+@pytest.mark.long  # the short form of this with many requests, and with beams
 @pytest.mark.timeout(3600)
+@pytest.mark.parametrize("max_beams", [0, 2])
 @WINDOWS
-def test_long_random_traffic(tmp_path, windows):
+def test_long_random_traffic(tmp_path, windows, max_beams):
     for seed in range(4):
-        engine = run_traffic(300, seed, windows, COPIES, **tiers(tmp_path))
+        engine = run_traffic(300, seed, windows, COPIES, max_beams=max_beams, **tiers(tmp_path))
         print(engine.stats())
         found = [*engine.stats().loaded_tokens.values(), *engine.stats().declined_tokens.values()]
         assert sum(found) > 100
