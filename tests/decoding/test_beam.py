@@ -64,7 +64,9 @@ def drop(tables, handles):
     return functools.reduce(lambda tables, handle: tables.drop(handle), handles, tables)
 
 
-def run(prompts, lens, *, windows=PLAIN, stops=STOPS, widths=WIDTHS, limits=LIMITS, penalty=1.0, held=()) -> Beams:
+def run(
+    prompts, lens, *, windows=PLAIN, stops=STOPS, widths=WIDTHS, limits=LIMITS, penalty: Any = 1.0, held=()
+) -> Beams:
     """A search while handles hold the pages of so many tokens."""
     holding = np.zeros(2 * W + 1, np.int32)
     holding[: len(held)] = held
