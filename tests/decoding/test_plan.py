@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import hash_decoder as decoder
-from batch_model import PLAIN, Batch, Request, Stages, stages_of
 from paged_jax.decoding.plan import first_come_first_served
 from paged_jax.decoding.rows import NO_ROW, DecodeState
 
@@ -107,29 +106,3 @@ def test_any_batch_gets_at_most_the_budget_and_its_oldest_row_gets_some():
             assert np.all((counts >= 0) & (counts <= behind)) and counts.sum() <= budget
             assert np.all(counts[behind == 1] == 1)
             assert not np.any(active) or counts[np.argmin(np.where(active, age, 99))] > 0
-
-
-def shortest_first(state: DecodeState, budget: int):
-    """Another policy: the shortest prompts first."""
-    age = state.rows.num_prompt * B + jnp.arange(B, dtype=jnp.int32)
-    rows = dataclasses.replace(state.rows, age=age)
-    return first_come_first_served(dataclasses.replace(state, rows=rows), budget)
-
-
-def test_another_plan_changes_the_order_but_not_the_tokens():
-    ends = []
-    for stages in (stages_of(PLAIN), Stages(PLAIN, plan=shortest_first)):
-        stages.compute, stages.end = stages_of(PLAIN).compute, stages_of(PLAIN).end
-        batch = Batch(PLAIN, stages)
-        batch.start(0, Request(tuple(range(16)), 2, 0, 0), oldest=False, keeps=False)
-        batch.start(1, Request(tuple(range(3)), 2, 0, 0), oldest=False, keeps=False)
-        order = []
-        while np.any(batch.rows.active):
-            was_active = batch.rows.active
-            state, counts, _ = stages.make_room(batch.state)
-            state, drawn = stages.compute(state, counts)
-            batch.state, _ = stages.end(state, drawn)
-            batch.see()  # each row has drawn what it draws alone
-            order += np.flatnonzero(was_active & ~batch.rows.active).tolist()
-        ends.append(order)
-    assert ends == [[0, 1], [1, 0]]

@@ -5,9 +5,11 @@ The long form runs 50,000 steps:
     pytest -n 0 -m long tests/decoding/test_step_machine.py -s
 """
 
+import dataclasses
 import os
 from collections import Counter
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -15,6 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from batch_model import HYBRID, PLAIN, SAMPLING, B, Batch, M, Request, S, Stages, Told, stages_of
 from hash_decoder import VOCAB
+from paged_jax.decoding.plan import first_come_first_served
+from paged_jax.decoding.rows import DecodeState
 from state_machine import run_machine
 
 COUNTS = Counter()  # of all machines of this process
@@ -154,6 +158,32 @@ def test_random_batches_with_drafts(windows):
     run_machine(machine_of(windows, stages), num_examples=25, num_steps=25)
     assert COUNTS["preemptions"] >= 5 and COUNTS["accepted drafts"] >= 50 and COUNTS["rejected drafts"] >= 50, COUNTS
     assert stages.num_traces == 1
+
+
+def shortest_first(state: DecodeState, budget: int):
+    """Another policy: the shortest prompts first."""
+    age = state.rows.num_prompt * B + jnp.arange(B, dtype=jnp.int32)
+    rows = dataclasses.replace(state.rows, age=age)
+    return first_come_first_served(dataclasses.replace(state, rows=rows), budget)
+
+
+def test_another_plan_changes_the_order_but_not_the_tokens():
+    ends = []
+    for stages in (stages_of(PLAIN), Stages(PLAIN, plan=shortest_first)):
+        stages.compute, stages.end = stages_of(PLAIN).compute, stages_of(PLAIN).end  # are compiled once
+        batch = Batch(PLAIN, stages)
+        batch.start(0, Request(tuple(range(16)), 2, 0, 0), oldest=False, keeps=False)
+        batch.start(1, Request(tuple(range(3)), 2, 0, 0), oldest=False, keeps=False)
+        order = []
+        while np.any(batch.rows.active):
+            was_active = batch.rows.active
+            state, counts, _ = stages.make_room(batch.state)
+            state, drawn = stages.compute(state, counts)
+            batch.state, _ = stages.end(state, drawn)
+            batch.see()  # each row has drawn what it draws alone
+            order += np.flatnonzero(was_active & ~batch.rows.active).tolist()
+        ends.append(order)
+    assert ends == [[0, 1], [1, 0]]
 
 
 @pytest.mark.long
