@@ -5,6 +5,7 @@ set another level in XLA_FLAGS to test what users run.
 """
 
 import gc
+import json
 import os
 
 # Tracing makes many objects and few cycles: looking for these took a twentieth of the time.
@@ -21,7 +22,24 @@ from jaxtyping import install_import_hook
 install_import_hook(["paged_jax", "pallas_kernels"], "typecheck.check")
 
 import jax
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from paged_jax import models
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_legacy_prng_key", "error")
+
+
+@pytest.fixture(scope="session")
+def shallow_demo(tmp_path_factory):
+    """The demo model's folder with its first layer alone, for tests of what stands around a model: it compiles faster."""
+    folder = tmp_path_factory.mktemp("demo")
+    config = json.loads((models.DEMO / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").symlink_to(models.DEMO / "tokenizer.json")
+    weights = load_file(models.DEMO / "model.safetensors")
+    kept = {name: x for name, x in weights.items() if "layers." not in name or "layers.0." in name}
+    save_file(kept, folder / "model.safetensors")
+    return folder

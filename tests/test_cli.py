@@ -21,16 +21,17 @@ load = functools.cache(models.load)
 
 
 @pytest.fixture(autouse=True)
-def one_model_for_all_calls(monkeypatch):
+def one_model_for_all_calls(monkeypatch, shallow_demo):
     """A model that is loaded again is compiled again; and nothing is kept on disk."""
+    monkeypatch.setattr(models, "DEMO", shallow_demo)
     monkeypatch.setattr(models, "load", load)
     monkeypatch.setattr("paged_jax.cli.keep_compiled_programs", lambda: None)
 
 
 @pytest.fixture(scope="module")
-def continuation():
+def continuation(shallow_demo):
     """What the demo model greedily says after a prompt, without any cache."""
-    model = load(models.DEMO, None)
+    model = load(shallow_demo, None)
     dense = jax.jit(model.dense_forward)
 
     def greedy(text, count):

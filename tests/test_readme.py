@@ -11,6 +11,11 @@ README = (ROOT / "README.md").read_text()
 MODELS = (ROOT / "docs" / "how-to" / "models.md").read_text()
 
 
+@pytest.fixture(autouse=True)
+def demo(monkeypatch, shallow_demo):
+    monkeypatch.setattr(models, "DEMO", shallow_demo)
+
+
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S), ids=lambda code: code.split("\n")[0])
 def test_the_code_of_the_readme_runs(code):
     exec(compile(code, "README.md", "exec"), {})
