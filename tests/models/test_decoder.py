@@ -93,7 +93,7 @@ def test_narrow_pages_stay_near_float32(weights, pages, bound):
     run = PagedRun(load_demo(weights)[0], 1, 64, 32, dtype=pages)
     logits = run.prefill([list(range(3, 34))], chunk=31)
     assert np.isfinite(logits).all()
-    logits = run.step([[34]], 1, 1)[0]
+    logits = run.step([[34]], 32)[0]
     assert np.abs(logits - expected).max() < bound * np.ptp(expected)
     assert np.abs(logits - expected).max() > 0
 
@@ -110,45 +110,40 @@ def test_a_step_writes_the_donated_pool_in_place():
     assert analysis.temp_size_in_bytes < 0.1 * run.pool.num_bytes
 
 
-def test_a_hybrid_holds_the_pages_of_its_window_and_draws_the_tokens_of_one_table():
+def test_a_hybrid_holds_the_pages_of_its_window_and_draws_the_tokens_of_a_dense_forward():
     """Context 4096, window 512: prefill in chunks, then decode steps."""
-    length, window, chunk = 4096, 512, 256
-    graph, params = nnx.split(make_decoder(SMALL))
-    model = types.SimpleNamespace(forward=lambda params, *step: nnx.merge(graph, params)(*step), params=params)
-
-    def run(**windows) -> PagedRun:
-        model.cache_config = functools.partial(CacheConfig, 3, 1, 8, **windows)
-        return PagedRun(model, 1, length, step_tokens=chunk)
-
-    def draw(run: PagedRun, num_tokens: int):
-        """Tokens by a seeded draw, of which random weights do not repeat one, and a report for each step."""
-        rng = np.random.default_rng(0)
-        logits = run.prefill([rng.integers(0, 64, length - num_tokens).tolist()], chunk)
-        for _ in range(num_tokens):
-            noise = rng.gumbel(size=64)
-            yield int((logits[0] + noise).argmax()), CacheReport.measure(run.tables, run.config)
-            logits = run.step([[int((logits[0] + noise).argmax())]], 1, 1)
-
-    hybrid = run(windows=SMALL.windows)
-    most, drawn = -(-window // PAGE_SIZE) + 1, []
-    for token, report in draw(hybrid, 40):
-        everything, local = report.groups
-        if drawn:  # a prefill step holds its chunk, too
+    length, window, chunk, num_drawn = 4096, 512, 256, 40
+    decoder = make_decoder(SMALL)
+    graph, params = nnx.split(decoder)
+    model = types.SimpleNamespace(
+        forward=lambda params, *step: nnx.merge(graph, params)(*step),
+        params=params,
+        cache_config=functools.partial(CacheConfig, 3, 1, 8, windows=SMALL.windows),
+    )
+    hybrid = PagedRun(model, 1, length, step_tokens=chunk)
+    most, rng = -(-window // PAGE_SIZE) + 1, np.random.default_rng(0)
+    tokens = rng.integers(0, 64, length - num_drawn).tolist()
+    noise = rng.gumbel(size=(num_drawn, 64))  # a draw, of which random weights do not repeat one token
+    logits = hybrid.prefill([tokens], chunk)
+    for i in range(num_drawn):
+        everything, local = (report := CacheReport.measure(hybrid.tables, hybrid.config)).groups
+        if i:  # a prefill step holds its chunk, too
             assert everything.pages_in_use == -(-everything.tokens // PAGE_SIZE) and local.pages_in_use <= most
         assert report.full_bytes == 3 * everything.pages_in_use * hybrid.config.layer_page_bytes
-        drawn.append(token)
+        tokens.append(int((logits[0] + noise[i]).argmax()))
+        logits = hybrid.step([tokens[-1:]], 1, 1)
     assert report.saved_by_windows > 0.57  # two layers of three keep 33 pages of 256
     # The pool of the local layers holds a window and a prefill step, a quarter of the sequence.
     assert hybrid.config.groups[1].num_pages < 0.27 * length / PAGE_SIZE
-    assert [token for token, _ in draw(run(), 40)] == drawn and len(set(drawn)) > 8
+    expected = np.asarray(jax.jit(decoder.dense)(jnp.array(tokens)))[-num_drawn - 1 : -1] + noise
+    assert tokens[-num_drawn:] == expected.argmax(-1).tolist() and len(set(tokens[-num_drawn:])) > 8
 
 
 def test_logits_are_those_of_the_tokens_that_were_asked_for():
     """By default the last new token of each sequence; any others, in any order."""
     decoder = make_decoder(SMALL)
     config = CacheConfig(3, 1, 8, num_pages=9, max_sequences=2, max_pages_per_sequence=4, dtype="float32")
-    tables, _ = PageTables.create(config).reserve(jnp.array([5, 3]))
-    metadata = AttentionMetadata.ragged(tables, jnp.array([5, 3]), 10)
+    _, _, metadata = grant(PageTables.create(config), jnp.array([5, 3]), 10)
     prompts = np.random.default_rng(0).integers(0, 64, (2, 5))
     tokens = jnp.asarray([*prompts[0], *prompts[1, :3], 0, 0], jnp.int32)
     expected = jax.jit(decoder.dense)(jnp.asarray(prompts))
@@ -176,11 +171,11 @@ def test_an_implementation_reaches_the_attention_of_every_layer():
 
 
 def test_a_pool_that_does_not_fit_the_layers_is_refused():
-    decoder = make_decoder(SMALL)
+    decoder = nnx.eval_shape(lambda: models.Decoder(SMALL, rngs=nnx.Rngs(0)))
     config = CacheConfig(2, num_kv_heads=1, head_dim=8, num_pages=4, max_sequences=1, max_pages_per_sequence=2)
     metadata = AttentionMetadata.ragged(PageTables.create(config), jnp.ones(1, jnp.int32), 1)
     with pytest.raises(ValueError, match="the pool has pages for 2 layers, but the decoder has 3: create it"):
-        decoder(jnp.zeros(1, jnp.int32), PagePool.create(config), metadata)
+        jax.eval_shape(decoder, jnp.zeros(1, jnp.int32), PagePool.create(config), metadata)
 
 
 def test_a_config_that_contradicts_itself_is_refused():
