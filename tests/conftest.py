@@ -34,7 +34,7 @@ jax.config.update("jax_legacy_prng_key", "error")
 
 @pytest.fixture(scope="session")
 def shallow_demo(tmp_path_factory):
-    """A folder with only the first layer of the demo model, for tests of what stands around a model: it compiles faster."""
+    """The demo model with only its first layer, which compiles faster: for tests of what stands around a model."""
     folder = tmp_path_factory.mktemp("demo")
     config = json.loads((models.DEMO / "config.json").read_text()) | {"num_hidden_layers": 1}
     (folder / "config.json").write_text(json.dumps(config))

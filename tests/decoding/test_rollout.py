@@ -252,7 +252,7 @@ def test_a_real_decoder_draws_what_a_dense_forward_does_and_learns_from_it_in_th
     params = toy.init_params()
     prompts, lens = map(jnp.asarray, queue(5, 20, 20, seed=6))
     prompts %= toy.VOCAB
-    stepper = Stepper(toy.forward, (4, 16))
+    stepper = Stepper(toy.forward, (16,))
     num_new, place = 12, np.arange(12, dtype=np.int32)
 
     @jax.jit
