@@ -87,7 +87,7 @@ class Core:
         self._aborted: set[int] = set()  # since the last step: of these no piece is given any more
         self._stepping = threading.RLock()
         self._is_interrupted = False  # the last step did not come to its end
-        self._committing: tuple[Sample, Piece, int] | None = None
+        self._committing: collections.deque[tuple[Sample, Piece, int]] = collections.deque()  # at most one
         self._begin()
 
     def _begin(self) -> None:
@@ -153,8 +153,9 @@ class Core:
 
     def take(self) -> list[Piece]:
         """The pieces of that stream that are there; all stay, if anything is raised."""
-        taken = list(map(collections.deque.popleft, itertools.repeat(self.pieces, len(self.pieces))))  # at one stroke
-        try:
+        taken: list[Piece] = []
+        try:  # one call takes all: before it nothing is taken, and after it `taken` holds them
+            taken.extend(map(collections.deque.popleft, itertools.repeat(self.pieces, len(self.pieces))))
             return [piece for piece in taken if not self._is_void(piece)]
         except BaseException:
             self.pieces.extendleft(reversed(taken))
@@ -205,7 +206,7 @@ class Core:
         self.recorder.restarted()
         self.runner.reset()
         self._begin()
-        if self._committing is not None:
+        if self._committing:
             self._apply()
         for request in list(self.requests.values()):
             for sample in request.samples:
@@ -392,12 +393,11 @@ class Core:
     def _commit(self, sample: Sample, piece: Piece) -> None:
         """Hand out a piece, wholly or not at all: a step that is interrupted here is completed by the next one."""
         if piece.tokens or piece.text or piece.finish_reason:
-            self._committing = sample, piece, len(sample.drawn)
+            self._committing.append((sample, piece, len(sample.drawn)))
             self._apply()
 
     def _apply(self) -> None:
-        assert self._committing is not None, "there is a piece to hand out"
-        sample, piece, start = self._committing
+        sample, piece, start = commit = self._committing[0]
         request = sample.request
         sample.drawn[start:] = piece.tokens
         sample.logprobs[start:] = piece.logprobs
@@ -410,7 +410,8 @@ class Core:
         if request.is_finished:
             self.requests.pop(request.number, None)
         given = [] if request.is_aborted else pieces
-        self._committing = request.pieces.extend(given)  # None: from this line on, it is handed out
+        # One call hands it out and forgets the commit, so that an interrupt comes before both or after both.
+        request.pieces.extend(itertools.chain(given, iter(self._committing.popleft, commit)))
 
     def _end(self, sample: Sample, reason: str) -> None:
         sample.finish_reason = reason

@@ -36,9 +36,7 @@ class Stream(Iterator[Piece], AsyncIterator[Piece]):
         while True:
             is_done = self._is_done()  # asked first: what comes after the answer is taken in this round or the next
             try:
-                while self._is_void(self._pieces[0]):
-                    self._pieces.popleft()
-                return self._pieces.popleft()
+                return self._take()
             except IndexError:
                 if is_done:
                     raise StopIteration from None
@@ -51,13 +49,23 @@ class Stream(Iterator[Piece], AsyncIterator[Piece]):
         while True:
             is_done = self._is_done()
             try:
-                while self._is_void(self._pieces[0]):
-                    self._pieces.popleft()
-                return self._pieces.popleft()
+                return self._take()
             except IndexError:
                 if is_done:
                     raise StopAsyncIteration from None
             await _step_in_a_thread(self._advance)
+
+    def _take(self) -> Piece:
+        """The first piece that is wanted, which stays if anything is raised; IndexError: there is none."""
+        taken: list[Piece] = []
+        try:
+            while self._is_void(self._pieces[0]):
+                self._pieces.popleft()
+            taken.extend(map(collections.deque.popleft, (self._pieces,)))  # one call: see `Core.take`
+            return taken[0]
+        except BaseException:
+            self._pieces.extendleft(taken)
+            raise
 
 
 _steps: dict[tuple[Callable[[], None], asyncio.AbstractEventLoop], asyncio.Future[None]] = {}

@@ -1,0 +1,124 @@
+"""Ctrl-C wherever CPython hears it: after each call of a C function, at each function's beginning and each loop's end.
+
+pytest -n 0 -m long tests/engine/test_interrupts.py -s
+"""
+
+import collections
+import dis
+import random
+import sys
+from typing import Any
+
+import pytest
+from test_traffic import HERE, HYBRID, make_engine
+
+import hash_decoder as decoder
+from engine_cases import Numbers, pool_is_empty
+from paged_jax.engine import Completion, Engine
+from paged_jax.sampling import SamplingParams
+
+HEARING = {dis.opmap[name] for name in ("CALL", "CALL_FUNCTION_EX", "RESUME", "JUMP_BACKWARD")}
+CODES: dict[Any, bytes] = {}
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt at one place of the engine, the n-th time that it is reached; counts all places.
+
+    A place is an instruction after one of `HEARING`, unless that was a call of a Python function, whose return is not
+    interrupted.
+    """
+
+    def __init__(self, place: tuple[Any, int] | None = None, time: int = 1):
+        self.place, self.times_left = place, time
+        self.counts: collections.Counter[tuple[Any, int]] = collections.Counter()
+        self._heard: dict[Any, int | None] = {}  # the last instruction of each frame
+
+    def __call__(self, frame, event, _):
+        if frame.f_back in self._heard:
+            self._heard[frame.f_back] = None
+        if not frame.f_code.co_filename.startswith(str(HERE)):
+            return None
+        frame.f_trace_opcodes = True
+        self._heard[frame] = None
+        return self._inside
+
+    def _inside(self, frame, event, _):
+        if event == "opcode":
+            code = frame.f_code
+            if self._heard.get(frame) in HEARING:
+                place = code, frame.f_lasti
+                self.counts[place] += 1
+                self.times_left -= place == self.place
+                if place == self.place and self.times_left == 0:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            instructions = CODES.setdefault(code, code.co_code)
+            self._heard[frame] = instructions[frame.f_lasti]
+        elif event == "return":
+            self._heard.pop(frame, None)
+        return self._inside
+
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [2, 7, 1], [8, 2, 8, 1, 8], [1, 4, 1]]
+PARAMS = [SamplingParams(max_new_tokens=n, num_samples=1 + (n == 6)) for n in (9, 6, 12, 7, 5)]
+
+
+def interrupted(engine: Engine, interrupter: Interrupter, salt: str, windows) -> bool:
+    """Serve some requests, two of them by streams of their own, one of which is aborted; whether it was interrupted."""
+    numbers = [engine.add_request(p, q, salt=salt) for p, q in zip(PROMPTS, PARAMS, strict=True)]
+    best = engine.add_request(PROMPTS[2], SamplingParams(max_new_tokens=6), best_of=2, salt=salt)
+    pieces, is_aborted, was_interrupted = collections.defaultdict(list), False, False
+    own = engine.stream(numbers[0])
+
+    def serve():
+        nonlocal is_aborted
+        while engine.has_work:
+            for piece in engine.step():
+                pieces[piece.request, piece.sample].append(piece)
+            if len(pieces[numbers[2], 0]) > 1 and not is_aborted:
+                engine.abort(numbers[2])
+                is_aborted = True
+            for piece in own:
+                pieces[piece.request, piece.sample].append(piece)
+                break
+
+    sys.settrace(interrupter)
+    try:
+        serve()
+    except KeyboardInterrupt:
+        was_interrupted = True
+    finally:
+        sys.settrace(None)
+    serve()
+    for number, prompt, params in zip([*numbers, best], [*PROMPTS, PROMPTS[2]], [*PARAMS, PARAMS[1]], strict=True):
+        for sample in range(1 if number == best else params.num_samples):
+            completion = Completion.join(pieces[number, sample])
+            expected = decoder.dense_greedy(prompt, params.max_new_tokens, windows)
+            if number == numbers[2]:
+                expected = expected[: len(completion.tokens)]
+            assert list(completion.tokens) == expected, f"request {number}"
+            assert completion.text == Numbers().decode(completion.tokens)
+    assert pool_is_empty(engine)
+    return was_interrupted
+
+
+@pytest.mark.long  # some hundred runs
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("windows", [(None, None), HYBRID], ids=["plain", "hybrid"])
+def test_an_interrupt_at_each_place_of_the_engine_loses_nothing(windows):
+    engine, rng = make_engine(windows), random.Random(0)
+    for salt in ("compile", "count"):  # what is compiled is not counted
+        interrupted(engine, counted := Interrupter(), salt, windows)
+    failures, num_interrupts = [], 0
+    for number, (place, count) in enumerate(counted.counts.items()):
+        code, at = place
+        line = next(p[0] for i, p in enumerate(code.co_positions()) if 2 * i == at)
+        for time in {1, rng.randint(1, count)}:
+            try:
+                num_interrupts += interrupted(engine, Interrupter(place, time), f"{number} {time}", windows)
+            except AssertionError as error:
+                failures.append(f"{code.co_qualname}, line {line}, instruction {at}, time {time}: {error}")
+                engine = make_engine(windows)
+    print(f"{num_interrupts} interrupts at {len(counted.counts)} places")
+    assert not failures, "\n".join(failures)
+    assert num_interrupts > 300
