@@ -83,16 +83,16 @@ def test_prompts_with_a_common_beginning_compute_it_once():
 
 def test_each_turn_of_a_conversation_computes_only_what_is_new():
     g, history = engine(), []
-    for turn in range(4):
-        (said,) = prompts(5, seed=turn)
+    for turn in range(8):
+        (said,) = prompts(4, seed=turn)
         history += said
         before = g.stats()
-        ((answer,),) = g.generate([history], SamplingParams(max_new_tokens=6))
+        ((answer,),) = g.generate([history], SamplingParams(max_new_tokens=3))
         new = g.stats()
-        assert list(answer.tokens) == decoder.dense_greedy(history, 6)
+        assert list(answer.tokens) == decoder.dense_greedy(history, 3)
         computed = new.computed_tokens - before.computed_tokens
         # The last token that the turn before drew was never computed; of the others, nothing is computed again.
-        assert computed == len(said) + 5 + (turn > 0)
+        assert computed == len(said) + 2 + (turn > 0)
         assert new.cached_tokens - before.cached_tokens == max(0, len(history) - len(said) - 1)
         history += answer.tokens
 

@@ -44,8 +44,8 @@ def test_a_prompt_that_parts_from_a_known_one_is_published_where_it_does():
 
 def test_each_turn_of_a_conversation_computes_only_what_is_new():
     engine, history = make_engine(HYBRID), []
-    for turn in range(5):
-        said = text(turn, 6)
+    for turn in range(8):
+        said = text(turn, 3)
         history += said
         before = engine.stats().computed_tokens
         ((answer,),) = engine.generate([history], PARAMS)
