@@ -8,12 +8,14 @@ The long forms: 2,000 requests, and 500 errors.
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import hash_decoder as decoder
+from benchmarks.soak import Soak
 from paged_jax import DraftModel, KVCache
 from paged_jax.engine.core import Core
-from traffic_cases import CONFIG, HYBRID, run_faults, run_traffic
+from traffic_cases import CONFIG, HYBRID, make_engine, run_faults, run_traffic
 
 
 def test_random_traffic():
@@ -67,6 +69,17 @@ def test_long_random_traffic_with_drafts(windows, preemptions):
     assert counters.accepted_tokens > 50 and counters.drafted_tokens - counters.accepted_tokens > 100
     assert engine.stats().preemptions > preemptions and engine.stats().cached_tokens > 100
     run_faults(100, seed=3, windows=windows, **drafts())
+
+
+def test_a_soak_finds_a_page_that_is_lost(monkeypatch):
+    soak = Soak(make_engine(), [np.int32(0), np.int32(5)], decoder.VOCAB)
+    soak.burst()
+    assert soak.counts["requests"] == 100 and soak.counts["looks"] == 1
+    assert soak.counts["aborts"] > 0 and soak.counts["forks"] > 0 and soak.counts["events"] > 1000
+    runner: Any = soak.engine._core.runner
+    monkeypatch.setattr(runner, "drop", lambda pages: monkeypatch.undo())  # the first time, it forgets to
+    with pytest.raises(AssertionError, match="references to pages are wrong after 200 requests"):
+        soak.burst()
 
 
 # ---- errors --------------------------------------------------------------------------------------------------
