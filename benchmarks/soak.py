@@ -145,7 +145,8 @@ class Soak:
 
     def _look(self) -> None:
         assert not self._running, f"requests {list(self._running)} never ended"
-        self._drawn.clear(), self._ended.clear()  # of those that were aborted
+        self._drawn.clear()  # of requests that were aborted
+        self._ended.clear()
         prompt = self._beginnings[0][:20]
         ((probe,),) = self.engine.generate([prompt], PROBE, salt=f"probe {self.counts['looks']}")
         first = self._answers.setdefault(self.version, probe.tokens)

@@ -12,7 +12,8 @@ import operator
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 
@@ -411,7 +412,8 @@ class Core:
             self.requests.pop(request.number, None)
         given = [] if request.is_aborted else pieces
         # One call hands it out and forgets the commit, so that an interrupt comes before both or after both.
-        request.pieces.extend(itertools.chain(given, iter(self._committing.popleft, commit)))
+        forget: Iterator[Any] = iter(self._committing.popleft, commit)  # yields nothing
+        request.pieces.extend(itertools.chain(given, forget))
 
     def _end(self, sample: Sample, reason: str) -> None:
         sample.finish_reason = reason
