@@ -6,18 +6,16 @@ import re
 
 import pytest
 
+from paged_jax import models
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 MODELS = (ROOT / "docs" / "how-to" / "models.md").read_text()
 
 
-@pytest.fixture(autouse=True)
-def demo(monkeypatch, shallow_demo):
-    monkeypatch.setattr(models, "DEMO", shallow_demo)
-
-
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S), ids=lambda code: code.split("\n")[0])
-def test_the_code_of_the_readme_runs(code):
+def test_the_code_of_the_readme_runs(code, monkeypatch, shallow_demo):
+    monkeypatch.setattr(models, "DEMO", shallow_demo)
     exec(compile(code, "README.md", "exec"), {})
 
 

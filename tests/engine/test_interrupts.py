@@ -10,12 +10,12 @@ import sys
 from typing import Any
 
 import pytest
-from test_traffic import HERE, HYBRID, make_engine
 
 import hash_decoder as decoder
 from engine_cases import Numbers, pool_is_empty
 from paged_jax.engine import Completion, Engine
 from paged_jax.sampling import SamplingParams
+from traffic_cases import HERE, HYBRID, make_engine
 
 HEARING = {dis.opmap[name] for name in ("CALL", "CALL_FUNCTION_EX", "RESUME", "JUMP_BACKWARD")}
 CODES: dict[Any, bytes] = {}
