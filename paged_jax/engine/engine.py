@@ -14,13 +14,11 @@ from rich.console import Console
 from rich.progress import track
 
 from paged_jax.cache.config import CacheConfig
-from paged_jax.cache.kv_cache import KVCache
-from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.cache.page_tables import PageTables
 from paged_jax.decoding.draft import Drafter
 from paged_jax.decoding.step import Stepper, token_counts_for
 from paged_jax.engine.core import Core
-from paged_jax.engine.intake import Intake, Prompt, as_batch, find_folder
+from paged_jax.engine.intake import Intake, Prompt, as_batch, find_folder, vocab_size
 from paged_jax.engine.output import Tokenizer
 from paged_jax.engine.request import Completion, Piece, Request, Sample
 from paged_jax.engine.runner import Runner
@@ -133,7 +131,8 @@ class Engine:
         self._intake = Intake(
             tokenizer,
             tuple(stop_tokens),
-            functools.cache(functools.partial(_vocab_size, forward, _shapes(params), config)),
+            functools.cache(functools.partial(vocab_size, forward, _shapes(params), config)),
+            max_beams,
             Scheduler(config, counts[-1], visit_steps).check,
         )
         runner = Runner(
@@ -446,18 +445,9 @@ class Engine:
         if self._is_closed:
             raise ValueError("this engine is closed: make another one")
         tokens = self._intake.tokens(prompt)
-        beams, num_rows = None, 1
-        if isinstance(params, BeamParams):
-            beams, num_rows = params, self._core.runner.max_beams
-            if beams.width > num_rows:
-                raise ValueError(
-                    f"{beams!r} of an Engine with max_beams={num_rows}: narrow the search, or make the engine with "
-                    f"max_beams={beams.width}"
-                )
-            if best_of is not None:
-                raise ValueError(f"best_of={best_of} is for samples: of a beam search, num_return are the best")
-            params = beams.sampling
-        params = self._intake.params(params, len(tokens), best_of, 1 if beams is None else beams.width)
+        beams = params if isinstance(params, BeamParams) else None
+        num_rows = 1 if beams is None else self._core.runner.max_beams
+        params = self._intake.params(params, len(tokens), best_of)
         self._core.runner.sampling([(params, 0)])  # raises where it names more tokens than there is room for
         text = ""
         if echo:
@@ -487,15 +477,3 @@ def _check_beams(max_beams: int, config: CacheConfig, stepper: Stepper) -> None:
 def _shapes(params: Any) -> Any:
     """Of a pytree, so that nothing but the runner holds the parameters."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
-
-
-def _vocab_size(forward: Forward, params: Any, config: CacheConfig) -> int:
-    """V, from the shape of the logits: the decoder is traced, not run."""
-
-    def logits(params: Any) -> jax.Array:
-        cache = KVCache.create(config)
-        metadata = AttentionMetadata.decode(cache.tables, active=jnp.zeros(config.max_sequences, bool))
-        tokens = jnp.zeros(config.max_sequences, jnp.int32)
-        return forward(params, tokens, cache.pool, metadata)[0]
-
-    return jax.eval_shape(logits, params).shape[-1]

@@ -6,8 +6,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from paged_jax.cache.config import CacheConfig
+from paged_jax.cache.kv_cache import KVCache
+from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.engine.output import Tokenizer
-from paged_jax.sampling import SamplingParams
+from paged_jax.forward import Forward
+from paged_jax.sampling import BeamParams, SamplingParams
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Any
 """A text, token ids, or the messages of a chat, of which an assistant's last one is continued; else: a ValueError."""
@@ -21,6 +28,7 @@ class Intake:
         tokenizer: of the prompts; None: prompts are token ids.
         stop_tokens: tokens that end every sample.
         vocab_size: a function that returns V; called when it is first needed.
+        max_beams: the most beams of a search.
         check_size: a function of the numbers of prompt tokens, new tokens and beams; raises ValueError if they never
             fit.
     """
@@ -28,6 +36,7 @@ class Intake:
     tokenizer: Tokenizer | None
     stop_tokens: tuple[int, ...]
     vocab_size: Callable[[], int]
+    max_beams: int
     check_size: Callable[[int, int, int], None]
 
     def tokens(self, prompt: Prompt) -> tuple[int, ...]:
@@ -51,14 +60,22 @@ class Intake:
             raise ValueError(f"the prompt holds {outside[0]}: token ids are in [0, {self.vocab_size()})")
         return tuple(int(token) for token in given)
 
-    def params(
-        self, params: SamplingParams | Any, num_prompt: int, best_of: int | None, width: int = 1
-    ) -> SamplingParams:
-        """The parameters of a request, with the stop tokens of all.
+    def params(self, params: SamplingParams | BeamParams | Any, num_prompt: int, best_of: int | None) -> SamplingParams:
+        """The parameters of a request, with the stop tokens of all; of a search, what it has in common with samples.
 
         Raises:
             ValueError: they name tokens outside the vocabulary, or ask for more than can ever fit.
         """
+        width = 1
+        if isinstance(params, BeamParams):
+            if params.width > self.max_beams:
+                raise ValueError(
+                    f"{params!r} of an Engine with max_beams={self.max_beams}: narrow the search, or make the engine "
+                    f"with max_beams={params.width}"
+                )
+            if best_of is not None:
+                raise ValueError(f"best_of={best_of} is for samples: of a beam search, num_return are the best")
+            params, width = params.sampling, params.width
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params is {params!r}: pass SamplingParams(...) or BeamParams(...)")
         params = dataclasses.replace(params, stop_tokens=(*params.stop_tokens, *self.stop_tokens))
@@ -118,3 +135,15 @@ def find_folder(name: str | Path) -> Path:
         raise ValueError(
             f"{name} is no folder, and no Hugging Face repository that was downloaded before: run `hf download {name}`"
         ) from error
+
+
+def vocab_size(forward: Forward, params: Any, config: CacheConfig) -> int:
+    """V, from the shape of the logits: the decoder is traced, not run."""
+
+    def logits(params: Any) -> jax.Array:
+        cache = KVCache.create(config)
+        metadata = AttentionMetadata.decode(cache.tables, active=jnp.zeros(config.max_sequences, bool))
+        tokens = jnp.zeros(config.max_sequences, jnp.int32)
+        return forward(params, tokens, cache.pool, metadata)[0]
+
+    return jax.eval_shape(logits, params).shape[-1]
