@@ -15,5 +15,12 @@ def open_store(where: str | Path) -> PageStore:
     Raises:
         ValueError: it is a file, or a URL that nobody knows.
         ImportError: it is a URL, and obstore is not installed.
+
+    Examples:
+        >>> import tempfile
+        >>> store = open_store(tempfile.mkdtemp())
+        >>> store.contents().pages
+        0
+        >>> store.close()
     """
     return ObjectStore(where) if isinstance(where, str) and "://" in where else Store(where)

@@ -28,6 +28,13 @@ class PageStore(Protocol):
 
     A page is named by a `StoredPage`, mostly without payload. No method raises what a disk or a network raises: that is
     a warning, one of each kind, and a miss. One thread reads and another writes, at the same time.
+
+    Examples:
+        A class with these methods is a store, whatever it derives from:
+
+        >>> import tempfile
+        >>> isinstance(Store(tempfile.mkdtemp()), PageStore)
+        True
     """
 
     def find(self, pages: Sequence[StoredPage]) -> set[PageKey]:
@@ -55,7 +62,7 @@ class PageStore(Protocol):
         ...
 
     def prune(self, max_bytes: int) -> int:
-        """Remove pages until so many bytes are left; returns how many."""
+        """Remove pages until at most `max_bytes` of them are left; returns how many."""
         ...
 
     def contents(self) -> Contents:
