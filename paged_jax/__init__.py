@@ -7,11 +7,11 @@ one XLA program, `score` measures given ones; `Engine` serves requests that come
 
 from paged_jax.attention import paged_attention
 from paged_jax.cache.config import CacheConfig
+from paged_jax.cache.fault import Fault
 from paged_jax.cache.handle_book import HandleBook
 from paged_jax.cache.handles import PageHandle
 from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.metadata import AttentionMetadata
-from paged_jax.cache.page_table import Fault
 from paged_jax.cache.page_tables import PageTables
 from paged_jax.cache.pool import LayerPlace, PagePool
 from paged_jax.cache.step_check import StepCheck

@@ -14,7 +14,8 @@ import numpy as np
 
 import hash_decoder as decoder
 from paged_jax.cache import invariants
-from paged_jax.cache.page_table import NULL_PAGE, Fault
+from paged_jax.cache.fault import Fault
+from paged_jax.cache.page_table import NULL_PAGE
 from paged_jax.decoding.draft import Drafter, Drafts
 from paged_jax.decoding.plan import first_come_first_served
 from paged_jax.decoding.room import reserve

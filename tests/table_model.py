@@ -14,8 +14,9 @@ import jax
 import numpy as np
 
 from paged_jax.cache.config import CacheConfig
+from paged_jax.cache.fault import Fault
 from paged_jax.cache.handles import PageHandle
-from paged_jax.cache.page_table import Fault, PageTable
+from paged_jax.cache.page_table import PageTable
 
 CONFIG = CacheConfig(
     num_layers=1, num_kv_heads=1, head_dim=8, num_pages=24, max_sequences=6, max_pages_per_sequence=5, page_size=4

@@ -12,7 +12,6 @@ over the rows. Nothing raises under jit: a row whose request cannot be honoured 
 """
 
 import dataclasses
-import enum
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -23,26 +22,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Int32
 
 from paged_jax.cache.config import CacheConfig
+from paged_jax.cache.fault import Fault
 from paged_jax.cache.handles import PageHandle
 
 NULL_PAGE = 0  # stands in every unmapped entry; nobody owns it, and its refcount is pinned at 1
-
-
-class Fault(enum.IntFlag):
-    """Why something was refused since the last `clear_fault`.
-
-    Examples:
-        Two rows of at most 64 tokens; one asks for 65.
-
-        >>> tables, reservation = PageTables.create(config).reserve(jnp.array([65, 3]))
-        >>> reservation.granted.tolist(), Fault(int(tables.fault)).name
-        ([False, True], 'ROW_FULL')
-    """
-
-    OUT_OF_PAGES = 1  # reserve: fewer free pages than the rows need
-    ROW_FULL = 2  # reserve: more tokens than M pages hold
-    BAD_ARGUMENT = 4  # a request that makes no sense in this state: a row out of range, a child that is not empty, ...
-    STALE_HANDLE = 8  # a handle from before a reset, or one whose pages have been freed
 
 
 class Reservation(NamedTuple):

@@ -11,7 +11,8 @@ from html import escape
 import numpy as np
 
 from paged_jax.cache.config import LayerGroup
-from paged_jax.cache.page_table import Fault, PageTable
+from paged_jax.cache.fault import Fault
+from paged_jax.cache.page_table import PageTable
 from paged_jax.cache.page_tables import PageTables
 from paged_jax.cache.pool import PagePool
 from paged_jax.cache.sizes import write_bytes

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from paged_jax import CacheConfig, HandleBook, PageHandle, PageTables
+from paged_jax.cache.fault import Fault
 from paged_jax.cache.invariants import check
-from paged_jax.cache.page_table import Fault
 
 P, B, M, S = 24, 6, 5, 4
 CONFIG = CacheConfig(2, 1, 8, P, B, M, page_size=S, windows=(None, 3), window_pages=P)

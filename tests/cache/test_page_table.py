@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from paged_jax.cache.fault import Fault
 from paged_jax.cache.invariants import check
-from paged_jax.cache.page_table import Fault, PageTable
+from paged_jax.cache.page_table import PageTable
 from paged_jax.cache.page_tables import Reservations
 from paged_jax.cache.pool import PagePool
 from pallas_kernels import read_pages

@@ -11,8 +11,9 @@ import pytest
 import hash_decoder as decoder
 import toy
 from paged_jax import AttentionMetadata, Engine, KVCache, PagePool, PageTables, SamplingParams
+from paged_jax.cache.fault import Fault
 from paged_jax.cache.invariants import check
-from paged_jax.cache.page_table import Fault, PageTable
+from paged_jax.cache.page_table import PageTable
 
 WINDOW, S, B = 6, decoder.PAGE_SIZE, 4
 WINDOWS = (WINDOW, None)
