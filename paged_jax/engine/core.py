@@ -38,9 +38,7 @@ _REASONS = {
     Finish.MAX_TOKENS: "length",
     Finish.TOO_LONG: "length",
 }
-
-
-PREFILL_TOKENS = 16  # of a step, from which on it says how fast prompts are computed
+PREFILL_TOKENS = 16  # a visit with at least this many tokens a step is a measurement of how fast prompts are computed
 
 
 @dataclasses.dataclass
@@ -239,27 +237,26 @@ class Core:
     def _admit(self) -> None:
         freed = [visit.freed for visit in self.runner.unread]
         free = tuple(map(sum, zip(self.free, *freed, strict=True)))  # with what visits on their way have freed
-        plan = self.scheduler.plan(free, self._prefixes)
-        self._plan = plan
-        for row, sample in plan.paused:
+        self._schedule = schedule = self.scheduler.plan(free, self._prefixes)
+        for row, sample in schedule.paused:
             self._prefixes.leave(sample, row)
             self.recorder.preempted(1, [sample])
-        if plan.paused:
-            self.runner.stop([each for row, sample in plan.paused for each in sample.rows_from(row)])
-        for sample, source in plan.admitted:
+        if schedule.paused:
+            self.runner.stop([each for row, sample in schedule.paused for each in sample.rows_from(row)])
+        for sample, source in schedule.admitted:
             num_found = sample.num_prompt - 1 if source else self._prefixes.attach(sample)
             self.recorder.admitted(sample, num_found)
-        if plan.admitted:
-            starts = [_start(admission) for admission in plan.admitted]
+        if schedule.admitted:
+            starts = [_start(admission) for admission in schedule.admitted]
             self.runner.start(starts, self.scheduler.ages())
-        evicted = self._prefixes.evict(plan.shortage)
+        evicted = self._prefixes.evict(schedule.shortage)
         self.recorder.evicted(sum(evicted))
         self._freed = tuple(map(operator.sub, evicted, self._prefixes.restore()))
 
     def _dispatch(self) -> None:
-        if self._plan.num_steps:
-            visit = Visit(self._plan.num_steps, dict(self.scheduler.running), self._freed)
-            self.runner.visit(visit, self._plan.num_steps, self._plan.until_one_ends)
+        if self._schedule.num_steps:
+            visit = Visit(self._schedule.num_steps, dict(self.scheduler.running), self._freed)
+            self.runner.visit(visit, self._schedule.num_steps, self._schedule.until_one_ends)
             visit.dispatched = time.perf_counter()  # programs are compiled before that
         else:
             self.free = tuple(map(operator.add, self.free, self._freed))  # no visit will say

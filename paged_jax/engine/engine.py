@@ -314,7 +314,6 @@ class Engine:
         """
         if _shapes(params) != _shapes(self._core.runner.params):
             raise ValueError("the new parameters have another structure, shape or dtype: make a new Engine for them")
-
         self._updates += 1
 
         def change() -> None:
@@ -407,7 +406,7 @@ class Engine:
         prompts = as_batch(prompts)
         each = [params] * len(prompts) if isinstance(params, SamplingParams | BeamParams) else list(params)
         if len(each) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts, but {len(each)} SamplingParams: give one, or one for each")
+            raise ValueError(f"{len(prompts)} prompts, but {len(each)} params: give one, or one for each")
         requests = [self._make(prompt, one, **options) for prompt, one in zip(prompts, each, strict=True)]
         show = progress if progress is not None else len(requests) >= LONG_BATCH and sys.stderr.isatty()
         completions: list[list[Completion]] = []

@@ -148,7 +148,7 @@ class Request:
         salt: only requests with the same salt find its pages.
         adapter: only requests with the same adapter find its pages.
         best_of: draw this many samples and hand out the best; None: hand out all, as they come.
-        beams: search with so many, instead of drawing samples.
+        beams: a search with these parameters, instead of drawn samples.
         echo: the text that comes before that of the samples.
         pieces: where its pieces go.
     """

@@ -89,7 +89,7 @@ class Runner:
         processor_state: of all rows, for the stepper's processor.
         drafter_state: for the stepper's drafter.
         max_beams: the rows of a group of beams; 0: there are no groups.
-        widths: `max_stop_tokens` and `max_bias_tokens` of a row.
+        sizes: `max_stop_tokens` and `max_bias_tokens` of a row.
     """
 
     def __init__(
@@ -102,11 +102,11 @@ class Runner:
         processor_state: Any = None,
         drafter_state: Any = None,
         max_beams: int = 0,
-        **widths: int,
+        **sizes: int,
     ):
         self.stepper, self.params, self.config, self.visit_steps = stepper, params, config, visit_steps
         self.max_beams = max_beams
-        self._keeps, self._processor, self._drafter, self._widths = keeps, processor_state, drafter_state, widths
+        self._keeps, self._processor, self._drafter, self._sizes = keeps, processor_state, drafter_state, sizes
         self._unread: collections.deque[tuple[Any, Any]] = collections.deque()
         self._published: list[tuple[Any, Any]] = []
         self._state: DecodeState | None = None
@@ -136,7 +136,7 @@ class Runner:
     def sampling(self, rows: Sequence[tuple[SamplingParams, int] | None]) -> SamplingState:
         """The sampling state of rows; raises ValueError where one names more tokens than there is room for."""
         processor = jax.tree.map(jnp.copy, self._processor)  # it is donated
-        return SamplingState.of(rows, processor=processor, **self._widths)
+        return SamplingState.of(rows, processor=processor, **self._sizes)
 
     def start(self, starts: Sequence[Start], ages: Sequence[int]) -> None:
         """Put sequences into rows that are free; `ages` are those of all rows, the lowest is served first."""
@@ -293,7 +293,8 @@ def _start(
 ) -> DecodeState:
     if groups is not None:
         begins, widths, *rules = groups
-        groups = state.groups.begin(begins, jnp.zeros_like(widths), widths, Rules(*rules))
+        taken = jnp.zeros_like(widths)  # any prompt will do: here the host keeps the order of the searches
+        groups = state.groups.begin(begins, taken, widths, Rules(*rules))
     ages = dataclasses.replace(state.rows, age=age)  # of all rows: a newcomer may be served before others
     rows = dataclasses.replace(
         ages,

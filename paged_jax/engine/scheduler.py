@@ -1,8 +1,8 @@
-"""Who runs: rows, pages and priorities as plain numbers. Counts in, a plan out; it knows no device and no array.
+"""Who runs: rows, pages and priorities as plain numbers. Counts in, a `Schedule` out; it knows no device and no array.
 
 Samples wait in the order of their rank (priority, then first come, first served) for a row and for the pages that they
 and the older ones take until the host looks again. Pages are given by the device, step by step, by the same count
-(`CacheConfig.pages_mapped`): where the plan was too hopeful, younger rows give theirs up and nothing else happens.
+(`CacheConfig.pages_mapped`): where a schedule was too hopeful, younger rows give theirs up and nothing else happens.
 """
 
 import bisect
@@ -140,7 +140,7 @@ class Scheduler:
         return self._waiting
 
     def check(self, num_prompt: int, max_new_tokens: int, width: int = 1) -> None:
-        """Raises ValueError, with the numbers, for a sample, or so many beams, that could never run, even alone."""
+        """Raises ValueError, with the numbers, for a sample, or this many beams, that could never run, even alone."""
         config, longest = self._config, num_prompt + max_new_tokens - 1  # the last token drawn is never cached
         sizes = f"a prompt of {num_prompt} tokens with max_new_tokens={max_new_tokens}"
         sizes += f" and {width} beams" if width > 1 else ""
@@ -249,9 +249,7 @@ class Scheduler:
     def _fits(self, sample: Sample, num_shared: int, room: Pages, fetching: Sequence[Sample]) -> bool:
         """Whether there are pages for a sample and all that are served before it; those after it would give up theirs.
 
-        Those whose pages are being brought count as if they ran.
-
-        The first of all always fits: it can run alone.
+        Those whose pages are being brought count as if they ran. The first of all always fits: it can run alone.
         """
         before = [*fetching, *(s for s in self.running.values() if s.rank < sample.rank)]
         after = [s for s in self.running.values() if s.rank > sample.rank]
@@ -282,7 +280,7 @@ class Scheduler:
         return tuple(max(0, n) for n in _add(most, _negative(self._held(num_cached))))
 
     def _most(self, num_prompt: int, length: int, width: int) -> Pages:
-        """The most pages that so many rows of this length map at once.
+        """The most pages that `width` rows of this length map at once.
 
         Beams share those of their prompt, which one of them computes; then each computes a token a step.
         """
@@ -300,7 +298,7 @@ class Scheduler:
         return tuple(self._config.pages_mapped(group.window, num_tokens, self._step_tokens) for group in groups)
 
     def _held(self, num_cached: int) -> Pages:
-        """The fewest pages that a row of so many cached tokens holds."""
+        """The fewest pages that a row with this many cached tokens holds."""
         visible = (num_cached if g.window is None else min(num_cached, g.window - 1) for g in self._config.groups)
         return tuple(-(-tokens // self._config.page_size) for tokens in visible)
 
