@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int32
 
-NUM_LEVELS = 2  # for example a system prompt, and after it a question with several answers
 NOBODY = -1  # the leader of a row without a group
 HASH_PLACES = 32  # a row, so that few pages meet in one place
 FEWEST_ROWS = 4  # of a group that pays
@@ -126,7 +125,8 @@ def find_groups(page_table: Int32[Array, "B M"], lengths: Int32[Array, " B"], pa
     """Groups of rows that begin with the same pages, read off the page table, where sharing pays.
 
     Rows with the same first page form a group, which shares the pages that all of its rows begin with. Its rows with
-    the same page after those form a group of the next level. The page of a row's last token is never shared.
+    the same page after those form a group of the next level: for example those of one question after a system prompt
+    that all rows share. The page of a row's last token is never shared.
 
     Args:
         page_table: int32 `[B, M]`, the pages of each row.
@@ -134,7 +134,7 @@ def find_groups(page_table: Int32[Array, "B M"], lengths: Int32[Array, " B"], pa
         page_size: S, tokens of a page.
 
     Returns:
-        The groups of two levels. Where no page is shared, this costs `[B]` integers only.
+        The groups of two levels. Where no page is shared, only `[B]` integers are computed.
 
     Examples:
         >>> own = jnp.arange(3, 7)[:, None]  # four rows of 300 tokens, which share two of their pages

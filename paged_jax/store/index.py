@@ -157,7 +157,7 @@ class Index:
         self._connection.executemany("UPDATE pages SET used=? WHERE digest=?", values)
 
     def oldest(self, num_bytes: int) -> list[Row]:
-        """The pages that were not used for the longest time, of at least so many bytes together."""
+        """The pages that were not used for the longest time, of at least this many bytes together."""
         rows, total = [], 0
         for values in self._connection.execute(f"SELECT {COLUMNS} FROM pages ORDER BY used, depth DESC"):
             if total >= num_bytes:

@@ -160,12 +160,12 @@ class Tiers:
         }
 
     def flush(self) -> None:
-        """Wait until what was saved is on the disk."""
+        """Wait until what was saved is in the store."""
         if self.store is not None:
             self._writers.submit(int).result()
 
     def close(self) -> None:
-        """Wait until what was saved is on the disk, and end the threads; then no page may be asked for or saved."""
+        """Wait until what was saved is in the store, and end the threads; then no page may be asked for or saved."""
         if self.store is not None:
             self._readers.shutdown(cancel_futures=True)
             self._writers.shutdown()
@@ -209,7 +209,7 @@ class Tiers:
                 chosen = self._choose(wanted, links)
                 if chosen is None:
                     return None
-                found = self._bring(wanted, links, *chosen)
+                found = self._bring(links, *chosen)
                 if found is not None:
                     return found
         except Exception:  # a bug: the prompt is computed
@@ -296,13 +296,13 @@ class Tiers:
         return self._reach.longest(held, sum(link.num_tokens for link in links))
 
     def _needed(self, links: list[_Link], num_tokens: int, tiers: Sequence[str]) -> list[tuple[_Link, int]]:
-        """The pages that are to be brought, so that a prompt can be continued after so many tokens."""
+        """The pages that are to be brought, so that a prompt can be continued after this many tokens."""
         pairs = []
         for group, seen in enumerate(self._reach.seen(links, num_tokens)):
-            pairs += [(link, group) for link in seen if link.holder(group, tiers) != "pool"]
+            pairs += [(link, group) for link in seen if link.holder(group, tiers) != POOL]
         return pairs
 
-    def _bring(self, wanted: Wanted, links: list[_Link], num_tokens: int, tiers: Sequence[str]) -> Found | None:
+    def _bring(self, links: list[_Link], num_tokens: int, tiers: Sequence[str]) -> Found | None:
         """Read the pages; None where one turned out not to be there."""
         needed = [(link, group, link.holder(group, tiers)) for link, group in self._needed(links, num_tokens, tiers)]
         brought = self._read([link.pages[group] for link, group, tier in needed if tier == STORE])

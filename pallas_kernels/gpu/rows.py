@@ -1,4 +1,4 @@
-"""Attention of many queries over the pages of one sequence: prefill, chunks, large groups and shared prefixes.
+"""Attention of many queries over the pages of one sequence: prefill, chunks, and groups that share pages.
 
 A block takes 64 rows of queries of one head for each of its two or three computing warpgroups, and streams the
 sequence's keys and values past them; another warpgroup moves pages. While one takes the softmax another has the tensor

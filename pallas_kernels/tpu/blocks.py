@@ -15,7 +15,7 @@ AHEAD_BYTES = 6 << 20  # more than a microsecond of any chip's bandwidth
 BLOCK_BYTES = 4 << 20
 MAX_PAGES = 32  # of an item: one bit each in a scalar
 SHORT_TASK = 64  # tokens
-SMALL_GROUP = 32  # rows that share pages: up to so many, the decode kernel takes some of them at a time
+SMALL_GROUP = 32  # rows that share pages: up to this many, the decode kernel takes some of them at a time
 ALL_COUNTS = range(1, 1 << 30)  # of a row's new tokens
 MANY_PAGES = 16  # of an item: their copies take long to start
 

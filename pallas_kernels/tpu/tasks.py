@@ -12,7 +12,7 @@ from pallas_kernels.tpu.memory import IDS
 
 FIELDS = 6  # of a row in `rows`
 TABLE_ROW, LENGTH, TOKEN, NUM_TOKENS, HOLES, FIRST = range(FIELDS)
-# FIRST: the position of the first token where tokens see no key behind themselves; else the first key that all see.
+# FIRST: with causal attention the position of the task's first token; else the first key that all tokens see.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Tasks:
 
     Args:
         sizes: of the kernel.
-        causal: whether a token sees no key behind itself.
+        causal: whether a token sees no key after its own.
         window: the keys up to itself that a token sees; None: all.
         rows: the fields of each row that takes part, field by field; in scalar memory.
         num_rows: B.
