@@ -33,6 +33,7 @@ class PageStore(Protocol):
         A class with these methods is a store, whatever it derives from:
 
         >>> import tempfile
+        >>> from paged_jax.store import Store
         >>> isinstance(Store(tempfile.mkdtemp()), PageStore)
         True
     """
