@@ -83,7 +83,7 @@ def test_wrong_options_are_named():
         engine(stop_tokens=5)
     with pytest.raises(ValueError, match="prompts is 5: pass a text, a list of token ids, or a list of such prompts"):
         engine().generate(5)  # pyright: ignore[reportArgumentType]  the mistake
-    with pytest.raises(ValueError, match="2 prompts, but 1 SamplingParams: give one, or one for each"):
+    with pytest.raises(ValueError, match="2 prompts, but 1 params: give one, or one for each"):
         engine().generate([[1], [2]], [SamplingParams()])
     with pytest.raises(ValueError, match="best_of=2 samples, of which num_samples=3 are wanted"):
         engine().add_request([1], SamplingParams(num_samples=3), best_of=2)
