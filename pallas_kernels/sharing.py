@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Int32
 
 NOBODY = -1  # the leader of a row without a group
-HASH_PLACES = 32  # a row, so that few pages meet in one place
+HASH_PLACES = 32  # for each row, so that few pages are hashed to the same place
 FEWEST_ROWS = 4  # of a group that pays
 RUN = 8  # rows, to a multiple of which kernels round the size of a group
-FEWEST_TOKENS = 512  # that a group must save to pay: those of all its rows but one
+FEWEST_TOKENS = 512  # that a group must not read again to pay: its tokens for all of its rows but one
 
 
 @jax.tree_util.register_dataclass
@@ -177,16 +177,15 @@ def find_groups(page_table: Int32[Array, "B M"], lengths: Int32[Array, " B"], pa
 def rows_alike(page_table: Int32[Array, "B M"], column: Int32[Array, " B"], full: Int32[Array, " B"]) -> Array:
     """For each row one row with the same page in a column, itself where there is none or the column is not full.
 
-    All rows alike get the same one. Rows are hashed by their page; of two pages in one place the rows of one stand
-    alone, which costs speed only.
+    All rows with the same page get the same one. Rows are hashed by their page. If two pages are hashed to the same
+    place, the rows of one of them find no group, which costs only speed.
     """
     num_rows, num_columns = page_table.shape
     row = jnp.arange(num_rows, dtype=jnp.int32)
     page = page_table[row, jnp.minimum(column, num_columns - 1)]
     size = HASH_PLACES * num_rows
-    hashed = (
-        page.astype(jnp.uint32) * jnp.uint32(2654435761)
-    ) >> 8  # the upper bits of a product with Knuth's constant
+    # Knuth's multiplicative hash: the upper bits of the product.
+    hashed = (page.astype(jnp.uint32) * jnp.uint32(2654435761)) >> 8
     place = jnp.where((column < full) & (page > 0), (hashed % jnp.uint32(size)).astype(jnp.int32), size)
     leader = jnp.full(size, NOBODY, jnp.int32).at[place].max(row, mode="drop").at[place].get(mode="fill", fill_value=-1)
     at = jnp.maximum(leader, 0)

@@ -80,8 +80,8 @@ def beam_search(
             of each.
         early_stopping: when the search for a prompt is over that has as many finished sequences as beams, as in
             transformers: True: at once; False: when the best running beam, were it finished now, is no better than the
-            worst of them; "never": as False, but the beam is taken for as long as it may get, if the penalty is above
-            0. Of all prompts, or of each; static.
+            worst of them; "never": as False, but the beam is scored as if it had the greatest length, if the penalty is
+            above 0. Of all prompts, or of each; static.
         stop_tokens: that end a sequence; in an array, which may be traced, -1 where unused.
         widths: beams of each prompt, 1 to W; None: W for all.
         limits: the most tokens of each prompt's sequences, 1 to X; None: X for all.

@@ -1,4 +1,4 @@
-"""Groups of rows, each of which holds the beams of a prompt: how they begin, end and make room for each other."""
+"""Groups of rows that hold the beams of a prompt: how they begin, end and make room for each other."""
 
 import dataclasses
 from typing import Any
@@ -19,12 +19,12 @@ NO_PROMPT = -1
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """U groups on their way; group u has the rows u * W to u * W + W - 1.
+    """U groups of W rows; group u has the rows u * W to u * W + W - 1.
 
-    Rows past the last group, and those of groups without a prompt, are of no group, and draw for themselves.
+    A group without a prompt is free. Its rows draw for themselves, and so do the rows past the last group.
     """
 
-    prompt: Int32[Array, " U"]  # of each group, the lowest came first; NO_PROMPT where it is free
+    prompt: Int32[Array, " U"]  # the number of each group's prompt, the lowest came first; NO_PROMPT: it is free
     widths: Int32[Array, " U"]  # beams of each
     rules: Rules  # of each
     scores: Float[Array, "U W"]  # log-probabilities of the running beams, the best first; -inf where there is none
@@ -85,20 +85,20 @@ class Groups:
         return jax.tree.map(lambda new, old: where(begins, new, old), new, self)
 
     def free(self, rows: Bool[Array, " B"]) -> "Groups":
-        """Groups of whose rows some are named have no prompt any more."""
+        """The groups of these rows are free."""
         return dataclasses.replace(
             self, prompt=jnp.where(jnp.any(self.of_groups(rows), axis=1), NO_PROMPT, self.prompt)
         )
 
 
 def groups_of(state: DecodeState) -> Groups:
-    """Those of a batch that has some."""
+    """The groups of a batch that has some."""
     assert isinstance(state.groups, Groups), "the batch was made with groups"
     return state.groups
 
 
 def where(mask: Array, new: Array, old: Array) -> Array:
-    """`new` where a mask over the first axes holds."""
+    """`new` where a mask over the first axes holds, `old` elsewhere."""
     return jnp.where(mask.reshape(mask.shape + (1,) * (new.ndim - mask.ndim)), new, old)
 
 
@@ -108,7 +108,7 @@ def where(mask: Array, new: Array, old: Array) -> Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Queue:
-    """The prompts."""
+    """The prompts of a search, and what is asked of each."""
 
     prompts: Int32[Array, "Q C"]
     prompt_lens: Int32[Array, " Q"]
@@ -124,7 +124,7 @@ class Search:
     """How far a queue is."""
 
     next: Int32[Array, ""]  # the next prompt that gets a group
-    last_try: Bool[Array, ""]  # the oldest group has begun again for lack of pages, when it was the oldest already
+    last_try: Bool[Array, ""]  # the oldest group has begun again for lack of pages: the next time it ends
     sequences: Hypotheses  # of prompts that have ended
     finish: Int32[Array, "Q W"]  # of Finish, of each
 
@@ -197,10 +197,11 @@ def collect(state: DecodeState, search: Search) -> tuple[DecodeState, Search]:
 
 
 def make_room(state: DecodeState, search: Search) -> tuple[DecodeState, Search]:
-    """Where nobody can go on, the youngest of several groups that hold pages gives them up and begins again.
+    """Free pages where no row can go on.
 
-    If no other holds any, the oldest begins again itself, because rows that have given up pages to older groups no
-    longer share them. If that was no help, its beams need more pages than there are, and it ends.
+    If several groups hold pages, the youngest of these gives them up, and begins again later. Otherwise the oldest
+    group begins again: its rows may have given up pages to older groups, and compute them again each for itself; from
+    the prompt on they share them. If it cannot go on even then, its beams need more pages than there are, and it ends.
     """
     groups, num_rows = groups_of(state), len(state.rows.active)
     holds = jnp.any(groups.of_groups(state.cache.tables.lengths) > 0, axis=1)

@@ -1,7 +1,7 @@
 """Which tokens a beam search goes on with, and which sequences it has finished.
 
-Everything here is about U groups of up to W beams each, one group a prompt, and knows no page. The rules are those of
-transformers, so that both find the same sequences in the same order.
+Everything here is about U groups of up to W beams each, one group for each prompt. Nothing here knows of pages. The
+rules are those of transformers, so that both find the same sequences in the same order.
 """
 
 import enum
@@ -83,7 +83,7 @@ class Stopping(enum.IntEnum):
 
     LATE = 0  # False: when the best running beam, were it finished now, is no better than the worst of them
     EARLY = 1  # True: at once
-    NEVER = 2  # "never": as False, but the beam is taken for as long as it may get, if the penalty is above 0
+    NEVER = 2  # "never": as False, but the beam is scored as if it had the greatest length, if the penalty is above 0
 
     @classmethod
     def of(cls, early_stopping: bool | str) -> "Stopping":

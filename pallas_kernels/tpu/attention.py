@@ -65,7 +65,7 @@ def decode_rows(
 
 
 def active_first(rows: Array, active: Array) -> Array:
-    """Fields `[F, B]`, those of the rows that take part in front, flat, and then their number.
+    """Fields `[F, B]`, flattened, with the rows that take part first; after them the number of these rows.
 
     It is cheaper than a sort, and done once a step for all layers.
     """
@@ -198,7 +198,7 @@ def attend_to_groups(
         scale=scale, window=None, soft_cap=soft_cap, sinks=None, return_lse=True, first_key=begin, of_groups=True,
     )  # fmt: skip
     assert small.lse is not None
-    pages = small.pages  # the kernel passes them on: who read the old ones would have them copied
+    pages = small.pages  # the same memory; XLA would copy the pages if the old ones were read after the kernel
 
     def of_rows(x: Array) -> Array:
         """From places to rows."""
@@ -310,7 +310,7 @@ def new_rows(k: Array, v: Array, pages: Pages) -> Array:
 
 
 def compute_dtype(q: Array, pages: Pages):
-    """Of the products: q's where pages are quantised, else whichever is wider."""
+    """The dtype of the products: that of q if the pages are quantised, else the wider of both."""
     return q.dtype if pages.scales is not None else max(q.dtype, pages.dtype, key=lambda dtype: dtype.itemsize)
 
 

@@ -47,7 +47,7 @@ def test_the_log_is_bounded(num_events):
 
 
 def test_prometheus_reads_the_statistics():
-    parser = pytest.importorskip("prometheus_client.parser")
+    parser = pytest.importorskip("prometheus_client.parser", reason="the extra metrics is not installed")
     statistics = Statistics(requests=3, steps={8: 5, 32: 2}, free_pages=(7, 9), num_pages=(10, 10), cached_pages=(1, 0))
     families = {family.name: family for family in parser.text_string_to_metric_families(prometheus_text(statistics))}
     assert [sample.value for sample in families["paged_jax_requests"].samples] == [3]
