@@ -7,9 +7,9 @@ import sys
 from typing import Any
 
 import numpy as np
-import plain_beams
 
 import hash_decoder as decoder
+import plain_beams
 from engine_cases import Numbers, pool_is_empty
 from paged_jax import engine as package
 from paged_jax.engine import Completion, Engine

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import plain_beams
 import pytest
 
 import hash_decoder as decoder
+import plain_beams
 from paged_jax import Beams, Finish, KVCache, Stepper, beam_search
 from paged_jax.cache.invariants import check
 from paged_jax.decoding.hypotheses import Hypotheses, Rules

@@ -1,10 +1,10 @@
 """Beam searches as requests of an engine, beside samples."""
 
 import numpy as np
-import plain_beams
 import pytest
 
 import hash_decoder as decoder
+import plain_beams
 from engine_cases import Numbers, pool_is_empty
 from paged_jax import Automaton, Completion, Engine, Lookup
 from paged_jax.sampling import BeamParams, SamplingParams
