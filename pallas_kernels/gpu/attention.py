@@ -108,7 +108,7 @@ def prefill(
         if sharing is None:
             row_out, row_lse = decode(rows, pages, page_table, sequence, position, 0 * position, options)
         else:
-            row_out, row_lse = decode_after_groups(rows, pages, page_table, position, sharing, options)
+            row_out, row_lse = decode_shared(rows, pages, page_table, position, sharing, options)
         target = jnp.where(is_decoding, starts, num_tokens + sequence)  # past the end: dropped
         out = out.at[target].set(row_out, mode="drop", unique_indices=True)
         lse = lse.at[target].set(row_lse, mode="drop", unique_indices=True)
@@ -178,7 +178,7 @@ def merge_parts(
     return out.astype(dtype), (top + jnp.log(total))[0]
 
 
-def decode_after_groups(
+def decode_shared(
     q: Float[Array, "B N H"],
     pages: Pages,
     page_table: Int32[Array, "B M"],
@@ -196,7 +196,7 @@ def decode_after_groups(
     runs = runs_of(sharing, position + 1, position >= 0, pages.page_size)
     runs = where_it_pays(runs, token_bytes)
     num_levels, num_places = runs.row.shape
-    queries, table = runs_of_queries(runs, page_table, pages.page_size)
+    queries, table = queries_of_runs(runs, page_table, pages.page_size)
     of_runs = q[jnp.maximum(runs.row, 0).reshape(-1)]
     run_out, run_lse = attend_queries(of_runs, pages, table, queries, options._replace(sinks=None), True)
     sequence = jnp.arange(len(position), dtype=jnp.int32)
@@ -208,7 +208,7 @@ def decode_after_groups(
     return out, lse
 
 
-def runs_of_queries(runs: Runs, page_table: Int32[Array, "B M"], page_size: int) -> tuple[Queries, Int32[Array, "C M"]]:
+def queries_of_runs(runs: Runs, page_table: Int32[Array, "B M"], page_size: int) -> tuple[Queries, Int32[Array, "C M"]]:
     """Each group as a sequence whose pages are those that the group reads."""
     num_levels, num_places = runs.row.shape
     first = runs.row[:, ::RUN]
