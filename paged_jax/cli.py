@@ -267,7 +267,11 @@ def _beams(options: argparse.Namespace) -> BeamParams:
     wrong = [name for name in others if getattr(params, name) != getattr(drawing, name)]
     wrong += [name for name in ("best_of", "json_input", "drafts") if getattr(options, name)]
     if wrong:
-        raise ValueError(f"--beams finds the likeliest sequences: leave out --{wrong[0].replace('_', '-')}")
+        single = {"stop_strings": "stop_string", "forbidden_tokens": "forbidden_token"}
+        name = single.get(wrong[0], wrong[0]).replace("_", "-")
+        raise ValueError(f"--beams finds the likeliest sequences: leave out --{name}")
+    if options.beams < 1:
+        raise ValueError(f"--beams {options.beams}: search with at least 1")
     if params.num_samples > options.beams:
         raise ValueError(
             f"--num-samples {params.num_samples} of --beams {options.beams}: ask for no more than there are"

@@ -49,8 +49,8 @@ def beam_search(
     length_penalty: float | Float[Array, ""] | Float[Array, " Q"] = 1.0,
     early_stopping: bool | str | Sequence[bool | str] = False,
     stop_tokens: Sequence[int] | Int32[Array, " x"] = (),
-    widths: Int32[Array, " Q"] | None = None,
-    limits: Int32[Array, " Q"] | None = None,
+    widths: Int32[Array, " Q"] | Sequence[int] | np.ndarray | None = None,
+    limits: Int32[Array, " Q"] | Sequence[int] | np.ndarray | None = None,
     processor_state: Any = None,
 ) -> tuple[Beams, KVCache]:
     """Find likely continuations of many prompts by beam search, in one XLA program.
@@ -83,8 +83,8 @@ def beam_search(
             worst of them; "never": as False, but the beam is scored as if it had the greatest length, if the penalty is
             above 0. Of all prompts, or of each; static.
         stop_tokens: that end a sequence; in an array, which may be traced, -1 where unused.
-        widths: beams of each prompt, 1 to W; None: W for all.
-        limits: the most tokens of each prompt's sequences, 1 to X; None: X for all.
+        widths: beams of each prompt, 1 to W; None: W for all. Those of a JAX array, which may be traced, are clipped.
+        limits: the most tokens of each prompt's sequences, 1 to X; None: X for all. Likewise.
         processor_state: of Q prompts, for the stepper's processor.
 
     Returns:
@@ -182,9 +182,15 @@ def _check_sizes(
 
 
 def _within(values: Any, num_prompts: int, most: int, name: str) -> Int32[Array, " Q"]:
-    if values is not None and (jnp.shape(values) != (num_prompts,) or not jnp.issubdtype(values.dtype, jnp.integer)):
+    if values is None:
+        return jnp.full(num_prompts, most, jnp.int32)
+    if isinstance(values, Sequence):
+        values = np.asarray(values)
+    if jnp.shape(values) != (num_prompts,) or not jnp.issubdtype(values.dtype, jnp.integer):
         raise ValueError(f"{name} of {values.dtype}{list(jnp.shape(values))}: give a whole number for each prompt")
-    return jnp.full(num_prompts, most, jnp.int32) if values is None else jnp.clip(values, 1, most).astype(jnp.int32)
+    if isinstance(values, np.ndarray) and np.any((values < 1) | (values > most)):
+        raise ValueError(f"{name}={values.tolist()} must be from 1 to {most}")
+    return jnp.clip(values, 1, most).astype(jnp.int32)
 
 
 def _idle_state(

@@ -79,7 +79,7 @@ class Lookup:
             time that a step takes, one user could find out what another says.
 
     Raises:
-        ValueError: `num_matched` is below 1.
+        ValueError: `num_matched` is below 1; `Stepper` checks `num_drafts`.
 
     Examples:
         >>> rows = Rows.create(1, capacity=12, sampling=SamplingState.create(1))

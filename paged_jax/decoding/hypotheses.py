@@ -107,11 +107,13 @@ class Rules(NamedTuple):
         early_stopping: bool | str | Sequence[bool | str] = False,
     ) -> "Rules":
         """Rules of all groups, or of each; raises ValueError for others than there are."""
-        each = [early_stopping] if isinstance(early_stopping, bool | str) else list(early_stopping)
-        stopping = jnp.array([Stopping.of(one) for one in each], jnp.int32)
+        if isinstance(early_stopping, bool | str):
+            stopping = jnp.int32(Stopping.of(early_stopping))
+        else:
+            stopping = jnp.array([Stopping.of(one) for one in early_stopping], jnp.int32)
         given = {"length_penalty": jnp.asarray(length_penalty, jnp.float32), "early_stopping": stopping}
         for name, values in given.items():
-            if values.shape not in ((), (1,), (num_groups,)):
+            if values.shape not in ((), (num_groups,)):
                 raise ValueError(f"{name} has {values.shape} values: give one, or one for each of {num_groups} prompts")
         return cls(*(jnp.broadcast_to(values, num_groups) for values in given.values()))
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from paged_jax.engine.intake import Prompt
 from paged_jax.engine.request import Completion
-from paged_jax.sampling import SamplingParams
+from paged_jax.sampling import BeamParams, SamplingParams
 
 if TYPE_CHECKING:
     from paged_jax.engine.engine import Engine
@@ -46,7 +46,11 @@ class Session:
         self.tokens += self._engine.tokens_of(what, is_first=not self.tokens)
         self._engine.remember(self)
 
-    def generate(self, params: SamplingParams = SamplingParams(), **options: Any) -> list[Completion]:  # noqa: B008  frozen
+    def generate(
+        self,
+        params: SamplingParams | BeamParams = SamplingParams(),  # noqa: B008  frozen
+        **options: Any,
+    ) -> list[Completion]:
         """Continuations of what was said. The session stays as it is until you append one of them.
 
         Args:

@@ -80,7 +80,7 @@ class Plan:
             shared = [0 if group.window else min(self.shared_tokens, n) // self.config.page_size for n in each]
             own = np.mean(np.array(pages) - shared)
             fitting.append((group.num_pages - 1 - max(shared)) / max(own, 1e-9))
-        return math.floor(min(fitting) + 1e-9)
+        return max(0, math.floor(min(fitting) + 1e-9))
 
     def step_bytes(self, num_sequences: int) -> float:
         """Bytes that a device reads in a step in which this many sequences of `context` tokens draw a token each."""

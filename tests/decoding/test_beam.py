@@ -12,6 +12,7 @@ import hash_decoder as decoder
 import plain_beams
 from paged_jax import Beams, Finish, KVCache, Stepper, beam_search
 from paged_jax.cache.invariants import check
+from paged_jax.decoding.beam import _within
 from paged_jax.decoding.hypotheses import Hypotheses, Rules
 
 PLAIN, HYBRID = (None, None), (None, 6)
@@ -269,5 +270,7 @@ def test_sizes_that_do_not_fit_together_are_named():
         start(Stepper(decoder.forward, (16,), num_logprobs=1))
     with pytest.raises(ValueError, match="early_stopping='soon' must be True, False or \"never\""):
         Rules.of(1, early_stopping="soon")
+    with pytest.raises(ValueError, match=r"widths=\[4, 5\] must be from 1 to 4"):
+        _within([4, 5], 2, 4, "widths")
     with pytest.raises(ValueError, match=r"early_stopping has \(3,\) values: give one, or one for each of 2 prompts"):
         Rules.of(2, early_stopping=(True, False, "never"))
