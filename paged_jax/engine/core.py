@@ -178,6 +178,18 @@ class Core:
             self._is_interrupted = True
             change()
 
+    def close(self) -> None:
+        """Abort all requests, and close the tiers; not in the middle of a step of another thread."""
+        with self._stepping:
+            try:
+                for number in list(self.requests):
+                    self.abort(number)
+                while self.requests:
+                    self.advance()
+            finally:
+                if self.tiers is not None:
+                    self.tiers.close()
+
     def _recall(self, number: int) -> list[Piece]:
         """Take back the pieces of a request that were put out for everybody."""
         pieces = [piece for piece in list(self.pieces) if piece.request == number]

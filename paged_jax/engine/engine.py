@@ -213,14 +213,7 @@ class Engine:
         An engine without a store has no threads. One that nobody refers to ends its threads, too, but aborts nothing.
         """
         self._is_closed = True
-        try:
-            for number in list(self._core.requests):
-                self._core.abort(number)
-            while self._core.requests:
-                self._core.advance()
-        finally:
-            if self._core.tiers is not None:
-                self._core.tiers.close()
+        self._core.close()
 
     # ---- requests --------------------------------------------------------------------------------------------
 
