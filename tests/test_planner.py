@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import re
 import subprocess
@@ -171,7 +172,7 @@ def test_an_mlp_that_does_not_split_is_named(tmp_path):
 def test_sizes_are_read_as_people_write_them():
     assert read_bytes("16GiB") == 16 * 2**30 and read_bytes("1.5 GB") == 1_500_000_000 and read_bytes(4e9) == 4 * 10**9
     assert read_bytes("7") == 7 and write_bytes(3 * 2**20) == "3.0 MiB" and write_bytes(12) == "12 bytes"
-    for size in ("16 apples", "GiB", 1.5, True):
+    for size in ("16 apples", "GiB", "1e400 GiB", 1.5, True, math.inf, math.nan):
         with pytest.raises(ValueError, match="whole number of bytes|write a number of bytes"):
             read_bytes(size)
     assert 2**20 < free_bytes() <= find_chip("here").memory_bytes * 2

@@ -1,5 +1,7 @@
 """Sizes in bytes: as people write them, and as devices report them."""
 
+import math
+import numbers
 import os
 import pathlib
 import re
@@ -24,9 +26,9 @@ def read_bytes(size: int | float | str) -> int:
             if match is None or match[2] not in UNITS:
                 raise ValueError
             size = round(float(match[1]) * UNITS[match[2]])
-        except ValueError:
+        except (ValueError, OverflowError):
             raise ValueError(f"{size!r} is no size: write a number of bytes, or one with a unit, as in 16GiB") from None
-    if isinstance(size, bool) or size != int(size):
+    if isinstance(size, bool) or not isinstance(size, numbers.Real) or not math.isfinite(size) or size != int(size):
         raise ValueError(f"a size must be a whole number of bytes, got {size!r}")
     return int(size)
 

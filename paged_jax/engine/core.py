@@ -82,6 +82,7 @@ class Core:
         self.version = version
         self._config: CacheConfig = runner.config
         self._tokenizer, self._make_cache = tokenizer, make_cache
+        self._has_logprobs = runner.stepper.num_logprobs is not None
         self._news: collections.deque[Request] = collections.deque()  # added or aborted since the last step
         self._aborted: set[int] = set()  # since the last step: of these no piece is given any more
         self._stepping = threading.RLock()
@@ -176,6 +177,18 @@ class Core:
         with self._stepping:
             self._is_interrupted = True
             change()
+
+    def close(self) -> None:
+        """Abort all requests, and close the tiers; not in the middle of a step of another thread."""
+        with self._stepping:
+            try:
+                for number in list(self.requests):
+                    self.abort(number)
+                while self.requests:
+                    self.advance()
+            finally:
+                if self.tiers is not None:
+                    self.tiers.close()
 
     def _recall(self, number: int) -> list[Piece]:
         """Take back the pieces of a request that were put out for everybody."""
@@ -367,7 +380,7 @@ class Core:
             sample=sample.number,
             tokens=tuple(tokens[:count]),
             text=text,
-            logprobs=tuple(snapshot.logprobs[row, :count].tolist()),
+            logprobs=tuple(snapshot.logprobs[row, :count].tolist()) if self._has_logprobs else (),
             top_logprobs=tuple(tuple(zip(*pair, strict=True)) for pair in zip(*tops, strict=True)),
             finish_reason="stop" if is_stopped else reason,
         )

@@ -63,7 +63,8 @@ class Engine:
         drafter_state: before anything is drafted, where the drafter has one.
         processor: changes the logits of every row, see `paged_jax.sampling.Processor`.
         processor_state: of all rows before their first token, where the processor has one.
-        num_logprobs: how many of the most likely tokens come with each token; None: no log-probabilities at all.
+        num_logprobs: how many of the most likely tokens come with each token; None: no log-probabilities but
+            those of beam searches.
         max_stop_tokens: the most stop tokens of a request, beside the engine's.
         max_bias_tokens: the most tokens that a request biases or forbids.
         max_beams: the widest beam search of a request, which takes that many rows; 0: there are none.
@@ -212,14 +213,7 @@ class Engine:
         An engine without a store has no threads. One that nobody refers to ends its threads, too, but aborts nothing.
         """
         self._is_closed = True
-        try:
-            for number in list(self._core.requests):
-                self._core.abort(number)
-            while self._core.requests:
-                self._core.advance()
-        finally:
-            if self._core.tiers is not None:
-                self._core.tiers.close()
+        self._core.close()
 
     # ---- requests --------------------------------------------------------------------------------------------
 
@@ -447,6 +441,10 @@ class Engine:
         beams = params if isinstance(params, BeamParams) else None
         num_rows = 1 if beams is None else self._core.runner.max_beams
         params = self._intake.params(params, len(tokens), best_of)
+        if best_of is not None and self._core.runner.stepper.num_logprobs is None:
+            raise ValueError(
+                f"best_of={best_of} compares log-probabilities: make the engine with num_logprobs=0 or more"
+            )
         self._core.runner.sampling([(params, 0)])  # raises where it names more tokens than there is room for
         text = ""
         if echo:

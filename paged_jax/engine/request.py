@@ -46,7 +46,7 @@ class Completion:
     Args:
         tokens: all token ids that were drawn, the stop token included.
         text: the text of these tokens, without the stop string that ended it; empty without a tokenizer.
-        logprobs: of each token, the model's own; empty with `num_logprobs=None`.
+        logprobs: of each token, the model's own; of drawn tokens none with `num_logprobs=None`.
         top_logprobs: for each token the most likely ones in its place, as pairs of token id and log-probability.
         finish_reason: "stop", "length", "error", or "abort" where the request was aborted.
         error: what went wrong, where the reason is "error".

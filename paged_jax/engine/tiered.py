@@ -172,7 +172,9 @@ class TieredPrefixes(CachedPrefixes):
         needed, at_once = self._nothing, self._at_once()
         for load in list(self._loads.values()):
             if load.brought is None and load.found.done():
-                load.brought, load.num_filled = load.found.result(), self._nothing
+                load.brought, load.num_filled = None, self._nothing
+                if not load.found.cancelled():  # as all that waits is when the tiers are closed
+                    load.brought = load.found.result()
                 if load.brought is None:
                     self._give_up(load)
             load.due = self._nothing

@@ -13,7 +13,7 @@ def open_store(where: str | Path) -> PageStore:
     """The store in a folder, or that of a URL, without a byte cap.
 
     Raises:
-        ValueError: it is a file, or a URL that nobody knows.
+        ValueError: it is a file, or a URL that nobody knows, or "".
         ImportError: it is a URL, and obstore is not installed.
 
     Examples:

@@ -33,6 +33,7 @@ INLINE_BYTES = 8192  # of the largest page that the index holds itself
 MOST_ASIDE = 64  # damaged files that are kept
 MOST_INDICES = 3  # that a process makes anew before it goes on without the store
 NAME = re.compile("[0-9a-f]{32}")  # of a file: see `content_name`
+URL = re.compile("(s3|s3a|gs|az|adl|abfss?|azure|https?|file|memory):", re.IGNORECASE)  # of a `Path`, one slash is left
 
 
 class Store:
@@ -44,7 +45,7 @@ class Store:
             None: no limit.
 
     Raises:
-        ValueError: `max_bytes` is no size, or the folder is a file.
+        ValueError: `max_bytes` is no size, or the folder is a file, a URL or "".
 
     Examples:
         >>> import tempfile
@@ -57,6 +58,12 @@ class Store:
 
     def __init__(self, folder: str | Path, max_bytes: int | float | str | None = None):
         self.folder, self.max_bytes = Path(folder), read_cap("Store", max_bytes)
+        if folder == "":
+            raise ValueError("the store '' has no name: name a folder")
+        if URL.match(str(folder)):
+            raise ValueError(
+                f"the store {str(folder)!r} is no folder: write a URL as a str, such as s3://BUCKET/PREFIX"
+            )
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"the store {self.folder} is a file: name a folder")
         self._pages, self._aside = self.folder / "pages", self.folder / "aside"

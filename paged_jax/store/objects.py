@@ -69,6 +69,8 @@ class ObjectStore:
     def __init__(self, url: str, max_bytes: int | float | str | None = None, **options: Any):
         self.url, self.max_bytes = url.rstrip("/"), read_cap("ObjectStore", max_bytes)
         self._obstore = obstore = _import()
+        if self.url == "file:":
+            raise ValueError(f"the store {url!r} names no folder: write file:///FOLDER")
         self._errors = OSError, obstore.exceptions.BaseError
         if url.startswith("file:"):
             options = {"mkdir": True} | options

@@ -128,6 +128,7 @@ class Tiers:
         self.counts: dict[str, Counter[str]] = {"loaded": Counter(), "declined": Counter(), "saved": Counter()}
         self._config, self._reach = config, Reach(config)
         self._num_queued, self._lock = 0, threading.Lock()  # bytes; two threads count them
+        self._is_closed = False
         if self.store is not None:
             self._readers = concurrent.futures.ThreadPoolExecutor(1, "paged_jax_store_reads")
             self._writers = concurrent.futures.ThreadPoolExecutor(1, "paged_jax_store_writes")
@@ -142,7 +143,7 @@ class Tiers:
             payloads: their bytes, asked for in the thread that writes.
         """
         num_bytes = sum(self.formats[page.group].num_bytes for page in pages)
-        if self._num_queued + num_bytes > MOST_QUEUED:
+        if self._is_closed or self._num_queued + num_bytes > MOST_QUEUED:
             self.counts["saved"]["dropped"] += len(pages)
             return
         with self._lock:
@@ -161,12 +162,13 @@ class Tiers:
 
     def flush(self) -> None:
         """Wait until what was saved is in the store."""
-        if self.store is not None:
+        if self.store is not None and not self._is_closed:
             self._writers.submit(int).result()
 
     def close(self) -> None:
-        """Wait until what was saved is in the store, and end the threads; then no page may be asked for or saved."""
+        """Wait until what was saved is in the store, and end the threads; from then on no page is found or saved."""
         if self.store is not None:
+            self._is_closed = True
             self._readers.shutdown(cancel_futures=True)
             self._writers.shutdown()
             if self._owns_store:
@@ -188,10 +190,10 @@ class Tiers:
 
     def find(self, wanted: Wanted) -> "concurrent.futures.Future[Found | None]":
         """Bring the pages of a prompt, if that is cheaper than to compute them; None: it is not, or there are none."""
-        if self.store is not None:
+        if self.store is not None and not self._is_closed:
             return self._readers.submit(self._find, wanted)
         found: concurrent.futures.Future[Found | None] = concurrent.futures.Future()
-        found.set_result(self._find(wanted))
+        found.set_result(None if self._is_closed else self._find(wanted))
         return found
 
     def is_expected(self, wanted: Wanted) -> bool:

@@ -57,6 +57,14 @@ def test_log_probabilities_are_the_models_own():
         assert np.allclose(completion.logprobs, expected, atol=1e-5, rtol=0)
 
 
+def test_without_log_probabilities_there_are_none_and_no_best_of():
+    (text,), g = prompts(20), engine(num_logprobs=None)
+    ((completion,),) = g.generate([text], GREEDY)
+    assert list(completion.tokens) == decoder.dense_greedy(text, 12) and completion.logprobs == ()
+    with pytest.raises(ValueError, match="best_of=2 compares log-probabilities: make the engine with num_logprobs=0"):
+        g.add_request(text, GREEDY, best_of=2)
+
+
 def test_cached_and_cold_prompts_give_the_same_tokens():
     (common,) = prompts(21)
     texts = [common + tail for tail in prompts(1, 6, 9, seed=1)] + [common, common[:9]]

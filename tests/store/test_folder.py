@@ -4,11 +4,12 @@ import dataclasses
 import random
 import shutil
 import sqlite3
+from pathlib import Path
 
 import pytest
 from store_cases import LARGE, SMALL, bytes_on_disk, check, prefix, read
 
-from paged_jax.store import Store
+from paged_jax.store import Store, open_store
 from paged_jax.store.page_file import Damaged, pack, unpack
 
 
@@ -90,6 +91,14 @@ def test_a_file_is_no_store(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file is a file: name a folder"):
         Store(tmp_path / "file")
+
+
+@pytest.mark.parametrize("where", ["", Path("s3://bucket/prefix"), "file:store", Path("FILE:///store")], ids=str)
+def test_what_is_no_folder_is_not_made_one(where, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="name a folder|write a URL as a str"):
+        open_store(where)
+    assert not list(tmp_path.iterdir())
 
 
 # ---- damage ------------------------------------------------------------------------------------------------------

@@ -310,6 +310,8 @@ def test_a_server_that_does_not_answer_delays_nobody_for_long(server, warnings, 
     [
         ("s4://bucket", {}, "the store 's4://bucket' cannot be opened .*give a URL such as s3://BUCKET/PREFIX"),
         ("s3://bucket", {"colour": "red"}, "cannot be opened .*colour"),
+        ("file://", {}, "the store 'file://' names no folder: write file:///FOLDER"),
+        ("memory:///", {"max_bytes": float("inf")}, "a size must be a whole number of bytes, got inf"),
         ("memory:///", {"max_bytes": 0}, r"ObjectStore\(max_bytes=0\): give at least one byte"),
     ],
 )

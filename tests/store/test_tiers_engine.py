@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import hash_decoder as decoder
 from engine_cases import pool_is_empty
+from paged_jax.engine import Completion
 from paged_jax.engine.transfers import is_on_host, stage
 from paged_jax.sampling import SamplingParams
 from paged_jax.store import Store
@@ -324,6 +325,34 @@ def test_events_and_statistics_name_the_tier(tmp_path):
     stats = engine.stats()
     assert stats.tier_bytes["host"] == 2 * 4 * 64 * 4 * 2 * stats.tier_pages["host"]
     assert sum(event.count for event in engine.events if event.kind == "loaded") == stats.loaded_tokens["host"]
+
+
+def test_an_engine_closes_between_the_steps_of_other_threads(tmp_path):
+    fill(tmp_path, text(0, 33))
+    engine = make(store=Store(tmp_path))
+    core = engine._core
+    late = engine._make(text(0, 33), GREEDY)  # which another thread is about to queue
+    closing = threading.Thread(target=engine.close)
+    with core._stepping:  # another thread is in the middle of a step
+        closing.start()
+        closing.join(0.1)
+        tiers_of(engine).save([], list)
+    closing.join()
+    assert list(Completion.join(core.queue(late, is_claimed=True)).tokens) == decoder.dense_greedy(text(0, 33), 6)
+    assert engine.stats().loaded_tokens == {}
+
+
+def test_what_is_looked_for_when_an_engine_closes_is_given_up(tmp_path, monkeypatch):
+    engine, reads = make(store=Store(tmp_path)), threading.Event()
+    monkeypatch.setattr(tiers_of(engine).store, "find", lambda pages: (reads.wait(), set())[1])
+    for seed in (0, 1):
+        engine.add_request(text(seed, 33), GREEDY)
+    prefixes: Any = engine._core._prefixes
+    while len(prefixes._loads) < 2:
+        engine.step()
+    threading.Timer(0.3, reads.set).start()
+    engine.close()
+    assert not engine.step() and pool_is_empty(engine)
 
 
 @pytest.mark.parametrize(
