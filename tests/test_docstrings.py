@@ -129,9 +129,15 @@ def engine():
 
 
 SLOW = (  # they compile
+    "paged_jax.attention",
+    "paged_jax.cache.handles",
+    "paged_jax.cache.page_tables",
     "paged_jax.decoding",
+    "paged_jax.engine",
     "paged_jax.flax",
+    "paged_jax.memory",
     "paged_jax.models",
+    "paged_jax.planner",
     "paged_jax.plot",
     "paged_jax.sampling.params",
     "pallas_kernels",

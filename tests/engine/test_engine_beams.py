@@ -109,6 +109,7 @@ def test_a_search_that_is_aborted_leaves_nothing():
     assert pool_is_empty(g)
 
 
+@pytest.mark.long  # a program of its own; a search under a trie stands in tests/sampling/test_automaton.py
 def test_only_sequences_of_a_trie_are_found_and_no_more_than_there_are():
     text, sequences = prompts(8)[0], [(7, 3, 11), (7, 3, 20), (50, 1, 2)]
     trie = Automaton.of_sequences(sequences, 96, decoder.VOCAB)

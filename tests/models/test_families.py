@@ -20,6 +20,7 @@ TOLERANCE = 1e-4
 # What they have, others have too: without a cache they run here, and over pages in the live comparison and with -m long
 LONG = ("mistral", "qwen2_yarn", "qwen3", "phi4_mini", "qwen3_moe", "qwen3_moe_unnormalised", "mixtral")
 LONG += ("olmo2", "granite", "gemma3_with_images", "llama2", "qwen2", "phi3", "llama3", "smollm3", "olmo3")
+LONG += ("phi3_longrope", "glm4", "gemma3")
 
 
 def write_checkpoint(folder: Path, golden):

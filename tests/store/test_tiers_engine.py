@@ -69,7 +69,11 @@ def test_what_the_pool_gives_up_comes_back_from_host_memory():
     assert pool_is_empty(engine)
 
 
-@WINDOWS
+@pytest.mark.parametrize(
+    "windows",
+    [(None, None), pytest.param(HYBRID, marks=pytest.mark.long)],  # another program; random traffic has one, too
+    ids=["plain", "hybrid"],
+)
 def test_a_conversation_goes_on_after_a_restart(tmp_path, windows):
     prompts = [text(seed, 33) for seed in range(4)]
     first = make(windows, store=Store(tmp_path))

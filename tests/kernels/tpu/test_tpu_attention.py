@@ -154,7 +154,7 @@ def test_groups_that_share_change_nothing(interpreter, small_blocks, monkeypatch
     monkeypatch.setattr(attention, "SMALL_GROUP", 4)
     monkeypatch.setattr(attention, "prefill_sizes", lambda *_: PrefillSizes(16, 8, 8, 2))
     query_lens = (1, 0, 1, several, *[1] * 10)
-    case = Case("forest", FOREST_LENGTHS, query_lens, (4, 2), 128, dtype=dtype, sinks=True, is_padded=True)
+    case = Case("forest", FOREST_LENGTHS, query_lens, (2, 1), 128, dtype=dtype, sinks=True, is_padded=True)
     inputs, sharing = share(make_inputs(case), levels)
     plain = attend(case, inputs, "reference", return_lse=True)
     result = attend(case, inputs, return_lse=True, sharing=sharing)
