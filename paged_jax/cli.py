@@ -182,9 +182,11 @@ def _store(options: argparse.Namespace) -> int:
 
     where = options.store
     if "://" not in where and not (pathlib.Path(where) / "pages").is_dir():
-        raise ValueError(f"{where} is no store: it has no folder of pages")
-    if (options.action == "prune") != (options.max_bytes is not None):
-        raise ValueError("`prune` needs --max-bytes, and the other actions take none")
+        raise ValueError(f"{where} is no store: it has no folder of pages, and is no URL such as s3://bucket/prefix")
+    if options.action == "prune" and options.max_bytes is None:
+        raise ValueError("prune needs --max-bytes: how much of the pages stays, such as 4GiB")
+    if options.action != "prune" and options.max_bytes is not None:
+        raise ValueError(f"--max-bytes is for prune: leave it out of {options.action}")
     max_bytes, num_bad = read_bytes(options.max_bytes or 0), 0
     store = open_store(where)
     if options.action == "verify":

@@ -91,7 +91,8 @@ def run(model: Model, console: Console, *, samples: int = 3, max_new_tokens: int
             live.update(page())
     console.print(page(finished=True))
     assert fullest is not None
-    console.print(Panel(picture, title="the pool at its fullest", subtitle=CELLS, expand=False))
+    console.print(Panel(picture, title="the pool at its fullest", expand=False))
+    console.print(CELLS)
     console.print(memory_table(fullest, config))
 
 

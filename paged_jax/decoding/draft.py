@@ -18,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from paged_jax.decoding.rows import NO_TOKEN, DecodeState, Rows
 
+MOST_DRAFTS = 7  # of a row in a step: with the token before them they fill a pass of short queries
+
 
 class Drafts(NamedTuple):
     """What a `Drafter` proposes: tokens that may come next in each row; D is its `num_drafts`."""
@@ -79,7 +81,7 @@ class Lookup:
             time that a step takes, one user could find out what another says.
 
     Raises:
-        ValueError: `num_matched` is below 1; `Stepper` checks `num_drafts`.
+        ValueError: `num_drafts` is not from 1 to 7, or `num_matched` is below 1.
 
     Examples:
         >>> rows = Rows.create(1, capacity=12, sampling=SamplingState.create(1))
@@ -95,6 +97,8 @@ class Lookup:
     reads_siblings: bool = True
 
     def __post_init__(self):
+        if not 1 <= self.num_drafts <= MOST_DRAFTS:
+            raise ValueError(f"num_drafts of the drafter must be from 1 to {MOST_DRAFTS}, got {self.num_drafts}")
         if self.num_matched < 1:
             raise ValueError(f"num_matched must be at least 1, got {self.num_matched}")
 

@@ -19,7 +19,7 @@ from paged_jax.attention import find_sharing, sharing_pays
 from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.cache.pool import PagePool
-from paged_jax.decoding.draft import Drafter, add_drafts, settle_drafts
+from paged_jax.decoding.draft import MOST_DRAFTS, Drafter, add_drafts, settle_drafts
 from paged_jax.decoding.plan import Plan, first_come_first_served
 from paged_jax.decoding.room import reserve
 from paged_jax.decoding.rows import FIRST_TRUST, NO_ROW, DecodeState, Finish, Rows
@@ -93,8 +93,8 @@ class Stepper:
             raise ValueError(f"processor={self.processor.__name__} is a class: pass an object of it")
         if isinstance(self.drafter, type) or not (self.drafter is None or isinstance(self.drafter, Drafter)):
             raise ValueError(f"drafter={self.drafter!r} is no drafter: give one, such as Lookup()")
-        if self.drafter is not None and not (isinstance(self.num_drafts, int) and 1 <= self.num_drafts < SHORT):
-            raise ValueError(f"num_drafts of the drafter must be from 1 to {SHORT - 1}, got {self.num_drafts!r}")
+        if self.drafter is not None and not (isinstance(self.num_drafts, int) and 1 <= self.num_drafts <= MOST_DRAFTS):
+            raise ValueError(f"num_drafts of the drafter must be from 1 to {MOST_DRAFTS}, got {self.num_drafts!r}")
 
     @property
     def num_drafts(self) -> int:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from paged_jax.cache.sizes import free_bytes, read_bytes
 
 GIB = 1024**3
+LEAST_BYTES = 2**20  # a number below was meant in another unit
 
 
 class Chip(NamedTuple):
@@ -55,7 +56,10 @@ def find_chip(memory: Chip | str | int | float) -> Chip:
         device = jax.devices()[0]
         return Chip(device.device_kind, free_bytes(device), 0.0, device.platform)
     try:
-        return Chip("a device", read_bytes(memory), 0.0, jax.default_backend())
+        size = read_bytes(memory)
+        if isinstance(memory, str) and size < LEAST_BYTES:
+            raise ValueError(f"{size} bytes hold no model: give a unit, as in {size or 16}GiB")
+        return Chip("a device", size, 0.0, jax.default_backend())
     except ValueError as error:
         raise ValueError(f"memory={memory!r}: {error}; or name one of {', '.join(CHIPS)}, here") from None
 

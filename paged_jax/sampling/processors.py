@@ -19,7 +19,7 @@ class Processor(Protocol):
     A processor is a frozen, hashable value, static under jit. What it must remember of each row is its state: a pytree
     whose leaves have the rows as their first axis, kept in `SamplingState.processor`. You make the first state: pass it
     to `SamplingState.of(..., processor=state)`, or to an engine as `processor_state`. The part of a row must depend on
-    that row only, since rows move and are computed again.
+    that row only, since rows move and are computed again. Leave each row a token: one that may draw none draws token 0.
 
     Examples:
         Never the same token twice in a row.

@@ -59,7 +59,11 @@ class PageStore(Protocol):
         ...
 
     def verify(self) -> tuple[int, int]:
-        """Read all pages; returns how many are good, and how many were not and were set aside."""
+        """Read all pages; returns how many are good, and how many were not and were set aside.
+
+        Raises:
+            OSError: the store cannot be read; so of `prune` and `contents`.
+        """
         ...
 
     def prune(self, max_bytes: int) -> int:

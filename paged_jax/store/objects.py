@@ -124,15 +124,15 @@ class ObjectStore:
 
     def prune(self, max_bytes: int) -> int:
         """Remove the pages that were written the longest time ago, leaves first, and what was set aside."""
-        return self._try("be written", self._prune, max_bytes, otherwise=0)
+        return self._ask(self._prune, max_bytes)
 
     def verify(self) -> tuple[int, int]:
         """Read all pages; returns how many are good, and how many were not and were set aside."""
-        return self._try("be read", self._verify, otherwise=(0, 0))
+        return self._ask(self._verify)
 
     def contents(self) -> Contents:
         """What is there."""
-        return self._try("be read", self._contents, otherwise=Contents(0, 0, 0, {}, 0))
+        return self._ask(self._contents)
 
     # ---- requests --------------------------------------------------------------------------------------------
 
@@ -243,6 +243,14 @@ class ObjectStore:
             reason = f"{type(error).__name__}: {_first_line(error)}"
             self._warnings.say(what, f"the store {self.url} cannot {what} ({reason}): serving goes on without")
             return otherwise
+
+    def _ask(self, function: Callable, *arguments: Any) -> Any:
+        """For those who look after a store, not for serving: they are told that it does not answer."""
+        try:
+            return function(*arguments)
+        except self._errors as error:
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+            raise OSError(f"the store {self.url} does not answer ({reason})") from error
 
 
 def _name(page: StoredPage) -> str:

@@ -343,3 +343,7 @@ def test_info_verify_and_prune(server, url, monkeypatch, capsys):
     assert main(["store", "prune", url, "--max-bytes", "1KiB"]) == 0
     assert capsys.readouterr().out.startswith("2 pages were removed\n0 pages, 0 bytes")
     assert main(["store", "info", "s4://x"]) == 2
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    for action in ("info", "verify"):
+        assert main(["store", action, url]) == 2
+        assert f"the store {url} does not answer (" in capsys.readouterr().err
