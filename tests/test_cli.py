@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from paged_jax import models
-from paged_jax.cli import _parser, _sampling, keep_compiled_programs, main
+from paged_jax.cli import _beams, _parser, _sampling, keep_compiled_programs, main
 from paged_jax.engine import Engine
 from paged_jax.engine.core import Core
 from paged_jax.models.families import FAMILIES
-from paged_jax.sampling import SamplingParams
+from paged_jax.sampling import BeamParams, SamplingParams
 
 load = functools.cache(models.load)
 
@@ -68,6 +68,13 @@ def test_generate_reads_prompts_from_a_file_and_from_stdin(capsys, tmp_path, mon
     assert all(s["logprob"] < 0 for s in samples)
 
 
+def test_beams_have_options_of_their_own():
+    given = "generate x --beams 4 --num-samples 2 --max-new-tokens 9 --length-penalty 0.5 --early-stopping never"
+    expected = BeamParams(4, 9, 2, 0.5, "never", (7,))
+    assert _beams(_parser().parse_args([*given.split(), "--stop-token", "7"])) == expected
+
+
+@pytest.mark.long  # another program; searches of an engine stand in tests/engine/test_engine_beams.py
 def test_generate_with_one_beam_is_greedy_and_says_what_it_is_worth(capsys, continuation):
     options = ["--beams", "1", "--max-new-tokens", "6", "--length-penalty", "0.5", "--json"]
     assert main(["generate", "import ", "def main(", *options]) == 0

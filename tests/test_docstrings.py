@@ -130,8 +130,7 @@ def engine():
 
 SLOW = (  # they compile
     "paged_jax.attention",
-    "paged_jax.cache.handles",
-    "paged_jax.cache.page_tables",
+    "paged_jax.cache",
     "paged_jax.decoding",
     "paged_jax.engine",
     "paged_jax.flax",
@@ -139,7 +138,7 @@ SLOW = (  # they compile
     "paged_jax.models",
     "paged_jax.planner",
     "paged_jax.plot",
-    "paged_jax.sampling.params",
+    "paged_jax.sampling",
     "pallas_kernels",
 )
 
