@@ -36,9 +36,12 @@ def test_info_verify_and_prune(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["info", "nowhere"], "nowhere is no store: it has no folder of pages"),
-        (["prune", "."], "`prune` needs --max-bytes, and the other actions take none"),
-        (["info", ".", "--max-bytes", "3"], "`prune` needs --max-bytes, and the other actions take none"),
+        (
+            ["info", "nowhere"],
+            "nowhere is no store: it has no folder of pages, and is no URL such as s3://bucket/prefix",
+        ),
+        (["prune", "."], "prune needs --max-bytes: how much of the pages stays, such as 4GiB"),
+        (["info", ".", "--max-bytes", "3"], "--max-bytes is for prune: leave it out of info"),
         (["prune", ".", "--max-bytes=-3"], "'-3' is no size: write a number of bytes, or one with a unit, as in 16GiB"),
     ],
 )
