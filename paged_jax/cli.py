@@ -223,7 +223,8 @@ def _plan(options: argparse.Namespace) -> int:
         fits = False
         print(f"It does not fit: {error}.\n")
     mixed = range(1, options.context + 1, max(1, options.context // 61))  # lengths that are spread evenly
-    table = Table(title="with one thing changed", title_justify="left")
+    unknown = None if chip.bytes_per_second else "tokens/s depend on the bandwidth: name a chip to know them"
+    table = Table(title="with one thing changed", title_justify="left", caption=unknown, caption_justify="left")
     for name in ("", f"sequences of {options.context:,}", f"of 1 to {options.context:,}", "tokens/s at most"):
         table.add_column(name, justify="right" if name else "left")
     for name, plan in changed:
@@ -267,7 +268,9 @@ def _beams(options: argparse.Namespace) -> BeamParams:
     fits = "max_new_tokens", "num_samples", "stop_tokens"
     others = [f.name for f in dataclasses.fields(params) if f.name not in fits]
     wrong = [name for name in others if getattr(params, name) != getattr(drawing, name)]
-    wrong += [name for name in ("best_of", "json_input", "drafts") if getattr(options, name)]
+    if options.json_input:
+        raise ValueError("--json-input reads fields of SamplingParams, which a search has not: leave it or --beams out")
+    wrong += [name for name in ("best_of", "drafts") if getattr(options, name)]
     if wrong:
         single = {"stop_strings": "stop_string", "forbidden_tokens": "forbidden_token"}
         name = single.get(wrong[0], wrong[0]).replace("_", "-")

@@ -273,6 +273,10 @@ def test_every_command_keeps_compiled_programs(monkeypatch):
             "--length-penalty is for beam search: add --beams",
         ),
         (["generate", "x", "--drafts", "9"], "num_drafts of the drafter must be from 1 to 7, got 9"),
+        (
+            ["generate", "x", "--beams", "2", "--json-input"],
+            "--json-input reads fields of SamplingParams, which a search",
+        ),
         (["generate", "x", "--beams", "2", "--num-samples", "3"], "--num-samples 3 of --beams 2: ask for no more than"),
         (["demo", "--num-samples", "0"], "num_samples must be at least 1"),
     ],

@@ -83,6 +83,10 @@ class Session:
         self.is_closed = True
         self._engine.remember(self)
 
+    def __repr__(self) -> str:
+        state = "closed" if self.is_closed else "open"
+        return f"Session: {len(self.tokens)} tokens, {state}"
+
     def __enter__(self) -> "Session":
         return self
 

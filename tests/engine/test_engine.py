@@ -400,6 +400,7 @@ def test_a_session_keeps_its_pages_and_a_fork_computes_nothing_again():
     g = engine(TIGHT)
     params = SamplingParams(max_new_tokens=4, temperature=1.0, num_samples=2)
     with g.session(system) as node:
+        assert repr(node) == f"Session: {len(system)} tokens, open"
         one, other = node.generate(params)
         children = [node.fork(one), node.fork(other, [5, 6])]
         for seed in range(4):  # others come and go, for whom pages of the cache are evicted
