@@ -58,18 +58,18 @@ def step_with(
     was_active, num_rows = state.rows.active, len(state.rows.active)
     groups, num_stop = groups_of(state), state.rows.sampling.stop_tokens.shape[1]
     find = find_candidates(num_candidates(groups.width, num_stop))
+    is_other = ~groups.to_rows(groups.are_taken, num_rows)
     state, chosen = compute(stepper, params, state, counts, _both(find, is_ready) if others_draw else find)
     if others_draw:
         drawn, found = chosen
-        is_other = ~groups.of_rows(groups.are_taken, num_rows)
         state, _ = commit(share_prompts(state), drawn._replace(drew=drawn.drew & is_other[:, None]))
     else:
         found = chosen
     state = lax.cond(
         jnp.any(is_ready), lambda state: _choose(stepper, state, found, is_ready), lambda state: state, state
     )
-    ended = groups.of_rows(groups_of(state).have_ended(state.rows), num_rows)
-    return state, (was_active & ~state.rows.active) | (ended & was_active)
+    are_over = groups.to_rows(groups_of(state).have_ended(state.rows), num_rows)
+    return state, was_active & ~state.rows.active & (is_other | are_over)
 
 
 def _both(find: Choose, is_ready: Bool[Array, " U"]) -> Choose:
@@ -96,9 +96,9 @@ def _wait_for_each_other(
         The state, how many tokens each row computes, and the groups that choose their next beams after that.
     """
     groups, rows, tables = groups_of(state), state.rows, state.cache.tables
-    is_active = groups.are_taken & jnp.any(groups.of_groups(rows.active), axis=1)
-    is_behind = jnp.any(groups.of_groups(rows.active & (tables.lengths < rows.num_known)), axis=1)
-    waits = groups.of_rows(is_active & is_behind, len(counts)) & (counts > 0) & (tables.lengths == rows.num_known)
+    is_active = groups.are_taken & jnp.any(groups.to_groups(rows.active), axis=1)
+    is_behind = jnp.any(groups.to_groups(rows.active & (tables.lengths < rows.num_known)), axis=1)
+    waits = groups.to_rows(is_active & is_behind, len(counts)) & (counts > 0) & (tables.lengths == rows.num_known)
     waiting = waits.astype(jnp.int32)
     tables = lax.cond(jnp.any(waits), lambda t: t.truncate(t.lengths - waiting), lambda t: t, tables)
     return state.with_tables(tables), counts - waiting, is_active & ~is_behind
@@ -108,16 +108,16 @@ def _choose(stepper: Stepper, state: DecodeState, found: Candidates, is_ready: B
     """The next beams of the groups that are ready, and what they have finished; rows of those that end are inactive."""
     groups, rows = groups_of(state), state.rows
     width, rules, widths = groups.width, groups.rules, groups.widths
-    num_prompt, limit, num_known = (groups.of_groups(x)[:, 0] for x in (rows.num_prompt, rows.limit, rows.num_known))
+    num_prompt, limit, num_known = (groups.to_groups(x)[:, 0] for x in (rows.num_prompt, rows.limit, rows.num_known))
     num_drawn = num_known + 1 - num_prompt
-    stop_tokens = groups.of_groups(rows.sampling.stop_tokens)[:, 0]
+    stop_tokens = groups.to_groups(rows.sampling.stop_tokens)[:, 0]
     candidates = jax.tree.map(lambda x: x[: groups.scores.size], found)
     choice = rank(candidates, groups.scores, stop_tokens, num_known + 1 >= limit)
 
     def add(finished: Hypotheses) -> Hypotheses:
         at = jnp.arange(finished.tokens.shape[2], dtype=jnp.int32)[None, None, :] + num_prompt[:, None, None]
         at = jnp.minimum(at, rows.tokens.shape[1] - 1)
-        tokens, logprobs = (jnp.take_along_axis(groups.of_groups(x), at, axis=2) for x in (rows.tokens, rows.logprobs))
+        tokens, logprobs = (jnp.take_along_axis(groups.to_groups(x), at, axis=2) for x in (rows.tokens, rows.logprobs))
         return finished.merge(finish(choice, tokens, logprobs, num_drawn, widths, rules), widths)
 
     may_finish = is_ready[:, None] & choice.ends
@@ -140,16 +140,16 @@ def _continue(
     is_chosen = goes_on[:, None] & (chosen.totals > NOTHING)
     first = jnp.arange(len(goes_on), dtype=jnp.int32)[:, None] * groups.width
 
-    def of_rows(x: Array, otherwise: Array) -> Array:
-        flat = jnp.where(is_chosen, x, groups.of_groups(otherwise)).reshape(-1)
+    def of_beams(x: Array, otherwise: Array) -> Array:
+        flat = jnp.where(is_chosen, x, groups.to_groups(otherwise)).reshape(-1)
         return otherwise.at[: len(flat)].set(flat)
 
-    parents = of_rows(first + chosen.parents, row)
-    moved, learns = groups.of_rows(goes_on, num_rows), of_rows(is_chosen, jnp.zeros(num_rows, bool))
-    ends = groups.of_rows(over, num_rows)
+    parents = of_beams(first + chosen.parents, row)
+    moved, learns = groups.to_rows(goes_on, num_rows), of_beams(is_chosen, jnp.zeros(num_rows, bool))
+    ends = groups.to_rows(over, num_rows)
     tables = state.cache.tables.permute(parents)
-    tokens = of_rows(chosen.tokens, jnp.zeros(num_rows, jnp.int32))
-    logprobs = of_rows(chosen.logprobs, jnp.zeros(num_rows, jnp.float32))
+    tokens = of_beams(chosen.tokens, jnp.zeros(num_rows, jnp.int32))
+    logprobs = of_beams(chosen.logprobs, jnp.zeros(num_rows, jnp.float32))
     place = row, jnp.where(learns, rows.num_known, rows.tokens.shape[1])
     processor = jax.tree.map(lambda x: x[parents], rows.sampling.processor)
     if stepper.processor is not None:

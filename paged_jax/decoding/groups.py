@@ -64,14 +64,14 @@ class Groups:
 
     def have_ended(self, rows: Rows) -> Bool[Array, " U"]:
         """Groups whose rows have all ended, other than those that begin again."""
-        is_active = jnp.any(self.of_groups(rows.active), axis=1)
+        is_active = jnp.any(self.to_groups(rows.active), axis=1)
         return self.are_taken & ~is_active & (self.scores[:, 0] > NOTHING)
 
-    def of_rows(self, per_group: Array, num_rows: int) -> Array:
+    def to_rows(self, per_group: Array, num_rows: int) -> Array:
         """From groups to their rows; zeros for the rows past the last group."""
         return jnp.pad(jnp.repeat(per_group, self.width, axis=0), (0, num_rows - len(per_group) * self.width))
 
-    def of_groups(self, per_row: Array) -> Array:
+    def to_groups(self, per_row: Array) -> Array:
         """From rows to groups, [U, W, ...]."""
         return per_row[: self.scores.size].reshape(*self.scores.shape, *per_row.shape[1:])
 
@@ -87,7 +87,7 @@ class Groups:
     def free(self, rows: Bool[Array, " B"]) -> "Groups":
         """The groups of these rows are free."""
         return dataclasses.replace(
-            self, prompt=jnp.where(jnp.any(self.of_groups(rows), axis=1), NO_PROMPT, self.prompt)
+            self, prompt=jnp.where(jnp.any(self.to_groups(rows), axis=1), NO_PROMPT, self.prompt)
         )
 
 
@@ -151,7 +151,7 @@ def _begin(state: DecodeState, queue: Queue, begins: Bool[Array, " U"], prompt: 
     groups, num_rows, longest = groups_of(state), len(state.rows.active), queue.prompts.shape[1]
     beam = jnp.arange(num_rows, dtype=jnp.int32) % groups.width
     each = jnp.maximum(prompt, 0)
-    mine = groups.of_rows(each, num_rows)
+    mine = groups.to_rows(each, num_rows)
     num_prompt = queue.prompt_lens[mine]
     fits = (num_prompt >= 1) & (num_prompt <= longest)
     rows = dataclasses.replace(
@@ -165,7 +165,7 @@ def _begin(state: DecodeState, queue: Queue, begins: Bool[Array, " U"], prompt: 
         finish=jnp.zeros(num_rows, jnp.int32),
         sampling=dataclasses.replace(state.rows.sampling, processor=jax.tree.map(lambda x: x[mine], queue.processor)),
     )
-    state = start(state, groups.of_rows(begins, num_rows), rows)
+    state = start(state, groups.to_rows(begins, num_rows), rows)
     rules = jax.tree.map(lambda x: x[each], queue.rules)
     return dataclasses.replace(state, groups=groups.begin(begins, prompt, queue.widths[each], rules))
 
@@ -182,7 +182,7 @@ def collect(state: DecodeState, search: Search) -> tuple[DecodeState, Search]:
         finished = jax.tree.map(lambda x, y: where(is_there, x, y), groups.finished, none)
         why = jnp.where(finished.stopped, jnp.int32(Finish.STOP_TOKEN), jnp.int32(Finish.MAX_TOKENS))
         why = jnp.where(is_there, why, jnp.int32(Finish.UNFINISHED))
-        was_cut = groups.of_groups(state.rows.finish)[:, :1] == Finish.TOO_LONG
+        was_cut = groups.to_groups(state.rows.finish)[:, :1] == Finish.TOO_LONG
         why = jnp.where(was_cut, jnp.int32(Finish.TOO_LONG), why)
         return dataclasses.replace(
             search,
@@ -204,12 +204,12 @@ def make_room(state: DecodeState, search: Search) -> tuple[DecodeState, Search]:
     the prompt on they share them. If it cannot go on even then, its beams need more pages than there are, and it ends.
     """
     groups, num_rows = groups_of(state), len(state.rows.active)
-    holds = jnp.any(groups.of_groups(state.cache.tables.lengths) > 0, axis=1)
+    holds = jnp.any(groups.to_groups(state.cache.tables.lengths) > 0, axis=1)
     several = jnp.sum(holds, dtype=jnp.int32) > 1
     youngest = holds & (groups.prompt == jnp.max(jnp.where(holds, groups.prompt, NO_PROMPT)))
     gives_up = jnp.where(several, youngest, groups.are_oldest)
     ends = gives_up & ~several & search.last_try
-    gone, cut = (groups.of_rows(mask, num_rows) for mask in (gives_up, ends))
+    gone, cut = (groups.to_rows(mask, num_rows) for mask in (gives_up, ends))
     rows = dataclasses.replace(
         state.rows,
         active=state.rows.active & ~gone,
