@@ -111,6 +111,7 @@ def attend_pages(
     out, lse = jax.lax.fori_loop(0, quotient(num_short[-1] + at_once - 1, at_once), decode_some, (out, lse))
     if max_query_len >= FEWEST_BLOCK_QUERIES:
         out, lse = prefill_attention(
-            out, lse, pages, table, num_columns, lengths, query_starts, FEWEST_BLOCK_QUERIES, sinks, options
-        )
+            out, lse, pages, table, num_columns, lengths, query_starts, sinks, options,
+            fewest_queries=FEWEST_BLOCK_QUERIES, most_queries=max_query_len,
+        )  # fmt: skip
     return jnp.where(inert[..., None], 0, out), lse

@@ -30,9 +30,11 @@ def prefill_attention(
     num_columns: int,
     lengths: Int32[Array, " B"],
     query_starts: Int32[Array, " B+1"],
-    fewest_queries: int,
     sinks: Float[Array, " N"] | None,
     options: Options,
+    *,
+    fewest_queries: int,
+    most_queries: int,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """Attention of the sequences with at least `fewest_queries` new tokens, block by block.
 
@@ -48,9 +50,10 @@ def prefill_attention(
         num_columns: M, without those.
         lengths: tokens in each sequence, the new ones included.
         query_starts: where each sequence's tokens start in T.
-        fewest_queries: sequences with fewer new tokens are left alone.
         sinks: one logit a query head.
         options: the static options.
+        fewest_queries: sequences with fewer new tokens are left alone.
+        most_queries: no sequence has more new tokens, so a block needs no more rows.
 
     Returns:
         `out` and `lse` with the results of these sequences in them.
@@ -60,7 +63,7 @@ def prefill_attention(
     group = num_heads // num_kv_heads
     tile_pages = pages_per_block_tile(pages)
     tile_tokens = tile_pages * page_size
-    block = min(max(SCORE_BYTES // (4 * num_heads * tile_tokens), 1), MOST_QUERIES, num_tokens)
+    block = min(max(SCORE_BYTES // (4 * num_heads * tile_tokens), 1), MOST_QUERIES, most_queries, num_tokens)
 
     starts, ends = query_starts[:-1], query_starts[1:]
     num_queries = ends - starts

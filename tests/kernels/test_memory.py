@@ -1,4 +1,4 @@
-"""No op copies the pool, and a step's work list is computed once: read from what XLA compiled."""
+"""No op copies the pool, and no step computes what it need not: read from what XLA compiled."""
 
 import functools
 
@@ -125,6 +125,18 @@ def test_on_a_tpu_v6e_no_op_copies_the_pool(dtype, name, v6e):
 def test_on_a_tpu_v6e_no_loop_over_layers_copies_the_pool(dtype, v6e):
     layers, where = problem(SHAPES[0], dtype, num_layers=2)
     check(steps_in_a_loop, (layers, *tokens(SHAPES[0], dtype, SEQUENCES), *where), v6e)
+
+
+def test_blocks_have_no_more_rows_than_a_sequence_may_have_queries():
+    """Or 16 continuations of 16 tokens would cost as much as 16 of 128."""
+    layers, where = problem(SHAPES[1], "float32")
+    arguments = *tokens(SHAPES[1], "float32", 256), layers[0], *where
+
+    def flops(longest):  # of each loop's body once
+        step = functools.partial(attend, max_query_len=longest)
+        return jax.jit(step).lower(*arguments).compile().cost_analysis()["flops"]
+
+    assert flops(16) < flops(128) / 2
 
 
 def test_all_layers_of_a_step_share_one_work_list():
