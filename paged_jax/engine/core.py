@@ -24,7 +24,7 @@ from paged_jax.engine.output import Output, Tokenizer
 from paged_jax.engine.prefixes import CachedPrefixes, UncachedPrefixes
 from paged_jax.engine.request import WAITING, Piece, Request, Sample
 from paged_jax.engine.runner import Found, Runner, Snapshot, Start
-from paged_jax.engine.scheduler import Admission, Scheduler
+from paged_jax.engine.scheduler import Admission, Schedule, Scheduler
 from paged_jax.engine.session import Session
 from paged_jax.engine.stats import Recorder
 from paged_jax.engine.stream import Stream
@@ -207,8 +207,8 @@ class Core:
             self._is_interrupted = True
             self._listen()  # to what was added and aborted
             self._retire()  # the rows of samples that have ended
-            self._admit()  # samples to rows, by counts
-            self._dispatch()  # the next visit, before the last one is read
+            schedule = self._admit()  # samples to rows, by counts
+            self._dispatch(schedule)  # the next visit, before the last one is read
             self._hand_out()  # what the last one drew
             self._retire()
             self._is_interrupted = False
@@ -247,10 +247,10 @@ class Core:
             self._prefixes.keep(self.sessions[0])
             self.sessions.popleft()
 
-    def _admit(self) -> None:
+    def _admit(self) -> Schedule:
         freed = [visit.freed for visit in self.runner.unread]
         free = tuple(map(sum, zip(self.free, *freed, strict=True)))  # with what visits on their way have freed
-        self._schedule = schedule = self.scheduler.plan(free, self._prefixes)
+        schedule = self.scheduler.plan(free, self._prefixes)
         for row, sample in schedule.paused:
             self._prefixes.leave(sample, row)
             self.recorder.preempted(1, [sample])
@@ -265,11 +265,12 @@ class Core:
         evicted = self._prefixes.evict(schedule.shortage)
         self.recorder.evicted(sum(evicted))
         self._freed = tuple(map(operator.sub, evicted, self._prefixes.restore()))
+        return schedule
 
-    def _dispatch(self) -> None:
-        if self._schedule.num_steps:
-            visit = Visit(self._schedule.num_steps, dict(self.scheduler.running), self._freed)
-            self.runner.visit(visit, self._schedule.num_steps, self._schedule.until_one_ends)
+    def _dispatch(self, schedule: Schedule) -> None:
+        if schedule.num_steps:
+            visit = Visit(schedule.num_steps, dict(self.scheduler.running), self._freed)
+            self.runner.visit(visit, schedule.num_steps, schedule.until_one_ends)
             visit.dispatched = time.perf_counter()  # programs are compiled before that
         else:
             self.free = tuple(map(operator.add, self.free, self._freed))  # no visit will say
