@@ -1,7 +1,7 @@
 """The requests of a rollout benchmark, and a model with random weights that serves them."""
 
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +18,11 @@ HF_CONFIG = dict(  # 30 million weights, 119 MB in float32
     bos_token_id=0, eos_token_id=None,
 )  # fmt: skip
 
+GEMMA_LIKE = HF_CONFIG | dict(  # as large, with a window in six of its seven layers
+    model_type="gemma3_text", architectures=["Gemma3ForCausalLM"], sliding_window=128, sliding_window_pattern=7,
+    query_pre_attn_scalar=128, rope_local_base_freq=10000.0, hidden_activation="gelu_pytorch_tanh",
+)  # fmt: skip
+
 
 class Load(NamedTuple):
     """Q prompts with n samples each, and how many tokens a sample draws."""
@@ -32,12 +37,12 @@ class Load(NamedTuple):
         return int(np.sum(self.limits)) * self.num_samples
 
 
-def make_checkpoint(folder: pathlib.Path) -> None:
-    """Writes the model, with weights wide enough that greedy tokens differ from prompt to prompt."""
-    config = checkpoint.decoder_config(HF_CONFIG)
+def make_checkpoint(folder: pathlib.Path, hf_config: dict[str, Any] = HF_CONFIG) -> None:
+    """Writes a model, with weights wide enough that greedy tokens differ from prompt to prompt."""
+    config = checkpoint.decoder_config(hf_config)
     params = nnx.state(models.Decoder(config, rngs=nnx.Rngs(0)))
     widened = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
-    models.save(folder, HF_CONFIG, widened)
+    models.save(folder, hf_config, widened)
 
 
 def _lengths(rng: np.random.Generator, mean_log: float, sigma: float, most: int, count: int) -> np.ndarray:

