@@ -1,10 +1,11 @@
 """What reading shared pages once saves in a decode step on a CPU, and what finding them costs.
 
-    taskset -c 1 python -m benchmarks.sharing [--json] [--rows attention groups]
+    taskset -c 1 python -m benchmarks.sharing [--json] [--parts attention groups]
 
 Attention: 64 rows of 8/4/128 in float32, pages of 16, 32 to 64 tokens of each row after what it shares. The same step
-with and without the groups, which are looked for in each step; CPU milliseconds of interleaved pairs. Groups: what
-`find_groups` takes in a step, in a loop on the device whose lengths change.
+with and without the groups, which are looked for in each step: CPU milliseconds of interleaved pairs, beside the
+megabytes that rows map and those that the pool holds. Groups: what `find_groups` takes in a step, in a loop on the
+device in which tables and lengths change.
 """
 
 import argparse
@@ -74,7 +75,12 @@ def measure_attention(report: Report, name: str, repeats: int) -> None:
     np.testing.assert_allclose(*(f(*arguments) for f in functions.values()), atol=1e-5)
     timings = compare({key: functools.partial(f, *arguments) for key, f in functions.items()}, repeats)
     alone, together = (timings[key].cpu for key in functions)
-    report.add(**{"each row has": name, "one by one": alone, "shared, ms": together, "faster": alone / together})
+    page_megabytes = pages.num_bytes / pages.num_pages / 1e6
+    megabytes = {"MB mapped": table.size, "MB held": int(table.max())}
+    report.add(
+        **{"each row has": name, **{key: n * page_megabytes for key, n in megabytes.items()}},
+        **{"one by one, ms": alone, "shared, ms": together, "faster": alone / together},
+    )
 
 
 def measure_groups(report: Report, rows: int, num_pages: int, repeats: int) -> None:
@@ -107,7 +113,7 @@ def measure_groups(report: Report, rows: int, num_pages: int, repeats: int) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=("attention", "groups"), default=("attention", "groups"))
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=15, help="rounds of interleaved pairs")
     add_json_option(parser)
     options = parser.parse_args()
     if "attention" in options.parts:

@@ -18,15 +18,14 @@ HASH_PLACES = 32  # for each row, so that few pages are hashed to the same place
 RUN = 8  # rows, to a multiple of which kernels round the size of a group
 
 # When sharing pays: measured on a CPU; for TPUs and GPUs counted, not timed. A step is faster when
-# - it has this many rows (a CPU). With fewer it gains little, for more to compile; elsewhere nobody has timed it, so
-#   only who asks for it gets it.
+# - it has this many rows. With fewer it gains little on a CPU, for more to compile; elsewhere nobody has timed it, so a
+#   step looks for groups only if it is told to.
 STEP_ROWS = {"cpu": 32, "tpu": math.inf, "gpu": math.inf}
-# - a group has this many rows and reads that many tokens less: those that it shares, for all of its rows but one. On
-#   a CPU, 64 rows in groups of 4 behind 192 tokens (of 8 behind 128) gain 1.36 (1.38) with 8/4/128 heads, 1.42 (1.80)
-#   with 32/8/128, .95 (1.21) with 8/2/64. On a TPU 8 rows are one item of the decode kernel, however many of them exist.
-FEWEST_ROWS = 4
-FEWEST_TOKENS = 512
-# - it reads that many bytes less: what an H200 reads in 14 us, about what its further kernels take to start.
+# - a group has this many rows and reads that many tokens less: those that it shares, for all of its rows but one. On a
+#   CPU, 64 rows in groups of 4 after 192 tokens (of 8 after 128) take 1/1.36 (1/1.38) of the time with 8/4/128 heads in
+#   float32, 1/1.42 (1/1.80) with 32/8/128, 1/.95 (1/1.21) with 8/2/64.
+FEWEST_ROWS, FEWEST_TOKENS = 4, 512
+# - it reads that many bytes less: an H200 reads 64 MiB in 14 us, about what its further kernels take to start.
 STEP_BYTES = {"cpu": 0.0, "tpu": 0.0, "gpu": 2.0**26}
 
 
