@@ -1,6 +1,7 @@
 """Decoding where groups of sequences share pages equals decoding without the promise."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
@@ -33,7 +34,7 @@ def test_groups_are_read_once_where_that_pays(batch, shared, pays):
 # Two groups on the first level, one of which has a group on the second; a pair, which is too few; an empty row.
 FOREST = [[((1, 2, 3, 4, 5, 8), 96), ((6, 9, 11, 12), 48), ((7, 10), 16)], [((1, 3, 5, 8), 144)]]
 LENGTHS = (0, 160, 100, 157, 97, 150, 60, 20, 159, 49, 18, 64, 49, 5)
-OPTIONS = dict(head_dim=128, dtype="bfloat16", q_dtype="bfloat16", sinks=True, soft_cap=20.0)
+OPTIONS: dict[str, Any] = dict(head_dim=128, dtype="bfloat16", q_dtype="bfloat16", sinks=True, soft_cap=20.0)
 
 
 def check_forest(case, levels):
