@@ -13,9 +13,6 @@ from paged_jax.cache.mesh import HEADS, MODEL_AXIS, WHOLE, find_mesh, split_head
 from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.cache.pool import LayerPlace, PagePool, layer_pages
 from pallas_kernels import Pages, Sharing
-from pallas_kernels.platform import target_platform
-
-FEWEST_SHARING_ROWS = 32  # fewer gain little from what they share, for more to compile
 
 __all__ = ["find_sharing", "paged_attention"]
 
@@ -118,9 +115,9 @@ def find_sharing(metadata: AttentionMetadata, pool: PagePool) -> AttentionMetada
 
         metadata = find_sharing(AttentionMetadata.decode(cache.tables, active), cache.pool)
 
-    Do it once a step, before the layers. It pays where several sequences, say 32, share hundreds of tokens: a system
-    prompt, the samples of a prompt, beams. A sequence that has given up its first pages before a window shares
-    nothing in that group of layers.
+    Do it once a step, before the layers. It pays where several sequences share hundreds of tokens: a system prompt, the
+    samples of a prompt, beams (`pallas_kernels/sharing.py` has the measurements). A sequence that has given up its
+    first pages before a window shares nothing in that group of layers.
 
     Args:
         metadata: of the step.
@@ -141,11 +138,6 @@ def find_sharing(metadata: AttentionMetadata, pool: PagePool) -> AttentionMetada
     page_size = pool.arrays[0].page_size
     groups = (pallas_kernels.find_groups(table, metadata.lengths, page_size) for table in metadata.page_tables)
     return dataclasses.replace(metadata, sharing=tuple(groups))
-
-
-def sharing_pays(num_rows: int) -> bool:
-    """Whether a pass of this many rows, which cannot prefill, should look for pages that they share."""
-    return num_rows >= FEWEST_SHARING_ROWS and target_platform() == "cpu"
 
 
 def attend_pages(

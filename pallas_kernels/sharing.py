@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -10,11 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int32
 
+from pallas_kernels.platform import target_platform
+
 NOBODY = -1  # the leader of a row without a group
 HASH_PLACES = 32  # for each row, so that few pages are hashed to the same place
-FEWEST_ROWS = 4  # of a group that pays
 RUN = 8  # rows, to a multiple of which kernels round the size of a group
-FEWEST_TOKENS = 512  # that a group must not read again to pay: its tokens for all of its rows but one
+
+# When sharing pays: measured on a CPU; for TPUs and GPUs counted, not timed. A step is faster when
+# - it has this many rows. With fewer it gains little on a CPU, for more to compile; elsewhere nobody has timed it, so a
+#   step looks for groups only if it is told to.
+STEP_ROWS = {"cpu": 32, "tpu": math.inf, "gpu": math.inf}
+# - a group has this many rows and reads that many tokens less: those that it shares, for all of its rows but one. On a
+#   CPU, 64 rows in groups of 4 after 192 tokens (of 8 after 128) take 1/1.36 (1/1.38) of the time with 8/4/128 heads in
+#   float32, 1/1.42 (1/1.80) with 32/8/128, 1/.95 (1/1.21) with 8/2/64.
+FEWEST_ROWS, FEWEST_TOKENS = 4, 512
+# - it reads that many bytes less: an H200 reads 64 MiB in 14 us, about what its further kernels take to start.
+STEP_BYTES = {"cpu": 0.0, "tpu": 0.0, "gpu": 2.0**26}
 
 
 @jax.tree_util.register_dataclass
@@ -116,7 +128,12 @@ def runs_of(sharing: Sharing, lengths: Int32[Array, " B"], takes_part: Bool[Arra
     return Runs(at, mine, size, leads, begin, end, rest)
 
 
-def pays(num_rows: Int32[Array, " B"], tokens: Int32[Array, " B"]) -> Bool[Array, " B"]:
+def step_pays(num_rows: int) -> bool:
+    """Whether a step of this many rows, in which none prefills, should look for groups without being told to."""
+    return num_rows >= STEP_ROWS[target_platform()]
+
+
+def group_pays(num_rows: Int32[Array, " B"], tokens: Int32[Array, " B"]) -> Bool[Array, " B"]:
     """Whether reading `tokens` tokens once for `num_rows` rows is faster than reading them once a row."""
     return (num_rows >= FEWEST_ROWS) & ((num_rows - 1) * tokens >= FEWEST_TOKENS)
 
@@ -153,15 +170,16 @@ def find_groups(page_table: Int32[Array, "B M"], lengths: Int32[Array, " B"], pa
         leader = rows_alike(page_table, column, full)
 
         def measure():
+            # A minimum is computed lanes at a time, and an argmin one by one.
             columns = jnp.arange(page_table.shape[1], dtype=jnp.int32)[None, :]
-            equal = (page_table == page_table[leader]) & (columns < jnp.minimum(full, full[leader])[:, None])
-            length = jnp.argmin(jnp.pad(equal, ((0, 0), (0, 1))), axis=1).astype(jnp.int32)
+            length = jnp.min(jnp.where(page_table == page_table[leader], page_table.shape[1], columns), axis=1)
+            length = jnp.minimum(length, jnp.minimum(full, full[leader]))
             length = jnp.where(length > column, length, 0)
             member = length > 0
             index = jnp.where(member, leader, num_rows)
             shortest = jnp.full(num_rows, page_table.shape[1], jnp.int32).at[index].min(length, mode="drop")[leader]
             count = jnp.zeros(num_rows, jnp.int32).at[index].add(1, mode="drop")[leader]
-            member &= pays(count, (shortest - column) * page_size)
+            member &= group_pays(count, (shortest - column) * page_size)
             return jnp.where(member, leader, NOBODY), jnp.where(member, shortest, 0)
 
         alone = leader == jnp.arange(num_rows, dtype=jnp.int32)
@@ -182,7 +200,7 @@ def rows_alike(page_table: Int32[Array, "B M"], column: Int32[Array, " B"], full
     """
     num_rows, num_columns = page_table.shape
     row = jnp.arange(num_rows, dtype=jnp.int32)
-    page = page_table[row, jnp.minimum(column, num_columns - 1)]
+    page = page_table.reshape(-1)[row * num_columns + jnp.minimum(column, num_columns - 1)]
     size = HASH_PLACES * num_rows
     # Knuth's multiplicative hash: the upper bits of the product.
     hashed = (page.astype(jnp.uint32) * jnp.uint32(2654435761)) >> 8

@@ -8,10 +8,10 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.pages import Pages, TokenPlaces, quotient, token_places
 from pallas_kernels.reference import AttentionResult, copy_pages, refusal, write_pages
-from pallas_kernels.sharing import Sharing
+from pallas_kernels.sharing import FEWEST_ROWS, Sharing
 from pallas_kernels.xla_decode import decode_attention, pages_per_item
 from pallas_kernels.xla_prefill import prefill_attention
-from pallas_kernels.xla_shared import attend_shared
+from pallas_kernels.xla_shared import find_blocks
 from pallas_kernels.xla_tiles import Options, finish, padded_table, pages_per_block_tile, rows_at
 
 __all__ = ["copy_pages", "paged_attention", "refusal", "write_pages"]
@@ -73,11 +73,11 @@ def attend_pages(
         begin = None
         if options.window is not None:
             begin = jnp.maximum(places.position - options.window + 1, 0)
-        state = None
-        if sharing is not None:
-            begin = jnp.zeros_like(places.position) if begin is None else begin
-            state, begin = attend_shared(q, pages, table, places, begin, sharing, options)
-        state = decode_attention(q, pages, table, num_columns, places, begin, options, state)
+        blocks = None
+        if sharing is not None and len(q) >= FEWEST_ROWS:
+            blocks = find_blocks(sharing, places, pages.page_size)
+            begin = blocks.rest if begin is None else jnp.maximum(begin, blocks.rest)
+        state = decode_attention(q, pages, table, num_columns, places, begin, blocks, options)
         out, lse = finish(state, sink)
         return out.reshape(q.shape), lse.reshape(q.shape[:2])
 

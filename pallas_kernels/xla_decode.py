@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.pages import Pages, TokenPlaces, quotient
+from pallas_kernels.xla_shared import Blocks, attend_blocks
 from pallas_kernels.xla_tiles import (
     Options,
     Softmax,
@@ -68,10 +69,10 @@ def decode_attention(
     num_columns: int,
     places: TokenPlaces,
     begin: Int32[Array, " T"] | None,
+    blocks: Blocks | None,
     options: Options,
-    state: Softmax | None = None,
 ) -> Softmax:
-    """Attention of each query by itself over its sequence's pages.
+    """Attention of each query over its sequence's pages: with its groups over what they share, then by itself.
 
     The list of items is cut into C lanes of equal length, and each step of the loop takes one item of every lane. A
     query has one state for each lane that holds items of it, a segment, so no two items of a step meet in one state.
@@ -85,9 +86,9 @@ def decode_attention(
             columns.
         num_columns: M, without those.
         places: the sequence and position of each query; those with a negative position cost nothing.
-        begin: the first position that each query sees; None: 0.
+        begin: the first position that each query reads by itself; None: 0.
+        blocks: the queries that read what their groups share; None: there are no groups.
         options: the static options.
-        state: of each query over other keys, to go on from; None: there are none.
 
     Returns:
         The state of each query, `[T, K, G]` and `[T, K, G, H]`.
@@ -122,7 +123,7 @@ def decode_attention(
         if begin is not None:
             visible &= key_position >= rows_at(begin, token)[:, None]
         old = Softmax(*(rows_at(x, segment) for x in segments))
-        new = attend(old, rows_at(grouped, token), pages, page_ids, visible, visible[:, None], options)
+        new = attend(old, rows_at(grouped, token), pages, page_ids, visible, None, options)
         return Softmax(
             *(
                 x.at[segment].set(y, unique_indices=True, mode="promise_in_bounds", wrap_negative_indices=False)
@@ -130,21 +131,30 @@ def decode_attention(
             )
         )
 
+    first = first_segments(items, num_steps)
     segments = empty_state(num_tokens + lanes, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    if blocks is not None:
+        segments = attend_blocks(segments, first, grouped, pages, table, places, blocks, options)
     segments = jax.lax.fori_loop(0, num_steps, step, segments)
-    state = empty_state(*grouped.shape) if state is None else state
-    return add_segments(state, segments, items, num_steps)
+    return merge_segments(segments, first)
 
 
-def add_segments(state: Softmax, segments: Softmax, items: Items, num_steps: Int32[Array, ""]) -> Softmax:
-    """The state of each query, with its segments."""
-    num_tokens, num_segments = items.ends.size, segments.top.shape[0]
-    first = quotient(items.starts, jnp.maximum(num_steps, 1)) + jnp.arange(num_tokens, dtype=jnp.int32)
+def first_segments(items: Items, num_steps: Int32[Array, ""]) -> Int32[Array, " T"]:
+    """The first segment of each query, its own also where it has no items."""
+    token = jnp.arange(items.starts.size, dtype=jnp.int32)
+    return quotient(items.starts, jnp.maximum(num_steps, 1)) + token
+
+
+def merge_segments(segments: Softmax, first: Int32[Array, " T"]) -> Softmax:
+    """The state of each query, of its segments."""
+    num_tokens, num_segments = first.size, segments.top.shape[0]
     segment = jnp.arange(num_segments, dtype=jnp.int32)
     token = jnp.sum(first[None, :] <= segment[:, None], axis=1, dtype=jnp.int32) - 1
     token = jax.lax.optimization_barrier(jnp.maximum(token, 0))
     at: dict[str, Any] = dict(mode="promise_in_bounds", wrap_negative_indices=False, indices_are_sorted=True)
+    state = empty_state(num_tokens, *segments.out.shape[1:])
     top = state.top.at[token].max(segments.top, **at)
+    # That `keep` shrinks nothing but zeros is not known to XLA, which would else fill them in before the loop.
     keep, shrink = jnp.exp(state.top - top), jnp.exp(segments.top - rows_at(top, token))
     return Softmax(
         top,

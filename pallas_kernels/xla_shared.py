@@ -6,116 +6,111 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.pages import Pages, TokenPlaces, quotient, remainder
-from pallas_kernels.sharing import NOBODY, Sharing
-from pallas_kernels.xla_tiles import Options, Softmax, attend, empty_state, pages_per_block_tile, repeated, rows_at
+from pallas_kernels.sharing import RUN, Sharing, runs_of
+from pallas_kernels.xla_tiles import Options, Softmax, attend, pages_per_block_tile, repeated, rows_at
 
-LARGE_BLOCK, SMALL_BLOCK = 64, 8  # queries of a group that go together; a large one is at least half full
-FEWEST_QUERIES = 3  # of a group: fewer, and each reads the shared pages by itself
-
-
-class Level(NamedTuple):
-    """The groups of one level, as the queries of a step see them."""
-
-    leader: Int32[Array, " T"]  # row of the page table; NOBODY where the query has no group, or one of too few queries
-    rank: Int32[Array, " T"]  # among the queries of its group
-    size: Int32[Array, " T"]  # of its group, in queries
-    begin: Int32[Array, " T"]  # the first position that is left for this level
-    end: Int32[Array, " T"]  # where the shared tokens end
+LARGE_BLOCK = 64  # queries of a group that go together; at least half of them, or they go in blocks of RUN
 
 
-def attend_shared(
-    q: Float[Array, "T N H"],
+class Blocks(NamedTuple):
+    """Blocks of the queries of a step that read the same tokens.
+
+    The queries of a group stand side by side, in whole chunks of `RUN` places; the groups of a level after those of
+    the level before it. A large block takes up to 64 queries of a group, a small one those of a chunk.
+    """
+
+    query: Int32[Array, " P"]  # at each place; -1 where there is none
+    begin: Int32[Array, " chunks"]  # the first token that a chunk's group reads
+    end: Int32[Array, " chunks"]  # the end of these
+    left: Int32[Array, " chunks"]  # queries of the group, from the chunk on
+    large: Int32[Array, " chunks"]  # large blocks that begin up to this chunk
+    small: Int32[Array, " chunks"]  # small blocks up to this chunk
+    rest: Int32[Array, " T"]  # the first token that is left for each query
+
+
+def find_blocks(sharing: Sharing, places: TokenPlaces, page_size: int) -> Blocks:
+    """The blocks of a step; where no rows are in a group, next to nothing is computed."""
+
+    def find() -> Blocks:
+        of_queries = Sharing(sharing.leader[:, places.sequence], sharing.tokens[:, places.sequence])
+        runs = runs_of(of_queries, places.position + 1, places.position >= 0, page_size)
+        first = runs.row[:, ::RUN]
+        leads, size, begin, end = (
+            jnp.take_along_axis(x, jnp.maximum(first, 0), axis=1).reshape(-1)
+            for x in (runs.leads, runs.size, runs.begin, runs.end)
+        )
+        exists = first.reshape(-1) >= 0
+        chunk = jnp.arange(exists.size, dtype=jnp.int32)
+        before = chunk[None, :] <= chunk[:, None]
+        rank = (chunk - jnp.max(jnp.where(before & (leads & exists)[None, :], chunk[None, :], 0), axis=1)) * RUN
+        in_block = remainder(rank, LARGE_BLOCK)
+        is_large = exists & (size - rank + in_block >= LARGE_BLOCK // 2)
+        large, small = (
+            jnp.sum(before & begins[None, :], axis=1, dtype=jnp.int32)
+            for begins in (is_large & (in_block == 0), exists & ~is_large)
+        )
+        return Blocks(runs.row.reshape(-1), begin, end, size - rank, large, small, runs.rest)
+
+    def nothing() -> Blocks:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(find))
+
+    return jax.lax.cond(jnp.any(sharing.leader >= 0), find, nothing)
+
+
+def attend_blocks(
+    state: Softmax,
+    at: Int32[Array, " T"],
+    q: Float[Array, "T K G H"],
     pages: Pages,
     table: Int32[Array, "B columns"],
     places: TokenPlaces,
-    begin: Int32[Array, " T"],
-    sharing: Sharing,
+    blocks: Blocks,
     options: Options,
-) -> tuple[Softmax, Int32[Array, " T"]]:
+) -> Softmax:
     """Attention of each query over what its groups share.
 
     Args:
+        state: softmax states, `[n, K, G]` and `[n, K, G, H]`.
+        at: which of them is that of each query.
         q: the queries.
         pages: one layer's pages, the tokens already in them.
         table: the pages of each sequence, with the null page for every unmapped entry, and in `pages_per_block_tile`
             more columns.
         places: the sequence and position of each query.
-        begin: the first position that each query sees.
-        sharing: which sequences share pages.
+        blocks: which queries go together.
         options: the static options.
 
     Returns:
-        The state of each query over the shared keys, and the first position that is left for it.
+        The states after the shared keys.
     """
-    num_tokens, num_heads, head_dim = q.shape
-    grouped = q.reshape(num_tokens, pages.num_kv_heads, -1, head_dim)
-    state = empty_state(*grouped.shape)
-    for leader, tokens in zip(sharing.leader, sharing.tokens, strict=True):
-        level = find_level(leader, tokens, places, begin)
-        takes_part = level.leader != NOBODY
-        state = jax.lax.cond(
-            jnp.any(takes_part),
-            lambda state, level: attend_level(state, grouped, pages, table, level, options),
-            lambda state, level: state,
-            *(state, level),
-        )
-        begin = jnp.where(takes_part, level.end, begin)
-    return state, begin
+    for size, ends in ((LARGE_BLOCK, blocks.large), (RUN, blocks.small)):
+        if q.shape[0] >= size // 2:
+            state = attend_sized(state, at, q, pages, table, places, blocks, size, ends, options)
+    return state
 
 
-def find_level(
-    leader: Int32[Array, " B"], tokens: Int32[Array, " B"], places: TokenPlaces, begin: Int32[Array, " T"]
-) -> Level:
-    """The groups of a level, but for those that have too few queries left."""
-    end = jnp.minimum(rows_at(tokens, places.sequence), places.position + 1)
-    leader = jnp.where((places.position >= 0) & (end > begin), rows_at(leader, places.sequence), NOBODY)
-    token = jnp.arange(leader.size, dtype=jnp.int32)
-    same = leader[:, None] == leader[None, :]
-    rank = jnp.sum(same & (token[None, :] < token[:, None]), axis=1, dtype=jnp.int32)
-    size = jnp.sum(same, axis=1, dtype=jnp.int32)
-    return Level(jnp.where(size >= FEWEST_QUERIES, leader, NOBODY), rank, size, begin, end)
-
-
-def attend_level(
+def attend_sized(
     state: Softmax,
+    at: Int32[Array, " T"],
     q: Float[Array, "T K G H"],
     pages: Pages,
     table: Int32[Array, "B columns"],
-    level: Level,
-    options: Options,
-) -> Softmax:
-    """The states after the shared keys of one level."""
-    takes_part = level.leader != NOBODY
-    if q.shape[0] >= LARGE_BLOCK // 2:
-        in_block = quotient(level.rank, LARGE_BLOCK) * LARGE_BLOCK
-        in_large = level.size - in_block >= LARGE_BLOCK // 2
-        state = attend_blocks(state, q, pages, table, level, takes_part & in_large, LARGE_BLOCK, options)
-        takes_part &= ~in_large
-    return attend_blocks(state, q, pages, table, level, takes_part, SMALL_BLOCK, options)
-
-
-def attend_blocks(
-    state: Softmax,
-    q: Float[Array, "T K G H"],
-    pages: Pages,
-    table: Int32[Array, "B columns"],
-    level: Level,
-    takes_part: Bool[Array, " T"],
+    places: TokenPlaces,
+    blocks: Blocks,
     size: int,
+    ends: Int32[Array, " chunks"],
     options: Options,
 ) -> Softmax:
-    """The states after some queries have met what their groups share, in blocks of `size` queries of a group."""
-    num_tokens, num_kv_heads, group, head_dim = q.shape
+    """The states after the blocks of one size."""
+    _, num_kv_heads, group, _ = q.shape
     tile_pages = pages_per_block_tile(pages)
     tile_tokens = tile_pages * pages.page_size
     offset = jnp.arange(tile_tokens, dtype=jnp.int32)
-    token = jnp.arange(num_tokens, dtype=jnp.int32)
     slot = jnp.arange(size, dtype=jnp.int32)
-    is_first = takes_part & (remainder(level.rank, size) == 0)
-    num_first = jnp.sum(is_first[None, :] & (token[None, :] <= token[:, None]), axis=1, dtype=jnp.int32)
+    queries_at = jnp.pad(blocks.query, (0, size), constant_values=-1)
 
     def heads_first(x):  # [size, K, G, ...] -> [1, K, size * G, ...]
         return x.swapaxes(0, 1).reshape(1, num_kv_heads, size * group, *x.shape[3:])
@@ -124,29 +119,28 @@ def attend_blocks(
         return x.reshape(num_kv_heads, size, group, *x.shape[3:]).swapaxes(0, 1)
 
     def attend_block(i, state: Softmax) -> Softmax:
-        first = jnp.sum(num_first <= i, dtype=jnp.int32)
-        leader, rank = rows_at(level.leader, first), rows_at(level.rank, first)
-        is_here = (level.leader == leader)[None, :] & (level.rank[None, :] == (rank + slot)[:, None])  # [size, T]
-        member = jnp.any(is_here, axis=1)
-        index = jnp.sum(jnp.where(is_here, token[None, :], 0), axis=1, dtype=jnp.int32)
-        index, member = jax.lax.optimization_barrier((index, member))
-        begin = jnp.where(member, rows_at(level.begin, index), jnp.iinfo(jnp.int32).max)
-        end = jnp.where(member, rows_at(level.end, index), 0)
-        queries = heads_first(rows_at(q, index))
+        chunk = jnp.sum(ends <= i, dtype=jnp.int32)
+        begin, end, left = (rows_at(x, chunk) for x in (blocks.begin, blocks.end, blocks.left))
+        query = jnp.maximum(jax.lax.dynamic_slice(queries_at, (chunk * RUN,), (size,)), 0)
+        sequence, position = rows_at(places.sequence, query[0]), rows_at(places.position, query)
+        queries = heads_first(rows_at(q, query))
 
         def attend_tile(j, block: Softmax) -> Softmax:
-            page_ids = jax.lax.dynamic_slice(table, (leader, j * tile_pages), (1, tile_pages))
-            key_position = j * tile_tokens + offset
-            visible = (key_position[None, :] >= begin[:, None]) & (key_position[None, :] < end[:, None])
-            visible &= repeated(page_ids > 0, pages.page_size, 1)
-            exists = jnp.any(visible, axis=0)
-            return attend(block, queries, pages, page_ids, exists[None], repeated(visible, group, 0)[None], options)
+            page_ids = jax.lax.dynamic_slice(table, (sequence, j * tile_pages), (1, tile_pages))
+            key_position = (j * tile_tokens + offset)[None, :]
+            exists = (key_position >= begin) & (key_position < end) & repeated(page_ids > 0, pages.page_size, 1)
+            visible = None
+            if options.window is not None:
+                seen = key_position > position[:, None] - options.window
+                visible = exists[:, None] & repeated(seen, group, 0)[None]
+            return attend(block, queries, pages, page_ids, exists, visible, options)
 
-        first_tile = quotient(jnp.min(begin), tile_tokens)
-        end_tile = quotient(jnp.max(end) + tile_tokens - 1, tile_tokens)
-        block = Softmax(*(heads_first(rows_at(x, index)) for x in state))
-        block = jax.lax.fori_loop(first_tile, end_tile, attend_tile, block)
-        place = jnp.where(member, index, num_tokens)
+        place = rows_at(at, query)
+        block = Softmax(*(heads_first(rows_at(x, place)) for x in state))
+        block = jax.lax.fori_loop(
+            quotient(begin, tile_tokens), quotient(end + tile_tokens - 1, tile_tokens), attend_tile, block
+        )
+        place = jnp.where(slot < left, place, state.top.shape[0])
         return Softmax(*(x.at[place].set(heads_last(y), mode="drop") for x, y in zip(state, block, strict=True)))
 
-    return jax.lax.fori_loop(0, num_first[-1], attend_block, state)
+    return jax.lax.fori_loop(0, ends[-1], attend_block, state)

@@ -93,7 +93,7 @@ def attend(
     pages: Pages,
     page_ids: Int32[Array, "C pages_per_tile"],
     exists: Bool[Array, "C tile"],
-    visible: Bool[Array, "C _ tile"],
+    visible: Bool[Array, "C R tile"] | None,
     options: Options,
 ) -> Softmax:
     """Attention of C groups of queries, each over one more tile: a step of the online softmax.
@@ -104,7 +104,7 @@ def attend(
         pages: one layer's pages.
         page_ids: the pages of each tile, all within `0 .. P-1`.
         exists: which tokens of a tile any query may see; the others may hold NaN.
-        visible: which tokens each query sees.
+        visible: which tokens each query sees; None: those that exist.
         options: the static options.
 
     Returns:
@@ -114,7 +114,8 @@ def attend(
     head_dim = q.shape[-1]
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     # Zero times NaN is NaN: what no query may see has to go from the values, whatever its weight.
-    exists = jax.lax.optimization_barrier(exists)  # computed once, not again for every lane
+    exists, visible = jax.lax.optimization_barrier((exists, visible))  # computed once, not again for every lane
+    visible = exists[:, None] if visible is None else visible
     keep_rows = not is_stacked(pages) and q.shape[2] <= FEW_QUERIES
     if keep_rows:
         k = v = gather_rows(pages, page_ids, exists, dtype)  # [C, K, tile, 2H]

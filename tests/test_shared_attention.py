@@ -10,7 +10,7 @@ import pytest
 import pallas_kernels
 import toy
 from paged_jax import AttentionMetadata, CacheConfig, KVCache, SamplingParams, Stepper, paged_attention, rollout
-from paged_jax.attention import FEWEST_SHARING_ROWS, find_sharing
+from paged_jax.attention import find_sharing
 from pallas_kernels import sharing
 
 S, ROWS, WINDOW = 4, 10, 24
@@ -107,7 +107,7 @@ def test_a_rollout_draws_the_same_tokens(monkeypatch):
     np.testing.assert_allclose(shared.logprobs, alone.logprobs, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "searches"), [(FEWEST_SHARING_ROWS - 1, 0), (FEWEST_SHARING_ROWS, 1)])
+@pytest.mark.parametrize(("rows", "searches"), [(sharing.STEP_ROWS["cpu"] - 1, 0), (sharing.STEP_ROWS["cpu"], 1)])
 def test_a_step_looks_for_what_many_rows_share_where_it_cannot_prefill(rows, searches, monkeypatch):
     found = []
     monkeypatch.setattr(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from paged_jax.attention import find_sharing, sharing_pays
+from paged_jax.attention import find_sharing
 from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.cache.pool import PagePool
@@ -25,6 +25,7 @@ from paged_jax.decoding.room import reserve
 from paged_jax.decoding.rows import FIRST_TRUST, NO_ROW, DecodeState, Finish, Rows
 from paged_jax.forward import Forward
 from paged_jax.sampling import Processor, SamplingState, draw
+from pallas_kernels.sharing import step_pays
 
 TOKEN_COUNTS = (8, 16, 32, 64, 256)
 # Few tokens of each row take less of a kernel, and less of the compiler: on a CPU, a pass that can prefill compiles for
@@ -369,7 +370,7 @@ def _forward(
     metadata = AttentionMetadata.ragged(state.cache.tables, query_lens, num_tokens, rows=row, max_query_len=longest)
     sharing = stepper.sharing
     if sharing is None:
-        sharing = longest <= SHORT and sharing_pays(len(row))
+        sharing = longest <= SHORT and step_pays(len(row))
     if stepper.verifies(num_tokens):
         metadata = dataclasses.replace(metadata, logits_at=jnp.arange(num_tokens, dtype=jnp.int32))
     if sharing:

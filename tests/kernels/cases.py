@@ -151,7 +151,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
 
     columns = [-(-length // page_size) for length in case.lengths]
     max_pages = round_up(max(columns) + 2, (12,))
-    num_pages = round_up(sum(columns) + 4, (24,))
+    num_pages = round_up(sum(columns) + 4, (24, 128))
     ids = iter(rng.permutation(np.arange(1, num_pages)))
     invalid = [0, -1, num_pages, 2**31 - 1, -(2**31), num_pages + 7]
     table = rng.choice(invalid, (len(lengths), max_pages)).astype(np.int32)
@@ -304,3 +304,36 @@ def share(inputs: Inputs, levels: list[list[tuple[tuple[int, ...], int]]]) -> tu
                     x[row] = np.concatenate([x[rows[0]][:count], x[row][count:]])
     inputs = dataclasses.replace(inputs, page_table=jnp.asarray(table), keys=keys, values=values)
     return inputs, Sharing(jnp.asarray(leader), jnp.asarray(tokens))
+
+
+Levels = list[list[tuple[tuple[int, ...], int]]]  # as for `share`
+FOREST_ROWS, FOREST_SIZE = 14, 16
+
+
+def random_forest(seed: int, **options) -> tuple[Case, Levels]:
+    """Rows as they are after forks and forks of forks: a case of `FOREST_ROWS` rows, and what they share.
+
+    A group may have one row or all of them, a row may share all but its last token, or be empty (a parent that was
+    released), or take no part in the step. What a row has of its own ends within a page.
+
+    Args:
+        seed: of everything; for 0 all rows are in one group, on both levels.
+        options: fields of the case.
+    """
+    rng = np.random.default_rng(seed)
+    query_lens = rng.choice([0, 1, 1, 1, 2], FOREST_ROWS)
+    shared, levels = np.zeros(FOREST_ROWS, int), [[], []]
+
+    def split(level: int, rows: np.ndarray) -> None:
+        cuts = np.sort(rng.integers(0, len(rows) + 1, rng.integers(0, 3))) if seed else []
+        for group in np.split(rows, cuts):
+            if group.size and (not seed or rng.random() < 0.8):
+                shared[group] += FOREST_SIZE * rng.integers(1, 4)
+                levels[level].append((tuple(group.tolist()), int(shared[group[0]])))
+                if level == 0:
+                    split(1, group)
+
+    split(0, rng.permutation(FOREST_ROWS))
+    own = query_lens + rng.choice([0, 1, 7, 15, 16, 17, 40], FOREST_ROWS)
+    lengths = np.where(shared + own > 0, shared + np.maximum(own, 1), 0)
+    return Case(f"forest {seed}", tuple(lengths.tolist()), tuple(query_lens.tolist()), **options), levels

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernels.cases import Case, attend, expected, make_inputs, share
+from kernels.cases import Case, attend, expected, make_inputs, random_forest, share
 
 from pallas_kernels import Sharing, check_sharing, find_groups, sharing
 from pallas_kernels.sharing import FEWEST_ROWS, RUN, runs_of
@@ -42,6 +42,22 @@ def test_what_rows_share_changes_nothing(case):
     out, lse = expected(case, inputs)
     np.testing.assert_allclose(np.asarray(result.out, np.float64), out, atol=case.tolerance, rtol=0)
     np.testing.assert_allclose(result.lse, lse, atol=case.tolerance, rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("options", [dict(head_dim=128, sinks=True), dict(window=40, dtype="int8")], ids=["", "window"])
+def test_whatever_rows_share_changes_nothing(seed, options, monkeypatch):
+    monkeypatch.setattr(sharing, "FEWEST_TOKENS", 16)
+    case, levels = random_forest(seed, **options)
+    inputs, groups = share(make_inputs(case), levels)
+    found = find(inputs.page_table, inputs.lengths, S)
+    out, lse = expected(case, inputs)
+    for promise in (groups, found):
+        check_sharing(promise, inputs.page_table, inputs.lengths, S)
+        run = dict(sinks=inputs.sinks, sharing=promise, return_lse=True, implementation="xla", **case.options)
+        result = attend(*inputs.arguments, **run)
+        np.testing.assert_allclose(np.asarray(result.out, np.float64), out, atol=case.tolerance, rtol=0)
+        np.testing.assert_allclose(result.lse, lse, atol=case.tolerance, rtol=1e-6)
 
 
 def test_the_shared_pages_are_read_through_the_leader_alone():

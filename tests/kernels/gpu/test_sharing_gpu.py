@@ -1,14 +1,16 @@
 """Decoding where groups of sequences share pages equals decoding without the promise."""
 
+import dataclasses
+from typing import Any
+
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from kernels.cases import Case, make_inputs, random_forest, share
 from oracle import check
-from problems import make_problem
 
 from pallas_kernels import Sharing
 from pallas_kernels.gpu import attention
-from pallas_kernels.sharing import runs_of
+from pallas_kernels.sharing import STEP_BYTES, runs_of
 
 TOKEN_BYTES = 2 * 8 * 128 * 2
 
@@ -30,8 +32,17 @@ def test_groups_are_read_once_where_that_pays(batch, shared, pays):
 
 
 # Two groups on the first level, one of which has a group on the second; a pair, which is too few; an empty row.
-FOREST = [[((1, 2, 3, 4, 5, 8), 96), ((6, 9, 11, 12), 48), ((7, 10), 16)], [((1, 3, 5, 8), 160)]]
-LENGTHS = (0, 203, 100, 170, 97, 161, 60, 20, 200, 49, 18, 64, 49)
+FOREST = [[((1, 2, 3, 4, 5, 8), 96), ((6, 9, 11, 12), 48), ((7, 10), 16)], [((1, 3, 5, 8), 144)]]
+LENGTHS = (0, 160, 100, 157, 97, 150, 60, 20, 159, 49, 18, 64, 49, 5)
+OPTIONS: dict[str, Any] = dict(head_dim=128, dtype="bfloat16", q_dtype="bfloat16", sinks=True, soft_cap=20.0)
+
+
+def check_forest(case, levels):
+    """The table has enough columns for what is shared to be cut in two parts."""
+    inputs, groups = share(make_inputs(case), levels)
+    table = jnp.pad(inputs.page_table, ((0, 0), (0, 52)), constant_values=-1)
+    arguments = dataclasses.replace(inputs, page_table=table).arguments
+    check(arguments, sharing=groups, sinks=inputs.sinks, **case.options)
 
 
 @pytest.mark.parametrize(
@@ -45,18 +56,13 @@ LENGTHS = (0, 203, 100, 170, 97, 161, 60, 20, 200, 49, 18, 64, 49)
 )
 def test_groups_that_share_change_nothing(interpreter, monkeypatch, heads, levels, pays, several):
     if pays:
-        monkeypatch.setattr(attention, "SHARING_PAYS", 0.0)
-    # The table is long enough for what is shared to be cut in two parts.
-    query_lens = [several if row == 2 else 1 for row in range(len(LENGTHS))]
-    problem = make_problem(LENGTHS, query_lens=query_lens, heads=heads, padding=1, max_pages=64)
-    table = np.array(problem.page_table)
-    leader = np.full((len(levels), len(LENGTHS)), -1, np.int32)
-    tokens = np.zeros_like(leader)
-    for level, groups in enumerate(levels):
-        for rows, count in groups:
-            leader[level, list(rows)], tokens[level, list(rows)] = rows[0], count
-            table[list(rows), : count // 16] = table[rows[0], : count // 16]
-    problem = problem._replace(page_table=jnp.asarray(table))
-    sinks = jnp.linspace(-1, 2, heads[0], dtype=jnp.float32)
-    sharing = Sharing(jnp.asarray(leader), jnp.asarray(tokens))
-    check(problem, max_query_len=several, sharing=sharing, sinks=sinks, soft_cap=20.0)
+        monkeypatch.setitem(STEP_BYTES, "gpu", 0.0)
+    query_lens = (0, 1, several, *[1] * 11)
+    check_forest(Case("forest", LENGTHS, query_lens, heads, padding=1, **OPTIONS), levels)
+
+
+@pytest.mark.long  # the interpreter takes seconds for each
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_rows_share_changes_nothing(interpreter, monkeypatch, seed):
+    monkeypatch.setitem(STEP_BYTES, "gpu", 0.0)
+    check_forest(*random_forest(seed, heads=(8, 1), **OPTIONS))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from kernels.cases import CASES, Case, expected, make_inputs, share
+from kernels.cases import CASES, Case, expected, make_inputs, random_forest, share
 
 from pallas_kernels import copy_pages, init_pages, paged_attention, write_pages
 from pallas_kernels.tpu import attention, decode
@@ -154,7 +154,19 @@ def test_groups_that_share_change_nothing(interpreter, small_blocks, monkeypatch
     monkeypatch.setattr(attention, "SMALL_GROUP", 4)
     monkeypatch.setattr(attention, "prefill_sizes", lambda *_: PrefillSizes(16, 8, 8, 2))
     query_lens = (1, 0, 1, several, *[1] * 10)
-    case = Case("forest", FOREST_LENGTHS, query_lens, (2, 1), 128, dtype=dtype, sinks=True, is_padded=True)
+    check_forest(
+        Case("forest", FOREST_LENGTHS, query_lens, (2, 1), 128, dtype=dtype, sinks=True, is_padded=True), levels
+    )
+
+
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=pytest.mark.long) for seed in range(4)])
+def test_whatever_rows_share_changes_nothing(interpreter, small_blocks, monkeypatch, seed):
+    monkeypatch.setattr(attention, "SMALL_GROUP", 4)
+    monkeypatch.setattr(attention, "prefill_sizes", lambda *_: PrefillSizes(16, 8, 8, 2))
+    check_forest(*random_forest(seed, heads=(2, 1), head_dim=128, sinks=True))
+
+
+def check_forest(case, levels):
     inputs, sharing = share(make_inputs(case), levels)
     plain = attend(case, inputs, "reference", return_lse=True)
     result = attend(case, inputs, return_lse=True, sharing=sharing)
