@@ -13,8 +13,9 @@ from paged_jax.cache.mesh import HEADS, MODEL_AXIS, WHOLE, find_mesh, split_head
 from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.cache.pool import LayerPlace, PagePool, layer_pages
 from pallas_kernels import Pages, Sharing
+from pallas_kernels.sharing import step_pays
 
-__all__ = ["find_sharing", "paged_attention"]
+__all__ = ["find_sharing", "paged_attention", "step_pays"]
 
 
 def paged_attention(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from paged_jax.attention import find_sharing
+from paged_jax.attention import find_sharing, step_pays
 from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.cache.pool import PagePool
@@ -25,7 +25,6 @@ from paged_jax.decoding.room import reserve
 from paged_jax.decoding.rows import FIRST_TRUST, NO_ROW, DecodeState, Finish, Rows
 from paged_jax.forward import Forward
 from paged_jax.sampling import Processor, SamplingState, draw
-from pallas_kernels.sharing import step_pays
 
 TOKEN_COUNTS = (8, 16, 32, 64, 256)
 # Few tokens of each row take less of a kernel, and less of the compiler: on a CPU, a pass that can prefill compiles for
