@@ -21,8 +21,9 @@ def reserve(state: DecodeState, asked: Int32[Array, " B"]) -> tuple[DecodeState,
 
     Where pages run short, rows give them up for the oldest row that is refused: first rows that have ended and only
     keep theirs, then the youngest that owns pages by itself. It keeps what it shares, since giving that up would free
-    nothing, still knows all its tokens, and catches up later. For the oldest of all rows even shared pages are given
-    up, so that it always advances. Nobody is asked on the host.
+    nothing, still knows all its tokens, and catches up later. Younger rows that were refused wait, too, and do not take
+    its pages. For the oldest of all rows even shared pages are given up, so that it always advances. Nobody is asked on
+    the host.
 
     Args:
         state: the batch.
@@ -89,9 +90,10 @@ def _give_up(attempt: _Attempt, rows: Rows, asked: Int32[Array, " B"]) -> _Attem
     tables = attempt.tables
     computed = tables.lengths - jnp.where(attempt.made.granted, asked, 0)  # what was granted has not been written yet
     lost = jnp.where(row & rows.active, jnp.maximum(computed - kept, 0), 0)
+    waits = rows.age >= jnp.min(jnp.where(row & rows.active, rows.age, YOUNGEST))
     return attempt._replace(
         tables=tables.truncate(jnp.where(row, kept, tables.lengths)),
-        refused=attempt.refused & ~row,
+        refused=attempt.refused & ~row & ~waits,
         gave_up=attempt.gave_up | row,
         lost_tokens=attempt.lost_tokens + jnp.sum(lost, dtype=jnp.int32),
     )

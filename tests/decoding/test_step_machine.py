@@ -160,6 +160,20 @@ def test_random_batches_with_drafts(windows):
     assert stages.num_traces == 1
 
 
+def test_nobody_takes_the_pages_that_an_older_row_gave_up():
+    """Two samples share all that they hold, so an older row is the youngest that owns pages."""
+    machine = machine_of(PLAIN)()
+    machine.start(seed=0, length=10, num_new=1, kind=0, sample=0, oldest=False, keeps=False)
+    for sample in (0, 2):
+        machine.start_sample_that_waits(index=0, num_new=1, kind=0, sample=sample, keeps=False)
+    machine.start(seed=0, length=14, num_new=5, kind=0, sample=0, oldest=True, keeps=False)
+    machine.run(num_steps=5)
+    machine.start(seed=0, length=1, num_new=1, kind=0, sample=0, oldest=True, keeps=False)
+    machine.step(num_steps=1)
+    assert machine.batch.counters.preemptions == 1
+    machine.teardown()
+
+
 def shortest_first(state: DecodeState, budget: int):
     """Another policy: the shortest prompts first."""
     age = state.rows.num_prompt * B + jnp.arange(B, dtype=jnp.int32)
