@@ -57,11 +57,6 @@ class Units:
         return self.q.shape[2]
 
     @property
-    def per_head(self) -> int:
-        """Units of a KV head."""
-        return self.q.shape[0] // self.num_kv_heads
-
-    @property
     def packed(self) -> int:
         """Heads in a word."""
         return 4 // self.q.dtype.itemsize
@@ -146,9 +141,8 @@ class Units:
 
     def _place_of_head(self, n: int) -> tuple[int, int]:
         """The unit of head n, and the first of its rows there."""
-        head, rest = divmod(n, self.num_heads // self.num_kv_heads)
-        part, place = divmod(rest, self.sizes.heads_per_unit)
-        return head * self.per_head + part, place * self.sizes.query_tokens
+        unit, place = divmod(n, self.sizes.heads_per_unit)
+        return unit, place * self.sizes.query_tokens
 
     def _output_of_head(self, n: int):
         unit, first = self._place_of_head(n)

@@ -124,6 +124,24 @@ def test_short_and_long_prompts_in_one_step(interpreter, small_blocks, monkeypat
     check(case, make_inputs(case))
 
 
+@pytest.mark.parametrize(
+    ("heads", "sizes", "options"),
+    [
+        ((4, 4), PrefillSizes(16, 8, 16, 1, products_per_unit=2, head_blocks=2), dict(sinks=True)),
+        pytest.param((8, 2), PrefillSizes(16, 8, 16, 2, products_per_unit=2), dict(window=100), marks=pytest.mark.long),
+        pytest.param((8, 8), PrefillSizes(16, 8, 16, 1, 2), dict(soft_cap=5.0), marks=pytest.mark.long),
+        pytest.param((11, 1), PrefillSizes(16, 8, 16, 2, 2), dict(sinks=True), marks=pytest.mark.long),
+    ],
+    ids=["heads in blocks", "two products of a head", "a product of each head", "an odd group"],
+)
+def test_heads_side_by_side(interpreter, monkeypatch, heads, sizes, options):
+    """Units of several products, tasks of some of the heads, and a group with a head of zeros."""
+    monkeypatch.setattr(attention, "prefill_kernels", lambda *_: [(sizes, ALL_COUNTS)])
+    case = Case("side by side", (150, 20), (20, 3), heads, 128, 16, "bfloat16", "bfloat16", holes=((0, 1),))
+    case = dataclasses.replace(case, **options)
+    check(case, make_inputs(case))
+
+
 def test_every_prompt_has_one_kernel():
     pages = init_pages(9, 8, 16, 128)
     for num_rows in (1, 16):
