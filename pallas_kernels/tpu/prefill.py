@@ -1,9 +1,10 @@
 """Prefill: sequences with several new tokens each attend to their pages, which already hold those tokens.
 
-A *task* is a block of Q tokens of one sequence; it keeps its queries, softmax state and output in VMEM while the
-keys pass by, T tokens (a *block*) at a time, each block read once a task and fetched ahead across tasks. A block
-is worked off in *units*: R query rows of one KV head against T keys. As in decode, a step of the loop holds three
-stages of three different units, so that the matrix unit and the vector units work side by side:
+A *task* is a block of Q tokens of one sequence and of all heads or some of them; it keeps its queries, softmax state
+and output in VMEM while the keys pass by, T tokens (a *block*) at a time, each block read once a task and fetched ahead
+across tasks. A block is worked off in *units*: R query rows against T keys, in one or several products, each with the
+keys of one KV head. As in decode, a step of the loop holds three stages of three different units, so that the matrix
+unit and the vector units work side by side:
 
     values(u - 2)  |  scores(u)  |  softmax(u - 1)
 
@@ -66,7 +67,7 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
     num_active = rows[FIELDS * num_rows]
     tasks = Tasks(sizes, options.causal, options.window, rows, num_rows, num_active, front)
     field = tasks.field
-    all_units = Units(sizes, num_heads, K, q_in, words, q, m_ref, l_ref, acc_ref, out, lse)
+    all_units = Units(sizes, num_heads, q_in, words, q, m_ref, l_ref, acc_ref, out, lse)
     units, interleave = q.shape[0], all_units.interleave
     steps = units + units % 2  # of a block
     parts, part_rows = sizes.products_per_unit, sizes.rows_per_product

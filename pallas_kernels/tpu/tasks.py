@@ -25,7 +25,7 @@ class PrefillSizes:
         query_tokens: Q, tokens of a task; a power of two.
         heads_per_product: query heads of a product, a divisor of the group.
         products_per_unit: products of a unit, of heads side by side; R is Q times heads_per_product times this.
-        head_blocks: into how many blocks the heads are divided; a task has those of one.
+        head_blocks: into how many blocks the heads are divided, each of whole tiles; a task has those of one.
         blocks_in_ring: blocks in VMEM, a power of two: two at work, the others on their way.
     """
 

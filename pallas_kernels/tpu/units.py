@@ -1,6 +1,6 @@
 """Between tokens, as a model has them, and the units of prefill: queries on the way in, outputs on the way out.
 
-A token's heads are rows `[heads, L]`; a unit has the rows of `heads_per_unit` query heads of one KV head, for all
+A token's heads are rows `[heads, L]`; a unit has the rows of `heads_per_unit` query heads, one after another, for all
 tokens of a task. Strided loads part the heads; they move 32-bit words, so two bfloat16 heads that share a word stay
 side by side in a unit's rows, token by token (`interleave`), or are parted by shifts where they are of two KV heads.
 """
@@ -29,7 +29,7 @@ class Units:
 
     Args:
         sizes: of the kernel.
-        num_heads, num_kv_heads: N, K.
+        num_heads: query heads of a task.
         tokens_in: the task's queries `[Q, padded heads, L]`.
         words: the 32-bit words of its queries or outputs, `[registers of a row, words, 128]`.
         q: the queries of each unit, `[units, R, L]`.
@@ -42,7 +42,6 @@ class Units:
 
     sizes: PrefillSizes
     num_heads: int
-    num_kv_heads: int
     tokens_in: Any
     words: Any
     q: Any

@@ -127,7 +127,7 @@ def test_short_and_long_prompts_in_one_step(interpreter, small_blocks, monkeypat
 @pytest.mark.parametrize(
     ("heads", "sizes", "options"),
     [
-        ((4, 4), PrefillSizes(16, 8, 16, 1, products_per_unit=2, head_blocks=2), dict(sinks=True)),
+        ((16, 2), PrefillSizes(16, 8, 16, 2, products_per_unit=2, head_blocks=2), dict(sinks=True)),
         pytest.param((8, 2), PrefillSizes(16, 8, 16, 2, products_per_unit=2), dict(window=100), marks=pytest.mark.long),
         pytest.param((8, 8), PrefillSizes(16, 8, 16, 1, 2), dict(soft_cap=5.0), marks=pytest.mark.long),
         pytest.param((11, 1), PrefillSizes(16, 8, 16, 2, 2), dict(sinks=True), marks=pytest.mark.long),
