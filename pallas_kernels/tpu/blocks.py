@@ -99,8 +99,8 @@ def prefill_sizes(pages: Pages, num_heads: int, max_query_len: int, dtype=jnp.bf
         tokens //= 2
 
     def per_product(tokens: int) -> int:
-        """Query heads of a product, with four products at least."""
-        fits = [h for h in range(1, group + 1) if group % h == 0 and h * tokens <= MOST_PRODUCT_ROWS and 4 * h <= heads]
+        """Query heads of a product, of which a task has two at least."""
+        fits = [h for h in range(1, group + 1) if group % h == 0 and h * tokens <= MOST_PRODUCT_ROWS and 2 * h <= heads]
         return max(fits, default=1)
 
     while group * tokens >= 1024 and per_product(tokens) * tokens < 512:  # of a group that has few divisors

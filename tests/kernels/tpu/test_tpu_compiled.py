@@ -28,6 +28,7 @@ for case in (
     StaticCase("decode", (1024,) * 16, dtype="int8", page_size=64),
     StaticCase("decode", (131072,) * 1024, pool_bytes=2 << 30),  # the page table streams
     StaticCase("groups", (2048,) * 64, levels=((64, 512), (8, 1536))),
+    StaticCase("prefill", (4096,), (512,), heads=(16, 16), head_dim=256),  # tasks of half of the heads
     StaticCase("mixed", (2048,) * 7 + (4096,), (1,) * 7 + (512,)),
     StaticCase("mixed", (2048,) * 7 + (4096,), (1,) * 7 + (512,), dtype="int8", page_size=16),
 )[int(sys.argv[2]) :: int(sys.argv[3])]:
