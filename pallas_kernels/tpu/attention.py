@@ -16,7 +16,14 @@ from pallas_kernels.sharing import FEWEST_ROWS, RUN, Runs, Sharing, runs_of
 from pallas_kernels.tpu import decode as kernel
 from pallas_kernels.tpu import prefill as prefill_kernel
 from pallas_kernels.tpu import tasks, walk
-from pallas_kernels.tpu.blocks import ALL_COUNTS, SMALL_GROUP, decode_sizes, prefill_kernels, prefill_sizes
+from pallas_kernels.tpu.blocks import (
+    ALL_COUNTS,
+    SMALL_GROUP,
+    decode_sizes,
+    prefill_kernels,
+    prefill_sizes,
+    whole_heads,
+)
 from pallas_kernels.tpu.heads import pack_heads, pack_queries, pad_group, unpack_outputs, unpack_rows
 from pallas_kernels.tpu.memory import IDS
 from pallas_kernels.tpu.tasks import PrefillSizes
@@ -271,21 +278,31 @@ def _run_prefill(
         beside = jnp.where(is_query[:, None, None], 0, new)
         new = jnp.concatenate([jnp.pad(new, ((0, 0), (0, 0), (0, lanes - 2 * head_dim))), beside], axis=2)
     new = jnp.pad(new, ((0, 0), (0, more_heads), (0, 0)))
+    kernel_heads = whole_heads(num_heads, pages.num_kv_heads)
+    if sinks is not None:
+        sinks = jnp.pad(sinks.astype(jnp.float32), (0, kernel_heads - num_heads))
+    blocks = kernels[0][0].head_blocks  # of heads
     if lse is not None:
-        lse = jnp.pad(lse, ((0, 0), (0, -num_heads % LANES))).reshape(num_tokens, -1, LANES)
+        by_block = lse.reshape(num_tokens, blocks, -1).swapaxes(0, 1)
+        lse = jnp.pad(by_block, ((0, 0), (0, 0), (0, -by_block.shape[2] % LANES))).reshape(
+            blocks, num_tokens, -1, LANES
+        )
     for sizes, rows in kernels:
         by_row = None
         if sinks is not None:
-            by_head = sinks.astype(jnp.float32).reshape(-1, 1, sizes.interleave(dtype))
+            by_head = sinks.reshape(-1, 1, sizes.interleave(dtype))
             by_row = jnp.repeat(by_head, sizes.query_tokens, axis=1).reshape(-1, sizes.rows_per_unit, 1)
             by_row = jnp.broadcast_to(by_row, (*by_row.shape[:2], LANES))
         new, new_lse = prefill_kernel.prefill(
             new, lse, by_row, rows, table, pages.data, pages.scales,
-            chunks=chunks, num_heads=num_heads, sizes=sizes, options=options,
+            chunks=chunks, num_heads=kernel_heads, sizes=sizes, options=options,
         )  # fmt: skip
         lse = None if lse is None else new_lse
     out = new[:, :num_heads, lanes - head_dim :].astype(out.dtype)
-    return out, None if lse is None else lse.reshape(num_tokens, -1)[:, :num_heads]
+    if lse is None:
+        return out, None
+    by_block = lse.reshape(blocks, num_tokens, -1)[..., : num_heads // blocks]
+    return out, by_block.swapaxes(0, 1).reshape(num_tokens, num_heads)
 
 
 def new_rows(k: Array, v: Array, pages: Pages) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.pages import LANES, Pages
+from pallas_kernels.pages import LANES, SUBLANES, Pages
 from pallas_kernels.tpu.heads import HeadPacking
 from pallas_kernels.tpu.tasks import PrefillSizes
 from pallas_kernels.tpu.walk import DecodeSizes
@@ -14,7 +14,10 @@ ITEM_BYTES = 1 << 20
 AHEAD_BYTES = 6 << 20  # more than a microsecond of any chip's bandwidth
 BLOCK_BYTES = 4 << 20
 MAX_PAGES = 32  # of an item: one bit each in a scalar
-SHORT_TASK = 64  # tokens
+KEYS_PER_BLOCK = 512  # of prefill
+SHORT_TASK, MEDIUM_TASK = 64, 256  # tokens
+MOST_ROWS = 9216  # of a task, of 128 lanes in bfloat16
+MOST_PRODUCT_ROWS = 1152
 SMALL_GROUP = 32  # rows that share pages: up to this many, the decode kernel takes some of them at a time
 ALL_COUNTS = range(1, 1 << 30)  # of a row's new tokens
 MANY_PAGES = 16  # of an item: their copies take long to start
@@ -54,36 +57,64 @@ def prefill_kernels(
 ) -> list[tuple[PrefillSizes, range]]:
     """The prefill kernels of a step, and how many new tokens the rows have that each takes.
 
-    A kernel computes whole tasks. Where several rows share a step, those with few new tokens get one with short tasks.
+    A kernel computes whole tasks, so chunks that are much shorter than the longest have a kernel with shorter tasks.
     """
     sizes = prefill_sizes(pages, num_heads, max_query_len, dtype)
-    if num_rows == 1 or sizes.query_tokens <= SHORT_TASK:
-        return [(sizes, ALL_COUNTS)]
-    short = prefill_sizes(pages, num_heads, SHORT_TASK, dtype)
-    return [(short, ALL_COUNTS[:SHORT_TASK]), (sizes, ALL_COUNTS[SHORT_TASK:])]
+    shorter = [n for n in (SHORT_TASK if num_rows > 1 else 0, MEDIUM_TASK) if 0 < n < sizes.query_tokens]
+    kernels, longest = [], 0
+    for tokens in shorter:
+        kernels.append((prefill_sizes(pages, num_heads, tokens, dtype), ALL_COUNTS[longest:tokens]))
+        longest = tokens
+    return [*kernels, (sizes, ALL_COUNTS[longest:])]
+
+
+def whole_heads(num_heads: int, num_kv_heads: int) -> int:
+    """The query heads that the prefill kernel works on: an odd group of the only KV head gets one more, of zeros."""
+    return num_heads + num_heads % 2 if num_kv_heads == 1 and num_heads > SUBLANES else num_heads
 
 
 def prefill_sizes(pages: Pages, num_heads: int, max_query_len: int, dtype=jnp.bfloat16) -> PrefillSizes:
     """Sizes of the prefill kernel.
 
-    A task holds at most 8192 rows of 128 lanes (4096 of float32), whose state takes about 25 MiB of VMEM; a unit about
-    1024 rows against 512 keys, or as many as one query head has. The keys and values of a block take at most 4 MiB.
+    A block has 512 keys and at most 4 MiB: where all heads are more, a task has some of them. It holds up to 512 tokens
+    and about 8192 rows of 128 lanes (4096 of float32), whose state takes about 25 MiB of VMEM. A product has about 1024
+    rows, all of a KV head; a unit has several of small ones, since each basic block waits 400 cycles for its results.
 
     Args:
         dtype: of the products.
     """
-    num_kv_heads = pages.num_kv_heads
+    num_kv_heads, tile_rows = pages.num_kv_heads, SUBLANES * 4 // jnp.dtype(dtype).itemsize
     registers = -(-pages.data.shape[3] // LANES)
-    tokens = max(16, 1 << (min(256, max_query_len) - 1).bit_length())
-    while tokens > 16 and tokens * num_heads * registers * jnp.dtype(dtype).itemsize > 2 * 8192:
-        tokens //= 2
-    group = num_heads // num_kv_heads
-    heads = max(h for h in range(1, group + 1) if group % h == 0 and (h == 1 or h * tokens <= 1024))
     page_bytes = pages.data.size // pages.num_pages * pages.data.dtype.itemsize
+    heads, kv_heads, blocks = whole_heads(num_heads, num_kv_heads), num_kv_heads, 1
+    while (
+        KEYS_PER_BLOCK // pages.page_size * page_bytes > blocks * BLOCK_BYTES
+        and kv_heads % (2 * SUBLANES) == 0
+        and num_heads % tile_rows == 0
+    ):
+        heads, kv_heads, blocks = heads // 2, kv_heads // 2, 2 * blocks
+    group = heads // kv_heads
+    tokens = max(16, 1 << (min(512, max_query_len) - 1).bit_length())
+    while tokens > 16 and tokens * heads * registers * jnp.dtype(dtype).itemsize > 2 * MOST_ROWS:
+        tokens //= 2
+
+    def per_product(tokens: int) -> int:
+        """Query heads of a product, of which a task has two at least."""
+        fits = [h for h in range(1, group + 1) if group % h == 0 and h * tokens <= MOST_PRODUCT_ROWS and 2 * h <= heads]
+        return max(fits, default=1)
+
+    while group * tokens >= 1024 and per_product(tokens) * tokens < 512:  # of a group that has few divisors
+        tokens //= 2
+    rows, products = per_product(tokens) * tokens, heads // per_product(tokens)
+    most = max(2, 1024 // rows)
+    per_unit = max(n for n in (1, 2, 4, 8) if n == 1 or (n <= most and products % (2 * n) == 0 and products >= 4 * n))
     pages_per_block = 1
     while pages_per_block < MAX_PAGES and (
         pages_per_block * pages.page_size % LANES
-        or (pages_per_block * pages.page_size < 512 and 2 * pages_per_block * page_bytes <= BLOCK_BYTES)
+        or (
+            pages_per_block * pages.page_size < KEYS_PER_BLOCK
+            and 2 * pages_per_block * page_bytes <= blocks * BLOCK_BYTES
+        )
     ):
         pages_per_block *= 2
-    return PrefillSizes(pages.page_size, pages_per_block, tokens, heads)
+    return PrefillSizes(pages.page_size, pages_per_block, tokens, per_product(tokens), per_unit, blocks)

@@ -1,9 +1,10 @@
 """Prefill: sequences with several new tokens each attend to their pages, which already hold those tokens.
 
-A *task* is a block of Q tokens of one sequence; it keeps its queries, softmax state and output in VMEM while the
-keys pass by, T tokens (a *block*) at a time, each block read once a task and fetched ahead across tasks. A block
-is worked off in *units*: R query rows of one KV head against T keys. As in decode, a step of the loop holds three
-stages of three different units, so that the matrix unit and the vector units work side by side:
+A *task* is a block of Q tokens of one sequence and of all heads or some of them; it keeps its queries, softmax state
+and output in VMEM while the keys pass by, T tokens (a *block*) at a time, each block read once a task and fetched ahead
+across tasks. A block is worked off in *units*: R query rows against T keys, in one or several products, each with the
+keys of one KV head. As in decode, a step of the loop holds three stages of three different units, so that the matrix
+unit and the vector units work side by side:
 
     values(u - 2)  |  scores(u)  |  softmax(u - 1)
 
@@ -30,6 +31,7 @@ from pallas_kernels.tpu.tasks import FIELDS, HOLES, NUM_TOKENS, TABLE_ROW, TOKEN
 from pallas_kernels.tpu.units import Units
 
 NEVER = 1 << 30  # a position behind all others
+LARGE_PRODUCT = 512 * 512  # rows times keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,7 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
     del q_in_hbm, lse_in  # the same memory as `out_hbm` and `lse_hbm`: a task's outputs replace its queries
     S, NP, T, Q, R = (sizes.page_size, sizes.pages_per_block, sizes.tokens, sizes.query_tokens, sizes.rows_per_unit)
     ring = sizes.blocks_in_ring
-    K = pages.shape[1]
+    K = kv.shape[2]  # of a task
     L = pages.shape[3]
     planes = pages.shape[2] // S  # 2: value rows below key rows; 1: side by side in the lanes
     value_row = (planes - 1) * S
@@ -65,9 +67,11 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
     num_active = rows[FIELDS * num_rows]
     tasks = Tasks(sizes, options.causal, options.window, rows, num_rows, num_active, front)
     field = tasks.field
-    all_units = Units(sizes, num_heads, K, q_in, words, q, m_ref, l_ref, acc_ref, out, lse)
+    all_units = Units(sizes, num_heads, q_in, words, q, m_ref, l_ref, acc_ref, out, lse)
     units, interleave = q.shape[0], all_units.interleave
     steps = units + units % 2  # of a block
+    parts, part_rows = sizes.products_per_unit, sizes.rows_per_product
+    parts_per_head = num_heads // K // sizes.heads_per_product
 
     # ---- copies --------------------------------------------------------------------------------------------
     def chunk_copy(row, block, slot):
@@ -75,23 +79,24 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
         here = pl.ds(pl.multiple_of(slot * IDS, IDS), IDS)
         return pltpu.make_async_copy(table.at[chunk, 0], ids.at[here], id_sem.at[slot])
 
-    def start_pages(slot, left, column, low):
+    def start_pages(slot, nth, left, column, low):
         """Starts the copy of each page of the block that the task needs, and notes how many these are."""
+        heads = pl.ds(tasks.head_block(nth) * K, K)
 
         def body(j, count):
             page = ids[slot * IDS + column + j]
             wanted = (j * S < left) & ((j + 1) * S > low) & (page > 0)
-            pl.when(wanted)(pltpu.make_async_copy(pages.at[page], kv.at[slot, j], page_sem.at[slot]).start)
+            pl.when(wanted)(pltpu.make_async_copy(pages.at[page, heads], kv.at[slot, j], page_sem.at[slot]).start)
             if options.quantised:
-                copy = pltpu.make_async_copy(scales.at[page], kv_scales.at[slot, j], page_sem.at[slot])
+                copy = pltpu.make_async_copy(scales.at[page, heads], kv_scales.at[slot, j], page_sem.at[slot])
                 pl.when(wanted)(copy.start)
             return count + jnp.where(wanted, 1, 0)
 
         due[slot] = lax.fori_loop(0, NP, body, jnp.int32(0), unroll=min(NP, 8))
 
     def wait_for_pages(slot):
-        for array in (pages, scales) if options.quantised else (pages,):
-            part = array.at[pl.ds(0, due[slot])]
+        for array in (kv, kv_scales) if options.quantised else (kv,):
+            part = array.at[slot, pl.ds(0, due[slot])]
             pl.when(due[slot] > 0)(pltpu.make_async_copy(part, part, page_sem.at[slot]).wait)
 
     def fetch(slot):
@@ -104,23 +109,27 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
             copy.start()
             copy.wait()
             left, low, column = tasks.geometry(row, nth, block)
-            start_pages(slot, left, column, low)
+            start_pages(slot, nth, left, column, low)
             tasks.advance()
 
-    def tokens_of_task(row, nth):
-        """Where its tokens are in out_hbm, their queries before and their outputs after, and how many."""
-        count = jnp.minimum(field(NUM_TOKENS, row) - nth * Q, Q)
-        return pl.ds(field(TOKEN, row) + nth * Q, count), pl.ds(0, count)
+    def place_of_task(row, nth):
+        """Where its tokens and heads are in out_hbm, their queries before and their outputs after; and in VMEM."""
+        first = tasks.first_token(nth)
+        count = jnp.minimum(field(NUM_TOKENS, row) - first, Q)
+        heads = q_in.shape[1]
+        first_head = pl.multiple_of(tasks.head_block(nth) * heads, heads)
+        return (pl.ds(field(TOKEN, row) + first, count), pl.ds(first_head, heads)), pl.ds(0, count)
 
     def q_copy(row, nth):
-        there, here = tokens_of_task(row, nth)
+        there, here = place_of_task(row, nth)
         return pltpu.make_async_copy(out_hbm.at[there], q_in.at[here], q_sem)
 
     def out_copies(row, nth):
-        there, here = tokens_of_task(row, nth)
+        there, here = place_of_task(row, nth)
         copies = [pltpu.make_async_copy(out.at[here], out_hbm.at[there], out_sem)]
         if options.lse:
-            copies.append(pltpu.make_async_copy(lse.at[here], lse_hbm.at[there], out_sem))
+            lse_there = lse_hbm.at[tasks.head_block(nth), there[0]]
+            copies.append(pltpu.make_async_copy(lse.at[here], lse_there, out_sem))
         return copies
 
     # ---- a block ---------------------------------------------------------------------------------------------
@@ -171,7 +180,7 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
     key = lax.broadcasted_iota(jnp.int32, (1, T), 1)
     page_of_key = lax.convert_element_type((key.astype(jnp.float32) + 0.5) / S, jnp.int32)
 
-    def scores(unit, slot, mask, position, left, low, bits):
+    def scores(unit, part, slot, mask, position, left, low, bits):
         """Args:
         unit: `units` for none.
         mask: whether some of the block's keys may be hidden from some rows.
@@ -179,15 +188,14 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
         low: the first key that a token sees, likewise.
         """
         real = jnp.minimum(unit, units - 1)
-        head = lax.div(real, all_units.per_head)
-        s = dot(q[real], head_rows(slot, head, 0), 1)  # [R, T]
+        s = dot(q[real, rows_of(part)], head_rows(slot, head_of(real, part), 0), 1)  # [rows of a product, T]
         if options.quantised:
-            s = s * scales_of_head(slot, head, 0)
+            s = s * scales_of_head(slot, head_of(real, part), 0)
         if options.soft_cap is not None:
             s = jnp.tanh(s) * (options.soft_cap * LOG2E)
         if mask:
             exists = (key < left) & ((jnp.right_shift(bits, page_of_key) & 1) > 0)
-            token = jnp.right_shift(lax.broadcasted_iota(jnp.int32, (R, 1), 0), interleave // 2) & (Q - 1)
+            token = jnp.right_shift(lax.broadcasted_iota(jnp.int32, (part_rows, 1), 0), interleave // 2) & (Q - 1)
             last = position + token if options.causal else left
             visible = jnp.where(exists, key, NEVER) <= last
             if options.window is not None:
@@ -195,30 +203,48 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
             if not options.causal:
                 visible = visible & (key >= low)
             s = jnp.where(visible, s, MASKED)
-        m_before = m_ref[unit]
+        here = unit, rows_of(part)
+        m_before = m_ref[here]
         m = jnp.maximum(m_before, jnp.max(s, axis=1, keepdims=True))
-        m_ref[unit], alpha_ref[unit] = m, jnp.exp2(m_before - m)
+        m_ref[here], alpha_ref[here] = m, jnp.exp2(m_before - m)
         return s
 
-    def softmax(unit, slot, s):
-        p = jnp.exp2(s - jnp.concatenate([m_ref[unit]] * (T // LANES), axis=1))
-        l_ref[unit] = l_ref[unit] * alpha_ref[unit] + jnp.sum(p, axis=1, keepdims=True)
+    def softmax(unit, part, slot, s):
+        here = unit, rows_of(part)
+        p = jnp.exp2(s - jnp.concatenate([m_ref[here]] * (T // LANES), axis=1))
+        l_ref[here] = l_ref[here] * alpha_ref[here] + jnp.sum(p, axis=1, keepdims=True)
         if options.quantised:
-            p = p * scales_of_head(slot, head_of_old(unit), S)
+            p = p * scales_of_head(slot, head_of(unit, part), S)
         return p.astype(q.dtype)
 
-    def values(unit, slot, p):
-        v = head_rows(slot, head_of_old(unit), value_row)
-        acc_ref[unit] = acc_ref[unit] * all_units.wide(alpha_ref[unit]) + dot(p, v, 0)
+    def values(unit, part, slot, p):
+        v = head_rows(slot, head_of(unit, part), value_row)
+        here = unit, rows_of(part)
+        acc_ref[here] = acc_ref[here] * all_units.wide(alpha_ref[here]) + dot(p, v, 0)
 
-    def head_of_old(unit):
-        return jnp.minimum(lax.div(unit, all_units.per_head), K - 1)
+    def rows_of(part):
+        return slice(part * part_rows, (part + 1) * part_rows)
 
-    def reset(unit, _):
-        m_ref[unit] = sinks[unit] * LOG2E if options.sinks else jnp.full((R, LANES), FLOOR, jnp.float32)
+    def head_of(unit, part):
+        """The KV head of a part of a unit."""
+        return lax.div(jnp.minimum(unit, units - 1) * parts + part, parts_per_head)
+
+    def reset(unit, head_block):
+        floor = jnp.full((R, LANES), FLOOR, jnp.float32)
+        m_ref[unit] = sinks[head_block * units + unit] * LOG2E if options.sinks else floor
         l_ref[unit] = jnp.full((R, LANES), 1.0 if options.sinks else 0.0, jnp.float32)
         acc_ref[unit] = jnp.zeros((R, L), jnp.float32)
-        return 0
+        return head_block
+
+    def run_stages(stages):
+        """Calls each stage for each part of a unit. The compiler keeps to this order roughly: one part after another
+        where each fills the matrix unit, else one stage after another."""
+        if L == LANES and part_rows * T >= LARGE_PRODUCT:
+            calls = [(stage, part) for part in range(parts) for stage in stages]
+        else:
+            calls = [(stage, part) for stage in stages for part in range(parts)]
+        for stage, part in calls:
+            stage(part)
 
     # ---- a task ----------------------------------------------------------------------------------------------
     def run_task(row, nth, number, slot):
@@ -226,7 +252,7 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
         number: of the task. slot: of its first block in the ring.
         """
         blocks = tasks.num_blocks(row, nth)
-        lax.fori_loop(0, units + 1, reset, 0)
+        lax.fori_loop(0, units + 1, reset, tasks.head_block(nth))
         q_copy(row, nth).wait()
         all_units.load_queries(options.query_factor)
         more = tasks.has_more(row, nth)
@@ -266,20 +292,20 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
                     before = jnp.where(unit >= by, before, jnp.where(block == 0, units, before + steps))
                 return jnp.minimum(before, units)
 
-            def soften(unit, s):
-                return softmax(unit_before(unit, 1), jnp.where(unit < 1, last_slot, slot), s[...])
-
-            def add_values(unit, p):
-                values(unit_before(unit, 2), jnp.where(unit < 2, last_slot, slot), p[...])
-
             def step(unit, mask, s_new, s_old, p_new, p_old):
-                """In this order the compiler spills least; but two units meet again before the first has ended."""
-                p_new[...] = soften(unit, s_old)
-                if units <= 2:
-                    add_values(unit, p_old)
-                s_new[...] = scores(jnp.minimum(unit, units), slot, mask, position, left, low, bits)
-                if units > 2:
-                    add_values(unit, p_old)
+                def soften(part):
+                    there = jnp.where(unit < 1, last_slot, slot)
+                    p_new[rows_of(part)] = softmax(unit_before(unit, 1), part, there, s_old[rows_of(part)])
+
+                def score(part):
+                    this = jnp.minimum(unit, units)
+                    s_new[rows_of(part)] = scores(this, part, slot, mask, position, left, low, bits)
+
+                def add_values(part):
+                    values(unit_before(unit, 2), part, jnp.where(unit < 2, last_slot, slot), p_old[rows_of(part)])
+
+                # Of two units, the one whose values are added is the one whose scores come next.
+                run_stages((soften, score, add_values) if units > 2 else (soften, add_values, score))
 
             def pair(i, mask):
                 """Two steps, each a basic block of its own: in one they would wait for each other."""
@@ -297,9 +323,11 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
             @pl.when(block + 1 == blocks)
             def _():
                 """What is left of the last two units."""
-                p_b[...] = soften(steps, s_b)
-                add_values(steps, p_a)
-                add_values(steps + 1, p_b)
+                for part in range(parts):
+                    p_b[rows_of(part)] = softmax(unit_before(steps, 1), part, slot, s_b[rows_of(part)])
+                    values(unit_before(steps, 2), part, slot, p_a[rows_of(part)])
+                for part in range(parts):
+                    values(unit_before(steps + 1, 2), part, slot, p_b[rows_of(part)])
 
             fetch((slot + ring - 1) & (ring - 1))  # the slot of the block before, which has ended now
             return slot
@@ -341,8 +369,8 @@ def prefill(q: Array, lse: Array | None, sinks: Array | None, rows: Array, table
     Args:
         q: `[T, padded_heads, L]` in the dtype of the products, the heads of a token padded to whole registers. The
             outputs take the place of the queries of rows that take part; other tokens may hold anything.
-        lse: float32 `[T, ceil(N / 128), 128]`, a head a lane, likewise; or None.
-        sinks: float32 `[units, R, 128]`, or None.
+        lse: float32 `[head_blocks, T, ceil(N / head_blocks / 128), 128]`, a head a lane, likewise; or None.
+        sinks: float32 `[head_blocks * units, R, 128]`, or None.
         rows: int32 `[FIELDS * B + 1]`: the fields of each row that takes part, field by field, then the number of
             such rows.
         table: int32 `[B * chunks * 128]`, the page ids, of each row in so many chunks; 0: no page.
@@ -354,7 +382,9 @@ def prefill(q: Array, lse: Array | None, sinks: Array | None, rows: Array, table
     """
     L = pages.shape[3]
     Q, R, T = sizes.query_tokens, sizes.rows_per_unit, sizes.tokens
+    num_heads //= sizes.head_blocks  # of a task
     units = num_heads * Q // R
+    task_heads, kv_heads = q.shape[1] // sizes.head_blocks, pages.shape[1] // sizes.head_blocks
     num_rows = rows.shape[0] // FIELDS
     f32, vmem, smem = jnp.float32, pltpu.VMEM, pltpu.SMEM
     hbm, scalars = pl.BlockSpec(memory_space=pltpu.HBM), pl.BlockSpec(memory_space=smem)
@@ -363,9 +393,9 @@ def prefill(q: Array, lse: Array | None, sinks: Array | None, rows: Array, table
     else:
         sinks = jnp.concatenate([sinks, jnp.zeros((1, R, LANES), f32)])
     if lse is None:
-        lse = jnp.zeros((1, 1, LANES), f32)
+        lse = jnp.zeros((1, 1, 1, LANES), f32)
     if scales is None:
-        scales = jnp.zeros((1, SUBLANES, LANES), f32)
+        scales = jnp.zeros((1, kv_heads, LANES), f32)
     kv_scales = (sizes.blocks_in_ring, sizes.pages_per_block) if options.quantised else (1, 1)
     arrays = (table.reshape(-1, 1, IDS), pages, scales, q, lse)
     return pl.pallas_call(
@@ -376,17 +406,17 @@ def prefill(q: Array, lse: Array | None, sinks: Array | None, rows: Array, table
         out_specs=(hbm, hbm),
         input_output_aliases={5: 0, 6: 1},
         scratch_shapes=[
-            vmem((sizes.blocks_in_ring, sizes.pages_per_block, *pages.shape[1:]), pages.dtype),
-            vmem((*kv_scales, *scales.shape[1:]), f32),
+            vmem((sizes.blocks_in_ring, sizes.pages_per_block, kv_heads, *pages.shape[2:]), pages.dtype),
+            vmem((*kv_scales, kv_heads, scales.shape[2]), f32),
             smem((3,), jnp.int32),
             smem((2,), jnp.int32),
             smem((sizes.blocks_in_ring,), jnp.int32),
             smem((sizes.blocks_in_ring * IDS,), jnp.int32),
-            vmem((Q, *q.shape[1:]), q.dtype),
-            vmem((L // LANES, Q * q.shape[1] * q.dtype.itemsize // 4, LANES), jnp.int32),
+            vmem((Q, task_heads, L), q.dtype),
+            vmem((L // LANES, Q * task_heads * q.dtype.itemsize // 4, LANES), jnp.int32),
             vmem((units, R, L), q.dtype),
-            vmem((Q, *q.shape[1:]), q.dtype),
-            vmem((Q if options.lse else 1, *lse.shape[1:]), f32),
+            vmem((Q, task_heads, L), q.dtype),
+            vmem((Q if options.lse else 1, *lse.shape[2:]), f32),
             vmem((units + 1, R, LANES), f32),
             vmem((units + 1, R, LANES), f32),
             vmem((units + 1, R, LANES), f32),

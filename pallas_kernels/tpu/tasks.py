@@ -23,19 +23,31 @@ class PrefillSizes:
         page_size: S.
         pages_per_block: pages in a block of T keys; a power of two, at most 32.
         query_tokens: Q, tokens of a task; a power of two.
-        heads_per_unit: query heads of a unit, a divisor of the group; R is Q times this.
+        heads_per_product: query heads of a product, a divisor of the group.
+        products_per_unit: products of a unit, of heads side by side; R is Q times heads_per_product times this.
+        head_blocks: into how many blocks the heads are divided, each of whole tiles; a task has those of one.
         blocks_in_ring: blocks in VMEM, a power of two: two at work, the others on their way.
     """
 
     page_size: int
     pages_per_block: int
     query_tokens: int
-    heads_per_unit: int
+    heads_per_product: int
+    products_per_unit: int = 1
+    head_blocks: int = 1
     blocks_in_ring: int = 4
 
     @property
     def tokens(self) -> int:
         return self.page_size * self.pages_per_block
+
+    @property
+    def rows_per_product(self) -> int:
+        return self.query_tokens * self.heads_per_product
+
+    @property
+    def heads_per_unit(self) -> int:
+        return self.heads_per_product * self.products_per_unit
 
     @property
     def rows_per_unit(self) -> int:
@@ -44,12 +56,13 @@ class PrefillSizes:
     def interleave(self, dtype) -> int:
         """Heads whose rows alternate in a unit: those that share 32-bit words, if they are of one KV head."""
         packed = 4 // dtype.itemsize
-        return packed if self.heads_per_unit % packed == 0 else 1
+        return packed if self.heads_per_product % packed == 0 else 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Tasks:
-    """A task is the `nth` block of Q new tokens of an active row; its blocks of keys count from the first that it sees.
+    """A task is a block of Q new tokens of an active row and a block of heads, the `nth` of the row, heads first; its
+    blocks of keys count from the first that it sees.
 
     Args:
         sizes: of the kernel.
@@ -72,9 +85,16 @@ class Tasks:
     def field(self, index: int, row):
         return self.rows[index * self.num_rows + jnp.minimum(row, self.num_active - 1)]
 
+    def head_block(self, nth):
+        return lax.rem(nth, self.sizes.head_blocks)
+
+    def first_token(self, nth):
+        """The first of its row's new tokens that a task has."""
+        return lax.div(nth, self.sizes.head_blocks) * self.sizes.query_tokens
+
     def first_position(self, row, nth):
         """Position of the task's first token, if tokens have one."""
-        return self.field(FIRST, row) + nth * self.sizes.query_tokens
+        return self.field(FIRST, row) + self.first_token(nth)
 
     def first_key(self, row, nth):
         """The first key that the task's first token sees; may be below 0."""
@@ -98,8 +118,8 @@ class Tasks:
         return jnp.maximum(end - self.first_block(row, nth), 1)
 
     def has_more(self, row, nth):
-        """Whether the row has tokens behind the task's."""
-        return (nth + 1) * self.sizes.query_tokens < self.field(NUM_TOKENS, row)
+        """Whether the row has another task."""
+        return self.first_token(nth + 1) < self.field(NUM_TOKENS, row)
 
     def advance(self):
         """Moves the front on by a block."""

@@ -1,6 +1,6 @@
 """Between tokens, as a model has them, and the units of prefill: queries on the way in, outputs on the way out.
 
-A token's heads are rows `[heads, L]`; a unit has the rows of `heads_per_unit` query heads of one KV head, for all
+A token's heads are rows `[heads, L]`; a unit has the rows of `heads_per_unit` query heads, one after another, for all
 tokens of a task. Strided loads part the heads; they move 32-bit words, so two bfloat16 heads that share a word stay
 side by side in a unit's rows, token by token (`interleave`), or are parted by shifts where they are of two KV heads.
 """
@@ -29,7 +29,7 @@ class Units:
 
     Args:
         sizes: of the kernel.
-        num_heads, num_kv_heads: N, K.
+        num_heads: query heads of a task.
         tokens_in: the task's queries `[Q, padded heads, L]`.
         words: the 32-bit words of its queries or outputs, `[registers of a row, words, 128]`.
         q: the queries of each unit, `[units, R, L]`.
@@ -42,7 +42,6 @@ class Units:
 
     sizes: PrefillSizes
     num_heads: int
-    num_kv_heads: int
     tokens_in: Any
     words: Any
     q: Any
@@ -55,11 +54,6 @@ class Units:
     @property
     def lanes(self) -> int:
         return self.q.shape[2]
-
-    @property
-    def per_head(self) -> int:
-        """Units of a KV head."""
-        return self.q.shape[0] // self.num_kv_heads
 
     @property
     def packed(self) -> int:
@@ -146,9 +140,8 @@ class Units:
 
     def _place_of_head(self, n: int) -> tuple[int, int]:
         """The unit of head n, and the first of its rows there."""
-        head, rest = divmod(n, self.num_heads // self.num_kv_heads)
-        part, place = divmod(rest, self.sizes.heads_per_unit)
-        return head * self.per_head + part, place * self.sizes.query_tokens
+        unit, place = divmod(n, self.sizes.heads_per_unit)
+        return unit, place * self.sizes.query_tokens
 
     def _output_of_head(self, n: int):
         unit, first = self._place_of_head(n)

@@ -12,7 +12,7 @@ from kernels.cases import CASES, Case, expected, make_inputs, random_forest, sha
 
 from pallas_kernels import copy_pages, init_pages, paged_attention, write_pages
 from pallas_kernels.tpu import attention, decode
-from pallas_kernels.tpu.blocks import ALL_COUNTS, prefill_kernels
+from pallas_kernels.tpu.blocks import ALL_COUNTS, prefill_kernels, prefill_sizes, whole_heads
 from pallas_kernels.tpu.tasks import PrefillSizes
 from pallas_kernels.tpu.walk import DecodeSizes
 
@@ -124,6 +124,24 @@ def test_short_and_long_prompts_in_one_step(interpreter, small_blocks, monkeypat
     check(case, make_inputs(case))
 
 
+@pytest.mark.parametrize(
+    ("heads", "sizes", "options"),
+    [
+        ((16, 2), PrefillSizes(16, 8, 16, 2, products_per_unit=2, head_blocks=2), dict(sinks=True)),
+        pytest.param((8, 2), PrefillSizes(16, 8, 16, 2, products_per_unit=2), dict(window=100), marks=pytest.mark.long),
+        pytest.param((8, 8), PrefillSizes(16, 8, 16, 1, 2), dict(soft_cap=5.0), marks=pytest.mark.long),
+        pytest.param((11, 1), PrefillSizes(16, 8, 16, 2, 2), dict(sinks=True), marks=pytest.mark.long),
+    ],
+    ids=["heads in blocks", "two products of a head", "a product of each head", "an odd group"],
+)
+def test_heads_side_by_side(interpreter, monkeypatch, heads, sizes, options):
+    """Units of several products, tasks of some of the heads, and a group with a head of zeros."""
+    monkeypatch.setattr(attention, "prefill_kernels", lambda *_: [(sizes, ALL_COUNTS)])
+    case = Case("side by side", (150, 20), (20, 3), heads, 128, 16, "bfloat16", "bfloat16", holes=((0, 1),))
+    case = dataclasses.replace(case, **options)
+    check(case, make_inputs(case))
+
+
 def test_every_prompt_has_one_kernel():
     pages = init_pages(9, 8, 16, 128)
     for num_rows in (1, 16):
@@ -133,6 +151,17 @@ def test_every_prompt_has_one_kernel():
     assert len(prefill_kernels(pages, 32, 1, 512)) == 1
     short, long = (sizes.query_tokens for sizes, _ in prefill_kernels(pages, 32, 16, 512))
     assert short < long
+
+
+@pytest.mark.parametrize("heads", [(32, 8), (32, 32), (64, 64), (28, 4), (14, 2), (71, 1), (4, 1), (8, 1)])
+def test_products_and_tasks_divide_the_heads(heads):
+    pages = init_pages(2, heads[1], 16, 128)
+    for max_query_len in (2, 64, 256, 512):
+        sizes = prefill_sizes(pages, heads[0], max_query_len)
+        of_task, kv_heads = whole_heads(*heads) // sizes.head_blocks, heads[1] // sizes.head_blocks
+        assert of_task % sizes.heads_per_unit == 0 and of_task // kv_heads % sizes.heads_per_product == 0
+        assert sizes.head_blocks == 1 or (of_task % 8 == 0 and kv_heads % 8 == 0)
+    assert sizes.head_blocks == {32: 2, 64: 4}.get(heads[1], 1)
 
 
 # A large group, in which there is a small one; another small one; a pair, which is too few. Row 1 is empty.
