@@ -1,6 +1,6 @@
 """What the TPU kernels cost on paper.
 
-    python -m benchmarks.tpu_static [--chip v6e] [--case TEXT] [--gate] [--write | --check]
+    python -m benchmarks.tpu_static [--models [NAME]] [--chip v6e] [--case TEXT] [--gate] [--write | --check]
 
 For each case and chip: compiles `paged_attention` ahead of time with libtpu, executes the scalar half of the
 scheduled program with real lengths and page tables, and reports for each kernel
@@ -12,6 +12,8 @@ scheduled program with real lengths and page tables, and reports for each kernel
     matrix       share of the cycles in which the matrix unit is busy
     temp_bytes   of the whole compiled function: a copy of the pages would show
 
+`--models` takes the shapes of models that people run instead of those that the kernels were made with: all of them, or
+those of the models with NAME in their names. In windowed layers the floor is of the pages that the window touches.
 `--write` keeps the numbers in benchmarks/results/tpu_static.json; `--check` compares with them and fails where
 cycles grew by more than 2 % or bytes at all. `--gate` takes only the cells that CI checks, some of each kind of kernel
 and pages. Another libtpu schedules otherwise: the file says which one its numbers come from.
@@ -28,7 +30,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.tpu_static.cases import GATE, StaticCase, all_cases, operands
+from benchmarks.tpu_static.cases import GATE, StaticCase, kernel_cases, operands
+from benchmarks.tpu_static.models import model_cases
 from benchmarks.tpu_static.program import parse
 from benchmarks.tpu_static.simulate import CHIPS, Chip, Result, run
 
@@ -90,11 +93,11 @@ def measure(case: StaticCase, chip_name: str) -> dict:
 
 def show(case: str, chip: str, row: dict) -> None:
     if "error" in row:
-        print(f"{case:44s} {chip:4s} ERROR {row['error']}", flush=True)
+        print(f"{case:60s} {chip:4s} ERROR {row['error']}", flush=True)
     for kernel, x in row.items():
         if isinstance(x, dict):
             print(
-                f"{case:44s} {chip:4s} {kernel:14s} cycles {x['cycles']:>8} us {x['us']:>7} floor {x['floor_us']:>7} "
+                f"{case:60s} {chip:4s} {kernel:14s} cycles {x['cycles']:>8} us {x['us']:>7} floor {x['floor_us']:>7} "
                 f"ceiling {x['ceiling']:.2f} model {x['model_us']:>7} MB {x['read_bytes'] / 1e6:7.1f} + "
                 f"{x['write_bytes'] / 1e6:.1f} matrix {x['matrix']:.2f} temp {row['temp_bytes'] / 1e6:.1f} MB",
                 flush=True,
@@ -118,6 +121,7 @@ def compare(kept: dict, row: dict) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="?", const="", metavar="NAME", help="the shapes of these models")
     parser.add_argument("--chip", action="append", choices=CHIPS)
     parser.add_argument("--case", default="", help="only cases with this text in their name")
     parser.add_argument("--gate", action="store_true")
@@ -125,14 +129,17 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    cells = [(chip, name) for chip in options.chip or ["v5e", "v6e", "v7x"] for name in all_cases()]
+    cases = kernel_cases() if options.models is None else model_cases(options.models)
+    if options.gate:
+        cases = kernel_cases() | model_cases()
+    cells = [(chip, name) for chip in options.chip or ["v5e", "v6e", "v7x"] for name in cases]
     libtpu = importlib.metadata.version("libtpu")
     worse = []
     for chip, name in cells:
         key = f"{name} | {chip}"
         if options.case not in name or (options.gate and key not in GATE) or (options.check and key not in kept):
             continue
-        row = {"libtpu": libtpu, **measure(all_cases()[name], chip)}
+        row = {"libtpu": libtpu, **measure(cases[name], chip)}
         show(name, chip, row)
         if options.write and "error" not in row:
             kept[key] = row

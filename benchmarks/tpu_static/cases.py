@@ -19,6 +19,7 @@ from pallas_kernels.tpu.heads import pack_heads
 from pallas_kernels.tpu.write import tiles_of_step
 
 POOL_BYTES = 400 << 20  # more than VMEM, or XLA would move the pages there
+DTYPES = {"bf16": "bfloat16", "int8": "int8", "fp8": "float8_e4m3fn"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,8 @@ class StaticCase:
     levels: tuple[tuple[int, int], ...] = ()  # how many rows side by side share how many tokens, a pair for each level
     prefill_tokens: int | None = None  # most of a sequence in a step, as the step knows; None: as many as come
     pool_bytes: int | None = None  # None: a page for every column of the table
+    window: int | None = None
+    sinks: bool = False
 
     @property
     def max_query_len(self) -> int:
@@ -80,10 +83,11 @@ def grid() -> list[StaticCase]:
 
 
 def eight_bit() -> list[StaticCase]:
-    dtypes = {"int8": "int8", "fp8": "float8_e4m3fn"}
     return [
-        StaticCase(f"decode, {name}, page {page}, context {context}", (context,) * 32, page_size=page, dtype=dtype)
-        for name, dtype in dtypes.items()
+        StaticCase(
+            f"decode, {name}, page {page}, context {context}", (context,) * 32, page_size=page, dtype=DTYPES[name]
+        )
+        for name in ("int8", "fp8")
         for page in (16, 64, 128)
         for context in (1024, 4096)
     ]
@@ -128,7 +132,8 @@ GATE = (
 )
 
 
-def all_cases() -> dict[str, StaticCase]:
+def kernel_cases() -> dict[str, StaticCase]:
+    """The cells that the kernels were made with."""
     return {case.name: case for case in grid() + eight_bit() + shapes()}
 
 
@@ -140,10 +145,11 @@ def abstract_pages(case: StaticCase):
     return jax.eval_shape(partial(init_pages, num_pages, *sizes, is_padded=True))
 
 
-def step(q, k, v, pages, page_table, lengths, query_starts, sharing=None, *, max_query_len: int):
+@partial(jax.jit, static_argnames="case", donate_argnames="pages")
+def step(q, k, v, pages, page_table, lengths, query_starts, sharing, sinks, *, case: StaticCase):
     result = paged_attention(
-        q, k, v, pages, page_table, lengths, query_starts, sharing=sharing,
-        max_query_len=max_query_len, implementation="pallas_tpu",
+        q, k, v, pages, page_table, lengths, query_starts, sharing=sharing, sinks=sinks, window=case.window,
+        max_query_len=case.max_query_len, implementation="pallas_tpu",
     )  # fmt: skip
     return result.out, result.pages
 
@@ -156,8 +162,9 @@ def arguments(case: StaticCase) -> tuple:
     k = array((tokens, case.heads[1], case.head_dim), jnp.bfloat16)
     table = array((batch, case.max_pages), jnp.int32)
     lengths, starts = array((batch,), jnp.int32), array((batch + 1,), jnp.int32)
-    sharing = (jax.eval_shape(lambda: case.sharing),) if case.levels else ()
-    return (q, k, k, abstract_pages(case), table, lengths, starts, *sharing)
+    sharing = jax.eval_shape(lambda: case.sharing)
+    sinks = array((case.heads[0],), jnp.float32) if case.sinks else None
+    return q, k, k, abstract_pages(case), table, lengths, starts, sharing, sinks
 
 
 def operands(case: StaticCase) -> dict[str, dict[int, Any]]:
@@ -173,7 +180,10 @@ def operands(case: StaticCase) -> dict[str, dict[int, Any]]:
     sizes = decode_sizes(pages, case.max_pages, packing)
     sharing = case.sharing
     runs = None if sharing is None else runs_of(sharing, lengths, lengths > 0, case.page_size)
-    rows = attention.decode_rows(lengths, starts, table, sizes, None if runs is None else runs.rest)
+    first_key = None if runs is None else runs.rest
+    if case.window is not None:
+        first_key = jnp.maximum(lengths - case.window, 0)
+    rows = attention.decode_rows(lengths, starts, table, sizes, first_key)
     result = {"paged_decode": {0: rows, 4: chunks}}
     if runs is not None:
         row, begin, end = attention.chunk_rows(runs)

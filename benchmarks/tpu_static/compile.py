@@ -15,15 +15,13 @@ def main() -> None:
         TPU_WORKER_HOSTNAMES="localhost",
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     )
-    import jax
-
-    from benchmarks.tpu_static.cases import all_cases, arguments, step
+    from benchmarks.tpu_static.cases import arguments, kernel_cases, step
+    from benchmarks.tpu_static.models import model_cases
     from benchmarks.tpu_static.simulate import CHIPS
     from benchmarks.tpu_static.target import compile_for
 
-    case = all_cases()[sys.argv[1]]
-    jitted = jax.jit(step, donate_argnums=3, static_argnames="max_query_len")
-    compiled = compile_for(CHIPS[sys.argv[2]].topology, jitted, *arguments(case), max_query_len=case.max_query_len)
+    case = (kernel_cases() | model_cases())[sys.argv[1]]
+    compiled = compile_for(CHIPS[sys.argv[2]].topology, step, *arguments(case), case=case)
     memory = compiled.memory_analysis()
     print(json.dumps({"temp_bytes": memory.temp_size_in_bytes, "alias_bytes": memory.alias_size_in_bytes}))
 

@@ -19,7 +19,6 @@ from benchmarks.tpu_static.cases import StaticCase, arguments, abstract_pages, s
 from benchmarks.tpu_static.target import compile_for
 from pallas_kernels import copy_pages
 
-jitted = jax.jit(step, donate_argnums=3, static_argnames="max_query_len")
 for case in (
     StaticCase("decode", (2048,) * 32),
     StaticCase("decode", (1024,) * 16, heads=(8, 1), page_size=64),
@@ -32,7 +31,7 @@ for case in (
     StaticCase("mixed", (2048,) * 7 + (4096,), (1,) * 7 + (512,)),
     StaticCase("mixed", (2048,) * 7 + (4096,), (1,) * 7 + (512,), dtype="int8", page_size=16),
 )[int(sys.argv[2]) :: int(sys.argv[3])]:
-    compiled = compile_for(sys.argv[1], jitted, *arguments(case), max_query_len=case.max_query_len)
+    compiled = compile_for(sys.argv[1], step, *arguments(case), case=case)
     memory, pool = compiled.memory_analysis(), abstract_pages(case).num_bytes
     assert memory.alias_size_in_bytes >= pool, (case, memory)
     tokens = case.num_tokens * case.heads[0] * case.head_dim
