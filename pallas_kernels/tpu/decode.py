@@ -259,11 +259,7 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, scales_in,
         s = s * (scales_of_rows(slot, 0, factor) if quantised else factor)
         if options.soft_cap is not None:
             s = jnp.tanh(s) * (options.soft_cap * LOG2E)
-        bits, *more = walk.bits(r)
-        for i, word in enumerate(more, 1):
-            bits = jnp.where(page_of_column >= i * WORD_BITS, word, bits)
-        has_page = (jnp.right_shift(bits, page_of_column & (WORD_BITS - 1)) & 1) > 0
-        exists = (column < walk.left_of[r]) & has_page
+        exists = (column < walk.left_of[r]) & walk.has_page(r, page_of_column)
         if options.bounded:
             exists = exists & (column >= walk.low_of[r])
         s = jnp.where(exists, s, MASKED)

@@ -206,6 +206,13 @@ class Walk:
         for i, word in enumerate(words):
             self.bits_of[r * self.sizes.words + i] = word
 
+    def has_page(self, r, page):
+        """Whether the row has pages of the item: a number, or an array of them."""
+        word, *more = self.bits(r)
+        for i, other in enumerate(more, 1):
+            word = jnp.where(page >= i * WORD_BITS, other, word)
+        return (jnp.right_shift(word, page & (WORD_BITS - 1) if more else page) & 1) > 0
+
     def page_id(self, r, j):
         return self.ids[self.ids_of[r] + j]
 
@@ -214,7 +221,7 @@ class Walk:
 
     def ends_here(self, r):
         """Whether the item has the page of the newest token; it lacks it if that page is not mapped."""
-        return self.is_last(r) & (self.page_id(r, self.field(LAST_PAGE, self.row_of[r])) > 0)
+        return self.is_last(r) & self.has_page(r, self.field(LAST_PAGE, self.row_of[r]))
 
     def ids_arrive(self, item):
         """Waits for the page ids of the group that starts with the item."""

@@ -119,7 +119,7 @@ def test_groups_of_items_and_a_page_table_that_streams(
 def test_more_pages_in_an_item_than_bits_in_a_word(interpreter, monkeypatch):
     monkeypatch.setattr(attention, "decode_sizes", lambda *_: DecodeSizes(16, 64, 1, 4, 1, True))
     lengths = (700, 20, 1030)
-    holes = ((0, 3), (0, 35), (2, 40))
+    holes = ((0, 3), (0, 35), (0, 43), (2, 40))  # of the first row the last page, too
     case = Case("words", lengths, (1, 1, 1), (2, 1), 128, holes=holes, is_padded=True)
     check(case, make_inputs(case))
 
