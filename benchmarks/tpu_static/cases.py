@@ -129,6 +129,9 @@ GATE = (
     "decode, fp8, page 64, context 1024 | v7x",
     "prefill, 512 on 4096 | v6e",
     "decode, 64 share 512, 8 of them 2048 of 2176 | v6e",
+    "decode 32 on 2000, 14/2/64, bf16, page 64 | v7x",
+    "decode 32 on 2000, 8/1/128, fp8, page 64 | v6e",
+    "decode 32 on 2000, 64/8/64 window 128 sinks, bf16, page 16 | v7x",
 )
 
 
@@ -177,14 +180,14 @@ def operands(case: StaticCase) -> dict[str, dict[int, Any]]:
     starts = jnp.asarray(np.concatenate([[0], np.cumsum(case.new_tokens)]), jnp.int32)
     packing = pack_heads(*case.heads, pages.head_dim, pages.data.shape[3])
     chunks, _ = attention.page_chunks(table)
-    sizes = decode_sizes(pages, case.max_pages, packing)
     sharing = case.sharing
     runs = None if sharing is None else runs_of(sharing, lengths, lengths > 0, case.page_size)
-    first_key = None if runs is None else runs.rest
+    seen = (lengths, table, None if runs is None else runs.rest)
     if case.window is not None:
-        first_key = jnp.maximum(lengths - case.window, 0)
-    rows = attention.decode_rows(lengths, starts, table, sizes, first_key)
-    result = {"paged_decode": {0: rows, 4: chunks}}
+        seen = attention.in_window(lengths, table, case.page_size, case.window)
+    sizes = decode_sizes(pages, seen[1].shape[1], packing)
+    rows = attention.decode_rows(seen[0], starts, seen[1], sizes, seen[2])
+    result = {"paged_decode": {0: rows, 4: attention.page_chunks(seen[1])[0]}}
     if runs is not None:
         row, begin, end = attention.chunk_rows(runs)
         packing = pack_heads(RUN * case.heads[0], case.heads[1], pages.head_dim, pages.data.shape[3])

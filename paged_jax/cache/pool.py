@@ -1,6 +1,7 @@
 """The memory: the pages of every layer, allocated once."""
 
 import dataclasses
+import warnings
 from functools import partial
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from paged_jax.cache.mesh import HEADS, MODEL_AXIS, WHOLE, find_mesh, model_mesh
 from paged_jax.cache.page_table import NULL_PAGE, Reservation
 from paged_jax.cache.page_tables import Reservations
 from pallas_kernels import Pages, copy_pages, init_pages
+from pallas_kernels.platform import target_platform
 
 
 class LayerPlace(NamedTuple):
@@ -72,6 +74,9 @@ class PagePool:
 
         Raises:
             ValueError: the mesh has no such axis, or K does not divide by it.
+
+        Warns:
+            UserWarning: on a TPU, pages of this size are slow; it names a size that is not.
         """
         if config.array_per_layer:
             num_pages = {layer: group.num_pages for group in config.groups for layer in group.layers}
@@ -81,6 +86,11 @@ class PagePool:
 
         def make(num_kv_heads: int) -> tuple[Pages, ...]:
             sizes = num_kv_heads, config.page_size, config.head_dim, config.dtype
+            if target_platform() == "tpu":
+                from pallas_kernels.tpu import page_advice  # with Pallas, which other platforms need not import
+
+                if advice := page_advice(*sizes):
+                    warnings.warn(advice, stacklevel=3)
             return tuple(init_pages(num_pages, *sizes) for num_pages in pages_per_array)
 
         if mesh is None:

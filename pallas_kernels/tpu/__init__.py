@@ -5,17 +5,22 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.pages import LANES, SUBLANES, Pages, is_mapped
+from pallas_kernels.pages import LANES, SUBLANES, Pages, init_pages, is_mapped, stored
 from pallas_kernels.reference import AttentionResult
 from pallas_kernels.sharing import Sharing
 from pallas_kernels.tpu import attention
 from pallas_kernels.tpu.copy import copy_arrays
 from pallas_kernels.tpu.write import tiles_of_step, write_tiles
 
-__all__ = ["copy_pages", "paged_attention", "refusal", "write_pages"]
+__all__ = ["copy_pages", "page_advice", "paged_attention", "refusal", "write_pages"]
+
+PAGE_SIZES = (16, 32, 64, 128)  # the last one suits every head
+# Starting the copy of a page takes v7x as long as moving 7 KB; 25 KB where heads are wider than a register.
+ENOUGH_BYTES, ENOUGH_BYTES_WIDE = 32 << 10, 128 << 10
 
 
 def refusal(op: str, **arguments: Any) -> str | None:
@@ -42,6 +47,34 @@ def refusal(op: str, **arguments: Any) -> str | None:
             "makes them so."
         )
     return None
+
+
+def page_advice(num_kv_heads: int, page_size: int, head_dim: int, dtype: Any) -> str | None:
+    """Why pages of this size are slow on a TPU, and which size is not, in one sentence; None: they are fast.
+
+    Args:
+        num_kv_heads: K of one device.
+
+    Examples:
+        >>> page_advice(num_kv_heads=8, page_size=16, head_dim=128, dtype="bfloat16")
+        >>> page_advice(num_kv_heads=2, page_size=16, head_dim=64, dtype="bfloat16")  # doctest: +ELLIPSIS
+        'page_size=16 is slow on a TPU: a page ... 8192 bytes, and the kernels keep up with 32768. Take page_size=64.'
+    """
+
+    def reason(size: int) -> str | None:
+        pages = stored(jax.eval_shape(lambda: init_pages(1, num_kv_heads, size, head_dim, dtype, is_padded=True)))
+        if refusal("paged_attention", pages=pages):
+            return f"a page of {pages.dtype.name} heads of {head_dim} is no whole tile, so XLA attends, not the kernels"
+        num_bytes = pages.data.size * pages.data.dtype.itemsize
+        enough = ENOUGH_BYTES_WIDE if pages.head_dim > LANES else ENOUGH_BYTES
+        if num_bytes < enough and size < PAGE_SIZES[-1]:
+            return f"a page of {num_kv_heads} KV heads has {num_bytes} bytes, and the kernels keep up with {enough}"
+        return None
+
+    if (wrong := reason(page_size)) is None:
+        return None
+    better = next(size for size in PAGE_SIZES if reason(size) is None)
+    return f"page_size={page_size} is slow on a TPU: {wrong}. Take page_size={better}."
 
 
 def paged_attention(

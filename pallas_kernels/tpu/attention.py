@@ -71,6 +71,23 @@ def decode_rows(
     return jnp.concatenate([active_first(rows, active), num_items[None]])
 
 
+def in_window(lengths: Array, ids: Array, page_size: int, window: int) -> tuple[Array, Array, Array]:
+    """Decode with a window, as decode of a shorter page table: that of the pages which the window touches.
+
+    Its blocks then start with the first of these pages, so that a short window takes one small block.
+
+    Returns:
+        Of each row the tokens from that page on, int32 `[B]`; its page ids, int32 `[B, pages]`; and the first position
+        that its query sees, int32 `[B]`, counted from that page.
+    """
+    num_pages = min(ids.shape[1], -(-(window - 1) // page_size) + 1)
+    first_key = jnp.maximum(lengths - window, 0)
+    first_page = first_key // page_size
+    column = first_page[:, None] + jnp.arange(num_pages, dtype=jnp.int32)[None, :]
+    ids = jnp.take_along_axis(ids, jnp.minimum(column, ids.shape[1] - 1), axis=1)
+    return lengths - first_page * page_size, ids, first_key - first_page * page_size
+
+
 def active_first(rows: Array, active: Array) -> Array:
     """Fields `[F, B]`, flattened, with the rows that take part first; after them the number of these rows.
 
@@ -339,18 +356,19 @@ def decode(
     """`paged_attention` for the sequences that have exactly one new token; 0 for all other tokens.
 
     Args:
-        first_key: int32 `[B]`, the first position that a row's query sees, if the window lets it; None: 0.
+        first_key: int32 `[B]`, the first position that a row's query sees, where there is no window; None: 0.
         of_groups: the rows are groups, which the kernel's name says.
         sizes: None (the heuristic of blocks.py) or explicit block sizes.
     """
     num_tokens, num_heads, head_dim = q.shape
     packing = pack_heads(num_heads, pages.num_kv_heads, head_dim, pages.data.shape[3])
-    if sizes is None:
-        sizes = decode_sizes(pages, page_table.shape[1], packing)
     lengths = jnp.minimum(lengths, page_table.shape[1] * pages.page_size)
     ids = jnp.where(is_mapped(page_table, pages), page_table, 0)
     if window is not None:
-        first_key = jnp.maximum(lengths - window, 0 if first_key is None else first_key)
+        assert first_key is None
+        lengths, ids, first_key = in_window(lengths, ids, pages.page_size, window)
+    if sizes is None:
+        sizes = decode_sizes(pages, ids.shape[1], packing)
     rows = decode_rows(lengths, query_starts, ids, sizes, first_key)
     table, chunks = page_chunks(ids)
     if sinks is not None:

@@ -13,11 +13,15 @@ from pallas_kernels.tpu.walk import DecodeSizes
 ITEM_BYTES = 1 << 20
 AHEAD_BYTES = 6 << 20  # more than a microsecond of any chip's bandwidth
 BLOCK_BYTES = 4 << 20
-MAX_PAGES = 32  # of an item: one bit each in a scalar
+MAX_PAGES = 32  # of a block of prefill: one bit each in a scalar
 KEYS_PER_BLOCK = 512  # of prefill
 SHORT_TASK, MEDIUM_TASK = 64, 256  # tokens
 MOST_ROWS = 9216  # of a task, of 128 lanes in bfloat16
 MOST_PRODUCT_ROWS = 1152
+MAX_ITEM_PAGES = 64  # of decode: each copy is code of its own
+MAX_ITEM_TOKENS = 2048
+MAX_ITEM_SCORES = 1 << 18  # 1 MiB
+MANY_ROWS = 64  # of queries: their softmax fills the time of an item
 SMALL_GROUP = 32  # rows that share pages: up to this many, the decode kernel takes some of them at a time
 ALL_COUNTS = range(1, 1 << 30)  # of a row's new tokens
 MANY_PAGES = 16  # of an item: their copies take long to start
@@ -27,6 +31,7 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking) -> DecodeSi
     """Sizes of the decode kernel.
 
     An item holds about 1 MiB, but at most what the page table can hold: 256 tokens of 8 heads of 128 bfloat16 numbers.
+    It costs about 120 cycles of scalar work beside 4 for each copy, so few heads take up to 2048 tokens in 64 pages.
     A group is a basic block, at whose end the matrix unit idles: it has 2 MiB, or 4 MiB where a byte of the pages takes
     twice the work or its copies are strided. The ring holds the items at work and what the bandwidth needs in flight.
     """
@@ -34,9 +39,10 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking) -> DecodeSi
     rows = pages.data.shape[2] // pages.page_size  # of a token
     token_bytes = width * rows * LANES * jnp.dtype(pages.dtype).itemsize
     longest = pl.next_power_of_2(max_pages * pages.page_size)
-    target = max(LANES, min(1024, longest, ITEM_BYTES // token_bytes))
+    most = min(MAX_ITEM_TOKENS, MAX_ITEM_SCORES // packing.rows)
+    target = max(LANES, min(most, longest, ITEM_BYTES // token_bytes))
     pages_per_item = 1
-    while pages_per_item < MAX_PAGES and (
+    while pages_per_item < MAX_ITEM_PAGES and (
         pages_per_item * pages.page_size < target or pages_per_item * pages.page_size % LANES
     ):
         pages_per_item *= 2
@@ -44,7 +50,8 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking) -> DecodeSi
     items_per_mib = max(1, ITEM_BYTES // item_bytes)
     needs_room = pages.scales is not None or packing.shares_lanes or packing.lanes > LANES
     items_per_group = min(8, items_per_mib * (4 if needs_room else 2)) if item_bytes <= ITEM_BYTES else 1
-    distance = 1 if item_bytes >= ITEM_BYTES else 2  # the softmax of an item must not wait for its scores
+    # The softmax of an item must not wait for its scores; the scores of many rows do not fit into registers twice.
+    distance = 1 if item_bytes >= ITEM_BYTES or packing.rows >= MANY_ROWS else 2
     groups = -(-2 * distance // items_per_group) + max(2, min(3, -(-AHEAD_BYTES // (items_per_group * item_bytes))))
     # Beside the products, few copies cost more than behind them, and strided ones let no load or store pass.
     hides_copies = pages_per_item >= MANY_PAGES and packing.lanes <= LANES

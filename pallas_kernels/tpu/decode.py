@@ -30,7 +30,7 @@ from pallas_kernels.softmax import FLOOR, LOG2E, MASKED
 from pallas_kernels.tpu.heads import HeadPacking
 from pallas_kernels.tpu.memory import IDS, WORD_PART, in_hbm
 from pallas_kernels.tpu.products import Products
-from pallas_kernels.tpu.walk import FIELDS, HOLES, LAST_PAGE, LAST_SLOT, TOKEN, DecodeSizes, Walk
+from pallas_kernels.tpu.walk import BROKEN, FIELDS, LAST_PAGE, LAST_SLOT, TOKEN, WORD_BITS, DecodeSizes, Walk
 
 RESIDENT_BYTES = 256 << 10  # a page table up to this size lies in scalar memory, a larger one streams
 
@@ -155,37 +155,37 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, scales_in,
         start(copies, out_sem.at[at])
 
     # ---- the pages of an item: what is new is put in, what does not exist becomes zero -----------------------
+    def zero_page(slot, j):
+        slots[slot][j, :, value_row : value_row + S, :] = jnp.zeros((K, S, L), pages.dtype)
+
     def clean(r, slot):
-        """Zeroes the values that do not exist, but for the tile of the last token: 0 * NaN is NaN."""
-        left, row = walk.left_of[r], walk.row_of[r]
-        has_holes = walk.field(HOLES, row) > 0
+        """Zeroes the values past the tile of the sequence's last token: 0 * NaN is NaN."""
+        row, goes_on, tiles = walk.row_of[r], walk.left_of[r] > T, S // tile_rows
+        last_page = walk.field(LAST_PAGE, row)
 
-        @pl.when(walk.dirty_of[r] > 0)
+        def zero_tile(t, _):
+            here = pl.ds(pl.multiple_of(value_row + t * tile_rows, tile_rows), tile_rows)
+            slots[slot][last_page, :, here, :] = jnp.zeros((K, tile_rows, L), pages.dtype)
+
+        lax.fori_loop(jnp.where(goes_on, NP, last_page + 1), NP, lambda j, _: zero_page(slot, j), None)
+        if tiles > 1:
+            first = lax.div(walk.field(LAST_SLOT, row), tile_rows) + 1
+            lax.fori_loop(jnp.where(goes_on, tiles, first), tiles, zero_tile, None)
+
+    def mend(r, slot):
+        """Zeroes the values of other pages that do not exist, and takes the bits of those that the row lacks."""
+
+        def look(j, bits):
+            is_hole = walk.page_id(r, j) == 0
+            is_missing = is_hole | ((j + 1) * S <= walk.low_of[r]) if options.bounded else is_hole
+            pl.when(is_missing)(lambda: zero_page(slot, j))
+            own = jnp.left_shift(1, j & (WORD_BITS - 1))
+            is_mine = [is_hole & (lax.div(j, WORD_BITS) == i) for i in range(len(bits))]
+            return [jnp.where(mine, word & ~own, word) for mine, word in zip(is_mine, bits, strict=True)]
+
+        @pl.when(walk.dirty_of[r] >= BROKEN)
         def _():
-            def drop_hole(j, bits):
-                return jnp.where(walk.page_id(r, j) > 0, bits, bits & ~jnp.left_shift(1, j))
-
-            @pl.when(has_holes)
-            def _():
-                walk.bits_of[r] = lax.fori_loop(0, NP, drop_hole, walk.bits_of[r])
-
-            def zero_page(j, _):
-                slots[slot][j, :, value_row : value_row + S, :] = jnp.zeros((K, S, L), pages.dtype)
-
-            def zero_if_missing(j, _):
-                pl.when((jnp.right_shift(walk.bits_of[r], j) & 1) == 0)(lambda: zero_page(j, None))
-
-            def behind(t, _):
-                here = pl.ds(pl.multiple_of(value_row + t * tile_rows, tile_rows), tile_rows)
-                j = walk.field(LAST_PAGE, row)
-                slots[slot][j, :, here, :] = jnp.zeros((K, tile_rows, L), pages.dtype)
-
-            end = jnp.where(left > T, NP, walk.field(LAST_PAGE, row) + 1)
-            lax.fori_loop(end, NP, zero_page, None)
-            is_broken = has_holes | (walk.low_of[r] > 0) if options.bounded else has_holes
-            pl.when(is_broken)(lambda: lax.fori_loop(0, end, zero_if_missing, None))
-            first_behind = lax.div(walk.field(LAST_SLOT, row), tile_rows) + 1
-            lax.fori_loop(jnp.where(left <= T, first_behind, S // tile_rows), S // tile_rows, behind, None)
+            walk.set_bits(r, lax.fori_loop(0, NP, look, walk.bits(r)))
 
     def put_new_token(r, slot):
         """Appends to the tile of the last token, as 32-bit words; other items keep theirs as it is.
@@ -259,7 +259,7 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, scales_in,
         s = s * (scales_of_rows(slot, 0, factor) if quantised else factor)
         if options.soft_cap is not None:
             s = jnp.tanh(s) * (options.soft_cap * LOG2E)
-        exists = (column < walk.left_of[r]) & ((jnp.right_shift(walk.bits_of[r], page_of_column) & 1) > 0)
+        exists = (column < walk.left_of[r]) & walk.has_page(r, page_of_column)
         if options.bounded:
             exists = exists & (column >= walk.low_of[r])
         s = jnp.where(exists, s, MASKED)
@@ -324,6 +324,11 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, scales_in,
             def _():
                 for w, r in enumerate(records):
                     clean(r, u0 + w)
+
+            @pl.when(dirty[at] >= BROKEN)
+            def _():
+                for w, r in enumerate(records):
+                    mend(r, u0 + w)
 
             for w, r in enumerate(records):
                 copies = put_new_token(r, u0 + w)

@@ -12,6 +12,8 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.tpu.memory import IDS
 
 ID_GROUPS = 16  # groups whose page ids can be under way; a power of two
+WORD_BITS = 32
+BROKEN = 1 << 8  # in `dirty_of`, whose sum over the items of a group counts them
 FIELDS = 9  # of a row in `rows`
 TABLE_ROW, LENGTH, TOKEN, FIRST_KEY, FIRST_BLOCK, FIRST_PAGE, LAST_PAGE, LAST_SLOT, HOLES = range(FIELDS)
 
@@ -22,7 +24,7 @@ class DecodeSizes:
 
     Args:
         page_size: S.
-        pages_per_item: pages in a block of T tokens; a power of two, at most 32.
+        pages_per_item: pages in a block of T tokens; a power of two, at most IDS.
         items_per_group: W.
         items_in_ring: U, a multiple of W.
         distance: D, the items between an item's scores and its softmax, and between that and its values.
@@ -39,6 +41,11 @@ class DecodeSizes:
     @property
     def tokens(self) -> int:
         return self.page_size * self.pages_per_item
+
+    @property
+    def words(self) -> int:
+        """Words with a bit for each page of an item."""
+        return -(-self.pages_per_item // WORD_BITS)
 
     @property
     def ahead(self) -> int:
@@ -82,9 +89,9 @@ class Walk:
         row_of: of each item, its active row.
         left_of: the tokens from its start to its sequence's end; 0 or less behind the last item.
         low_of: the tokens from its start to the first key that is seen.
-        bits_of: its pages that hold keys, one bit each.
-        count_of: how many these are.
-        dirty_of: 1 where some of its values do not exist.
+        bits_of: in `words` words a bit for each page, 0 where the row lacks it.
+        count_of: the pages that are copied.
+        dirty_of: 1 where its last tokens do not exist, plus BROKEN where others do not.
         first_of: 1 where it is its sequence's first.
         sequence_of: the place of its sequence's query and output.
         ids_of: the place of its first page id in `ids`.
@@ -117,9 +124,10 @@ class Walk:
     def scratch(sizes: DecodeSizes, streams: bool) -> list:
         """The memory of the last fields, from `cursor` on."""
         smem = pltpu.SMEM
-        records = [smem((sizes.records,), jnp.int32)] * 9
+        record = smem((sizes.records,), jnp.int32)
+        bits = smem((sizes.records * sizes.words,), jnp.int32)
         ids = smem((sizes.records * IDS if streams else IDS,), jnp.int32)
-        return [smem((2,), jnp.int32), *records, ids, pltpu.SemaphoreType.DMA((ID_GROUPS,))]
+        return [smem((2,), jnp.int32), *[record] * 3, bits, *[record] * 5, ids, pltpu.SemaphoreType.DMA((ID_GROUPS,))]
 
     @property
     def nowhere(self) -> int:
@@ -144,7 +152,8 @@ class Walk:
         self.cursor[0], self.cursor[1] = jnp.int32(0), jnp.int32(self.first_block(0))
         for item in range(-self.sizes.lag, 0):
             r = self.record(item)
-            self.row_of[r] = self.left_of[r] = self.first_of[r] = self.bits_of[r] = jnp.int32(0)
+            self.row_of[r] = self.left_of[r] = self.first_of[r] = jnp.int32(0)
+            self.set_bits(r, [jnp.int32(0)] * self.sizes.words)
             self.sequence_of[r] = jnp.int32(self.nowhere)
             if self.bounded:
                 self.low_of[r] = jnp.int32(0)
@@ -165,11 +174,12 @@ class Walk:
         r = self.record(item)
         self.row_of[r] = row
         self.left_of[r] = jnp.where(real, left, 0)
-        self.bits_of[r] = jnp.left_shift(2, end - 1) - jnp.left_shift(1, begin)
-        is_dirty = (left < T) | (self.field(HOLES, row) > 0)
+        self.set_bits(r, [jnp.int32(-1)] * self.sizes.words)
+        is_broken = self.field(HOLES, row) > 0
         if self.bounded:
-            is_dirty = is_dirty | (begin > 0)
-        self.dirty_of[r] = jnp.where(real & is_dirty, 1, 0)
+            is_broken = is_broken | (begin > 0)
+        dirty = jnp.where(left < T, 1, 0) + jnp.where(is_broken, BROKEN, 0)
+        self.dirty_of[r] = jnp.where(real, dirty, 0)
         self.count_of[r] = jnp.where(real, end - begin, 0)
         self.first_of[r] = jnp.where(real & first, 1, 0)
         # Items past the end leave their output where nobody looks.
@@ -188,6 +198,21 @@ class Walk:
     def id_group(self, item):
         return jnp.right_shift(item, self.sizes.items_per_group.bit_length() - 1) & (ID_GROUPS - 1)
 
+    def bits(self, r) -> list:
+        """The words of an item's bits."""
+        return [self.bits_of[r * self.sizes.words + i] for i in range(self.sizes.words)]
+
+    def set_bits(self, r, words: list):
+        for i, word in enumerate(words):
+            self.bits_of[r * self.sizes.words + i] = word
+
+    def has_page(self, r, page):
+        """Whether the row has pages of the item: a number, or an array of them."""
+        word, *more = self.bits(r)
+        for i, other in enumerate(more, 1):
+            word = jnp.where(page >= i * WORD_BITS, other, word)
+        return (jnp.right_shift(word, page & (WORD_BITS - 1) if more else page) & 1) > 0
+
     def page_id(self, r, j):
         return self.ids[self.ids_of[r] + j]
 
@@ -196,7 +221,7 @@ class Walk:
 
     def ends_here(self, r):
         """Whether the item has the page of the newest token; it lacks it if that page is not mapped."""
-        return self.is_last(r) & ((jnp.right_shift(self.bits_of[r], self.field(LAST_PAGE, self.row_of[r])) & 1) > 0)
+        return self.is_last(r) & self.has_page(r, self.field(LAST_PAGE, self.row_of[r]))
 
     def ids_arrive(self, item):
         """Waits for the page ids of the group that starts with the item."""

@@ -145,12 +145,22 @@ def test_layers_run_in_a_loop_with_a_traced_place():
 
 def test_a_tpu_pads_heads_and_the_config_counts_it():
     device = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
-    config = dataclasses.replace(CONFIG, head_dim=80)
+    config = dataclasses.replace(CONFIG, head_dim=80, page_size=64)
     with use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)):
         pool = jax.eval_shape(lambda: PagePool.create(config))
         assert pool.arrays[0].head_dim == 80 and pool.arrays[0].data.shape[-1] == 128
         assert pool.num_bytes == config.pool_bytes
     assert pool.num_bytes > config.pool_bytes == PagePool.create(config).num_bytes
+
+
+def test_a_tpu_warns_of_small_pages():
+    """float8 heads of 64 in pages of 16 are half tiles, which the kernels refuse in the first step."""
+    device = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
+    config = dataclasses.replace(CONFIG, num_kv_heads=8, head_dim=64, page_size=16, dtype="float8_e4m3fn")
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)):
+        with pytest.warns(UserWarning, match="page_size=16 is slow on a TPU: .* XLA attends.* Take page_size=32."):
+            jax.eval_shape(lambda: PagePool.create(config))
+        jax.eval_shape(lambda: PagePool.create(dataclasses.replace(config, page_size=32)))
 
 
 def test_pages_start_empty():

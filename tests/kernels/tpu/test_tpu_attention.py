@@ -11,7 +11,8 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels.cases import CASES, Case, expected, make_inputs, random_forest, share
 
 from pallas_kernels import copy_pages, init_pages, paged_attention, write_pages
-from pallas_kernels.tpu import attention, decode
+from pallas_kernels.pages import stored
+from pallas_kernels.tpu import attention, decode, page_advice, refusal
 from pallas_kernels.tpu.blocks import ALL_COUNTS, prefill_kernels, prefill_sizes, whole_heads
 from pallas_kernels.tpu.tasks import PrefillSizes
 from pallas_kernels.tpu.walk import DecodeSizes
@@ -112,6 +113,14 @@ def test_groups_of_items_and_a_page_table_that_streams(
     monkeypatch.setattr(attention, "decode_sizes", lambda pages, *_: DecodeSizes(16, 8, 2, 8, distance, hides_copies))
     lengths = (3, 130, 1, 128, 129, 7, 0, 260, 16, 2, 5)
     case = Case("streams", lengths, (1,) * len(lengths), heads, head_dim, 16, dtype, "bfloat16", is_padded=True)
+    check(case, make_inputs(case))
+
+
+def test_more_pages_in_an_item_than_bits_in_a_word(interpreter, monkeypatch):
+    monkeypatch.setattr(attention, "decode_sizes", lambda *_: DecodeSizes(16, 64, 1, 4, 1, True))
+    lengths = (700, 20, 1030)
+    holes = ((0, 3), (0, 35), (0, 43), (2, 40))  # of the first row the last page, too
+    case = Case("words", lengths, (1, 1, 1), (2, 1), 128, holes=holes, is_padded=True)
     check(case, make_inputs(case))
 
 
@@ -267,6 +276,32 @@ def test_refuses(change, sentence):
     case = dataclasses.replace(case, **change)
     with pytest.raises(NotImplementedError, match=sentence):
         attend(case, make_inputs(case))
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "head_dim", "dtype", "page_size", "better"),
+    [
+        (8, 128, "bfloat16", 16, None),
+        (1, 128, "bfloat16", 16, 64),
+        (1, 128, "bfloat16", 64, None),
+        (2, 64, "bfloat16", 8, 64),
+        (1, 64, "float8_e4m3fn", 16, 128),
+        (8, 64, "int8", 16, 32),
+        (1, 256, "bfloat16", 64, 128),
+        (16, 256, "bfloat16", 16, None),
+    ],
+)
+def test_advice_names_a_page_size_that_the_kernels_take_and_keep_up_with(
+    num_kv_heads, head_dim, dtype, page_size, better
+):
+    advice = page_advice(num_kv_heads, page_size, head_dim, dtype)
+    if better is None:
+        assert advice is None
+        return
+    assert advice is not None and advice.endswith(f"Take page_size={better}.")
+    assert page_advice(num_kv_heads, better, head_dim, dtype) is None
+    pages = init_pages(2, num_kv_heads, better, head_dim, dtype, is_padded=True)
+    assert refusal("paged_attention", pages=stored(pages)) is None
 
 
 def test_a_race_shows():
