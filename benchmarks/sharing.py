@@ -76,9 +76,9 @@ def measure_attention(report: Report, name: str, repeats: int) -> None:
     timings = compare({key: functools.partial(f, *arguments) for key, f in functions.items()}, repeats)
     alone, together = (timings[key].cpu for key in functions)
     page_megabytes = pages.num_bytes / pages.num_pages / 1e6
-    megabytes = {"MB mapped": table.size, "MB held": int(table.max())}
+    page_counts = {"MB mapped": table.size, "MB held": int(table.max())}
     report.add(
-        **{"each row has": name, **{key: n * page_megabytes for key, n in megabytes.items()}},
+        **{"each row has": name, **{key: n * page_megabytes for key, n in page_counts.items()}},
         **{"one by one, ms": alone, "shared, ms": together, "faster": alone / together},
     )
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.platform import target_platform
 
@@ -18,15 +17,15 @@ HASH_PLACES = 32  # for each row, so that few pages are hashed to the same place
 RUN = 8  # rows, to a multiple of which kernels round the size of a group
 
 # When sharing pays: measured on a CPU; for TPUs and GPUs counted, not timed. A step is faster when
-# - it has this many rows. With fewer it gains little on a CPU, for more to compile; elsewhere nobody has timed it, so a
-#   step looks for groups only if it is told to.
-STEP_ROWS = {"cpu": 32, "tpu": math.inf, "gpu": math.inf}
+# - it has this many rows. With fewer it gains little on a CPU, for more to compile. Elsewhere nobody has timed it, and
+#   a step looks for groups only if it is told to.
+FEWEST_STEP_ROWS = 32
 # - a group has this many rows and reads that many tokens less: those that it shares, for all of its rows but one. On a
-#   CPU, 64 rows in groups of 4 after 192 tokens (of 8 after 128) take 1/1.36 (1/1.38) of the time with 8/4/128 heads in
-#   float32, 1/1.42 (1/1.80) with 32/8/128, 1/.95 (1/1.21) with 8/2/64.
+#   CPU, 64 rows in groups of 4 after 192 tokens (of 8 after 128) are 1.36 (1.38) times as fast with 8/4/128 heads in
+#   float32, 1.42 (1.80) times with 32/8/128, .95 (1.21) times with 8/2/64.
 FEWEST_ROWS, FEWEST_TOKENS = 4, 512
-# - it reads that many bytes less: an H200 reads 64 MiB in 14 us, about what its further kernels take to start.
-STEP_BYTES = {"cpu": 0.0, "tpu": 0.0, "gpu": 2.0**26}
+# - on a GPU, it reads that many bytes less: a guess, what an H200 reads in 14 us, while its further kernels start.
+FEWEST_GPU_BYTES = 2.0**26
 
 
 @jax.tree_util.register_dataclass
@@ -130,7 +129,12 @@ def runs_of(sharing: Sharing, lengths: Int32[Array, " B"], takes_part: Bool[Arra
 
 def step_pays(num_rows: int) -> bool:
     """Whether a step of this many rows, in which none prefills, should look for groups without being told to."""
-    return num_rows >= STEP_ROWS[target_platform()]
+    return num_rows >= FEWEST_STEP_ROWS and target_platform() == "cpu"
+
+
+def gpu_step_pays(saved_bytes: Float[Array, ""]) -> Bool[Array, ""]:
+    """Whether a step on a GPU that reads this many bytes less pays for its further kernels."""
+    return saved_bytes > FEWEST_GPU_BYTES
 
 
 def group_pays(num_rows: Int32[Array, " B"], tokens: Int32[Array, " B"]) -> Bool[Array, " B"]:
@@ -170,7 +174,7 @@ def find_groups(page_table: Int32[Array, "B M"], lengths: Int32[Array, " B"], pa
         leader = rows_alike(page_table, column, full)
 
         def measure():
-            # A minimum is computed lanes at a time, and an argmin one by one.
+            # XLA vectorises a minimum on a CPU, but not an argmin.
             columns = jnp.arange(page_table.shape[1], dtype=jnp.int32)[None, :]
             length = jnp.min(jnp.where(page_table == page_table[leader], page_table.shape[1], columns), axis=1)
             length = jnp.minimum(length, jnp.minimum(full, full[leader]))

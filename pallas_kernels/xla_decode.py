@@ -154,7 +154,7 @@ def merge_segments(segments: Softmax, first: Int32[Array, " T"]) -> Softmax:
     at: dict[str, Any] = dict(mode="promise_in_bounds", wrap_negative_indices=False, indices_are_sorted=True)
     state = empty_state(num_tokens, *segments.out.shape[1:])
     top = state.top.at[token].max(segments.top, **at)
-    # That `keep` shrinks nothing but zeros is not known to XLA, which would else fill them in before the loop.
+    # `keep` only multiplies zeros. XLA does not know that; otherwise it would fill them in before the loop.
     keep, shrink = jnp.exp(state.top - top), jnp.exp(segments.top - rows_at(top, token))
     return Softmax(
         top,

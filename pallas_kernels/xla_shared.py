@@ -86,7 +86,7 @@ def attend_blocks(
     Returns:
         The states after the shared keys.
     """
-    for size, ends in ((LARGE_BLOCK, blocks.large), (RUN, blocks.small)):
+    for size, ends in ((LARGE_BLOCK, blocks.large), (RUN, blocks.small)):  # each at least half full
         if q.shape[0] >= size // 2:
             state = attend_sized(state, at, q, pages, table, places, blocks, size, ends, options)
     return state

@@ -107,7 +107,7 @@ def test_a_rollout_draws_the_same_tokens(monkeypatch):
     np.testing.assert_allclose(shared.logprobs, alone.logprobs, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "searches"), [(sharing.STEP_ROWS["cpu"] - 1, 0), (sharing.STEP_ROWS["cpu"], 1)])
+@pytest.mark.parametrize(("rows", "searches"), [(sharing.FEWEST_STEP_ROWS - 1, 0), (sharing.FEWEST_STEP_ROWS, 1)])
 def test_a_step_looks_for_what_many_rows_share_where_it_cannot_prefill(rows, searches, monkeypatch):
     found = []
     monkeypatch.setattr(

@@ -18,7 +18,7 @@ HF_CONFIG = dict(  # 30 million weights, 119 MB in float32
     bos_token_id=0, eos_token_id=None,
 )  # fmt: skip
 
-GEMMA_LIKE = HF_CONFIG | dict(  # as large, with a window in six of its seven layers
+GEMMA_LIKE = HF_CONFIG | dict(  # of the same size, with a window in six of its seven layers
     model_type="gemma3_text", architectures=["Gemma3ForCausalLM"], sliding_window=128, sliding_window_pattern=7,
     query_pre_attn_scalar=128, rope_local_base_freq=10000.0, hidden_activation="gelu_pytorch_tanh",
 )  # fmt: skip

@@ -199,7 +199,7 @@ def main() -> None:
     budget = options.budget
     report = Report("serving", f"requests that come and go, at most {budget} tokens a step; Qwen 3, 30M, float32")
     gaps = Report("serving_long_prompts", f"{NUM_RUNNING} requests run, four prompts of {LONG_PROMPT} tokens come")
-    hybrid = Report("serving_hybrid", "64 requests behind 512 tokens; six of seven layers have a window of 128")
+    hybrid = Report("serving_hybrid", "64 requests share 512 tokens; six of seven layers have a window of 128")
     running = Report("serving_memory", f"requests that run at the same time in a pool of {SCARCE_TOKENS} tokens")
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)

@@ -8,7 +8,7 @@ from benchmarks.tpu_static.cases import DTYPES, StaticCase
 from paged_jax.models.families import find_family
 from paged_jax.models.fields import Fields
 
-# What the families ask for, and attention does not depend on.
+# Fields that families require and attention ignores.
 COMMON = {"vocab_size": 1, "intermediate_size": 1, "num_hidden_layers": 12}
 
 
@@ -50,7 +50,7 @@ MODELS = {
     "Gemma 3 27B": published("gemma3_text", 32, 16, hidden_size=5376, head_dim=128, sliding_window=1024),
     "gpt-oss": published("gpt_oss", 64, 8, hidden_size=2880, num_local_experts=32, num_experts_per_tok=4),
     "GLM-4": published("glm4", 32, 2, hidden_size=4096),
-    "Falcon 7B": [Attention(71, 1, 64)],  # likewise
+    "Falcon 7B": [Attention(71, 1, 64)],  # nor is Falcon's
 }
 
 # Lengths of a step, and how many of each row's tokens are new.

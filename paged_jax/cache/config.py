@@ -41,8 +41,8 @@ class CacheConfig:
         num_pages: P, pages of each layer that has no window. One of them is the null page, so P - 1 hold tokens.
         max_sequences: B, rows of the page table: the most sequences at the same time.
         max_pages_per_sequence: M, columns of the page table: the longest sequence has M * S tokens.
-        page_size: S, tokens in a page. On a TPU few or narrow KV heads need more than 16: a warning says how many when
-            the pool is made.
+        page_size: S, tokens in a page. On a TPU v7x few or narrow KV heads need more than 16: a warning says how many
+            when the pool is made.
         dtype: of keys and values: "float32", "bfloat16", or one of the quantised "int8" and "float8_e4m3fn", which keep
             one scale for each key and each value of a token and head. A dtype such as `jnp.bfloat16` will do, too.
         windows: for each layer how many positions a token sees, its own included, or None for all of them. Layers with

@@ -1,6 +1,7 @@
 """The memory: the pages of every layer, allocated once."""
 
 import dataclasses
+import os
 import warnings
 from functools import partial
 from typing import NamedTuple
@@ -16,7 +17,9 @@ from paged_jax.cache.mesh import HEADS, MODEL_AXIS, WHOLE, find_mesh, model_mesh
 from paged_jax.cache.page_table import NULL_PAGE, Reservation
 from paged_jax.cache.page_tables import Reservations
 from pallas_kernels import Pages, copy_pages, init_pages
-from pallas_kernels.platform import target_platform
+from pallas_kernels.platform import target_device_kind, target_platform
+
+PACKAGE = os.path.dirname(os.path.dirname(__file__))
 
 
 class LayerPlace(NamedTuple):
@@ -86,17 +89,14 @@ class PagePool:
 
         def make(num_kv_heads: int) -> tuple[Pages, ...]:
             sizes = num_kv_heads, config.page_size, config.head_dim, config.dtype
-            if target_platform() == "tpu":
-                from pallas_kernels.tpu import page_advice  # with Pallas, which other platforms need not import
-
-                if advice := page_advice(*sizes):
-                    warnings.warn(advice, stacklevel=3)
             return tuple(init_pages(num_pages, *sizes) for num_pages in pages_per_array)
 
         if mesh is None:
+            _advise(config, config.num_kv_heads)
             return cls(make(config.num_kv_heads), config.groups, config.array_per_layer)
         mesh = model_mesh(mesh)
         num_heads = config.num_kv_heads // mesh.shape[MODEL_AXIS]
+        _advise(config, num_heads)
         make_split = split_heads(lambda: make(num_heads), mesh, config.num_kv_heads, (), HEADS)
         return cls(jax.jit(make_split)(), config.groups, config.array_per_layer)
 
@@ -160,6 +160,16 @@ class PagePool:
         arrays = list(self.arrays)
         arrays[array] = pages
         return dataclasses.replace(self, arrays=tuple(arrays))
+
+
+def _advise(config: CacheConfig, num_kv_heads: int) -> None:
+    """Warns of pages that are slow on the device that the pool is made for."""
+    if target_platform() == "tpu":
+        from pallas_kernels.tpu import page_advice  # with Pallas, which other platforms need not import
+
+        advice = page_advice(num_kv_heads, config.page_size, config.head_dim, config.dtype, target_device_kind())
+        if advice is not None:
+            warnings.warn(advice, skip_file_prefixes=(PACKAGE,))
 
 
 def layer_pages(page_ids: Int32[Array, "*n"], first_page: int | Array) -> Int32[Array, "*n"]:

@@ -21,9 +21,9 @@ def reserve(state: DecodeState, asked: Int32[Array, " B"]) -> tuple[DecodeState,
 
     Where pages run short, rows give them up for the oldest row that is refused: first rows that have ended and only
     keep theirs, then the youngest that owns pages by itself. It keeps what it shares, since giving that up would free
-    nothing, still knows all its tokens, and catches up later. Younger rows that were refused wait, too, and do not take
-    its pages. For the oldest of all rows even shared pages are given up, so that it always advances. Nobody is asked on
-    the host.
+    nothing, still knows all its tokens, and catches up later. Refused rows that are younger than it wait for the next
+    step, so they do not take those pages. For the oldest of all rows even shared pages are given up, so that it always
+    advances. Nobody is asked on the host.
 
     Args:
         state: the batch.

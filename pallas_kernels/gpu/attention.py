@@ -16,7 +16,7 @@ from pallas_kernels.gpu.schedule import Queries, cut_queries, cut_rows, max_row_
 from pallas_kernels.merge import merge_states
 from pallas_kernels.pages import Pages, token_places
 from pallas_kernels.reference import AttentionResult
-from pallas_kernels.sharing import FEWEST_ROWS, RUN, STEP_BYTES, Runs, Sharing, runs_of
+from pallas_kernels.sharing import FEWEST_ROWS, RUN, Runs, Sharing, gpu_step_pays, runs_of
 
 MOST_PACKED_QUERIES = 32  # of a sequence: up to this many, the rows of a block are the query heads of a KV head as well
 MOST_DECODE_GROUP = 16  # query heads of a KV head that the decode kernel takes
@@ -232,7 +232,7 @@ def where_it_pays(runs: Runs, token_bytes: int) -> Runs:
     """The same groups, or none where reading them once saves too little to pay for the kernels that it takes."""
     others = jnp.where(runs.leads, runs.size - 1, 0).astype(jnp.float32)
     saved = jnp.sum(others * (runs.end - runs.begin).astype(jnp.float32)) * token_bytes
-    pays = saved > STEP_BYTES["gpu"]
+    pays = gpu_step_pays(saved)
     num_places = runs.row.shape[1]
     return runs._replace(
         row=jnp.where(pays, runs.row, -1),

@@ -19,7 +19,9 @@ from pallas_kernels.tpu.write import tiles_of_step, write_tiles
 __all__ = ["copy_pages", "page_advice", "paged_attention", "refusal", "write_pages"]
 
 PAGE_SIZES = (16, 32, 64, 128)  # the last one suits every head
-# Starting the copy of a page takes v7x as long as moving 7 KB; 25 KB where heads are wider than a register.
+# Starting the copy of a page takes v7x as long as moving 7 KB, or 25 KB where heads are wider than a register. The HBM
+# of other chips is slower, and they keep up with small pages.
+FAST_MEMORY = "TPU7x"
 ENOUGH_BYTES, ENOUGH_BYTES_WIDE = 32 << 10, 128 << 10
 
 
@@ -49,16 +51,17 @@ def refusal(op: str, **arguments: Any) -> str | None:
     return None
 
 
-def page_advice(num_kv_heads: int, page_size: int, head_dim: int, dtype: Any) -> str | None:
-    """Why pages of this size are slow on a TPU, and which size is not, in one sentence; None: they are fast.
+def page_advice(num_kv_heads: int, page_size: int, head_dim: int, dtype: Any, device_kind: str) -> str | None:
+    """Why pages of this size are slow on a kind of TPU, and which size is not, in one sentence; None: they are fast.
 
     Args:
         num_kv_heads: K of one device.
 
     Examples:
-        >>> page_advice(num_kv_heads=8, page_size=16, head_dim=128, dtype="bfloat16")
-        >>> page_advice(num_kv_heads=2, page_size=16, head_dim=64, dtype="bfloat16")  # doctest: +ELLIPSIS
-        'page_size=16 is slow on a TPU: a page ... 8192 bytes, and the kernels keep up with 32768. Take page_size=64.'
+        >>> sizes = dict(num_kv_heads=2, page_size=16, head_dim=64, dtype="bfloat16")
+        >>> page_advice(**sizes, device_kind="TPU v6 lite")
+        >>> page_advice(**sizes, device_kind="TPU7x")  # doctest: +ELLIPSIS
+        'page_size=16 is slow on a TPU7x: a page ... 8192 bytes, and the kernels keep up with 32768. Take page_size=64.'
     """
 
     def reason(size: int) -> str | None:
@@ -67,14 +70,14 @@ def page_advice(num_kv_heads: int, page_size: int, head_dim: int, dtype: Any) ->
             return f"a page of {pages.dtype.name} heads of {head_dim} is no whole tile, so XLA attends, not the kernels"
         num_bytes = pages.data.size * pages.data.dtype.itemsize
         enough = ENOUGH_BYTES_WIDE if pages.head_dim > LANES else ENOUGH_BYTES
-        if num_bytes < enough and size < PAGE_SIZES[-1]:
+        if device_kind == FAST_MEMORY and num_bytes < enough and size < PAGE_SIZES[-1]:
             return f"a page of {num_kv_heads} KV heads has {num_bytes} bytes, and the kernels keep up with {enough}"
         return None
 
     if (wrong := reason(page_size)) is None:
         return None
     better = next(size for size in PAGE_SIZES if reason(size) is None)
-    return f"page_size={page_size} is slow on a TPU: {wrong}. Take page_size={better}."
+    return f"page_size={page_size} is slow on a {device_kind}: {wrong}. Take page_size={better}."
 
 
 def paged_attention(

@@ -194,9 +194,8 @@ def chunk_rows(runs: Runs) -> tuple[Array, Array, Array]:
 
 
 def attend_to_groups(
-    q: Array, pages: Pages, page_table: Array, runs: Runs, *, scale: float, soft_cap: float | None,
-    sizes: PrefillSizes | None = None,
-) -> tuple[Array, Array, Pages]:  # fmt: skip
+    q: Array, pages: Pages, page_table: Array, runs: Runs, *, scale: float, soft_cap: float | None
+) -> tuple[Array, Array, Pages]:
     """Attention of each row's query to what its groups share.
 
     The rows of a small group are more query heads of one row of the decode kernel, which reads the pages once for
@@ -205,7 +204,6 @@ def attend_to_groups(
     Args:
         q: `[B, N, H]`, a query of each row.
         page_table: int32 `[B, M]`.
-        sizes: of the prefill kernel.
 
     Returns:
         out `[levels, B, N, H]` and lse, where a row is in no group, anything and -inf; and the pages, to go on with.
@@ -235,7 +233,7 @@ def attend_to_groups(
 
     out, lse = from_chunks(small.out), from_chunks(small.lse)
     if num_rows > SMALL_GROUP:
-        sizes = sizes or prefill_sizes(pages, num_heads, num_rows, compute_dtype(q, pages))
+        sizes = prefill_sizes(pages, num_heads, num_rows, compute_dtype(q, pages))
         ids = jnp.where(is_mapped(page_table, pages), page_table, 0)
         options = prefill_kernel.PrefillOptions(
             scale, None, soft_cap, sinks=False, lse=True, causal=False, quantised=pages.scales is not None

@@ -13,15 +13,15 @@ from pallas_kernels.tpu.walk import DecodeSizes
 ITEM_BYTES = 1 << 20
 AHEAD_BYTES = 6 << 20  # more than a microsecond of any chip's bandwidth
 BLOCK_BYTES = 4 << 20
-MAX_PAGES = 32  # of a block of prefill: one bit each in a scalar
+MAX_BLOCK_PAGES = 32  # of prefill: one bit each in a scalar
 KEYS_PER_BLOCK = 512  # of prefill
 SHORT_TASK, MEDIUM_TASK = 64, 256  # tokens
 MOST_ROWS = 9216  # of a task, of 128 lanes in bfloat16
-MOST_PRODUCT_ROWS = 1152
+MOST_PRODUCT_ROWS = 1152  # 9 heads and 128 tokens
 MAX_ITEM_PAGES = 64  # of decode: each copy is code of its own
 MAX_ITEM_TOKENS = 2048
 MAX_ITEM_SCORES = 1 << 18  # 1 MiB
-MANY_ROWS = 64  # of queries: their softmax fills the time of an item
+MANY_ROWS = 64  # of queries: two scores of so many do not fit into registers
 SMALL_GROUP = 32  # rows that share pages: up to this many, the decode kernel takes some of them at a time
 ALL_COUNTS = range(1, 1 << 30)  # of a row's new tokens
 MANY_PAGES = 16  # of an item: their copies take long to start
@@ -76,29 +76,26 @@ def prefill_kernels(
 
 
 def whole_heads(num_heads: int, num_kv_heads: int) -> int:
-    """The query heads that the prefill kernel works on: an odd group of the only KV head gets one more, of zeros."""
+    """The query heads that the prefill kernel works on: a large odd group gets one more, of zeros."""
     return num_heads + num_heads % 2 if num_kv_heads == 1 and num_heads > SUBLANES else num_heads
 
 
 def prefill_sizes(pages: Pages, num_heads: int, max_query_len: int, dtype=jnp.bfloat16) -> PrefillSizes:
     """Sizes of the prefill kernel.
 
-    A block has 512 keys and at most 4 MiB: where all heads are more, a task has some of them. It holds up to 512 tokens
-    and about 8192 rows of 128 lanes (4096 of float32), whose state takes about 25 MiB of VMEM. A product has about 1024
-    rows, all of a KV head; a unit has several of small ones, since each basic block waits 400 cycles for its results.
+    A block has 512 keys and at most 4 MiB. Where all heads are more, a task has some of them, if K is a multiple of 16;
+    else blocks have fewer keys. A task holds up to 512 tokens and about 8192 rows of 128 lanes (4096 of float32), whose
+    state takes about 25 MiB of VMEM. A product has about 1024 rows, all of a KV head; a unit has several of small ones,
+    since each basic block waits 400 cycles for its results.
 
     Args:
         dtype: of the products.
     """
-    num_kv_heads, tile_rows = pages.num_kv_heads, SUBLANES * 4 // jnp.dtype(dtype).itemsize
+    num_kv_heads = pages.num_kv_heads
     registers = -(-pages.data.shape[3] // LANES)
     page_bytes = pages.data.size // pages.num_pages * pages.data.dtype.itemsize
     heads, kv_heads, blocks = whole_heads(num_heads, num_kv_heads), num_kv_heads, 1
-    while (
-        KEYS_PER_BLOCK // pages.page_size * page_bytes > blocks * BLOCK_BYTES
-        and kv_heads % (2 * SUBLANES) == 0
-        and num_heads % tile_rows == 0
-    ):
+    while KEYS_PER_BLOCK // pages.page_size * page_bytes > blocks * BLOCK_BYTES and kv_heads % (2 * SUBLANES) == 0:
         heads, kv_heads, blocks = heads // 2, kv_heads // 2, 2 * blocks
     group = heads // kv_heads
     tokens = max(16, 1 << (min(512, max_query_len) - 1).bit_length())
@@ -116,7 +113,7 @@ def prefill_sizes(pages: Pages, num_heads: int, max_query_len: int, dtype=jnp.bf
     most = max(2, 1024 // rows)
     per_unit = max(n for n in (1, 2, 4, 8) if n == 1 or (n <= most and products % (2 * n) == 0 and products >= 4 * n))
     pages_per_block = 1
-    while pages_per_block < MAX_PAGES and (
+    while pages_per_block < MAX_BLOCK_PAGES and (
         pages_per_block * pages.page_size % LANES
         or (
             pages_per_block * pages.page_size < KEYS_PER_BLOCK

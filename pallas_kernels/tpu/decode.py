@@ -6,10 +6,10 @@ just more items and the pipeline never drains between sequences. Items pass thro
     plan     the walker names the next item; the page ids of its block are copied from HBM to scalar memory
     fetch    its pages are copied to a slot of the ring, `ahead` items before they are needed
     scores   q . K on the matrix unit              }
-    softmax  one group later, beside the next scores } W items, a *group*, in one basic block
-    values   p . V, two groups later                 }
+    softmax  `distance` items later                  } W items, a *group*, in one basic block
+    values   p . V, twice as many items later        }
 
-The three stages of a basic block belong to three groups, so none waits for another. Every wait is a scheduling
+The stages of a basic block work on different items, so none waits for another. Every wait is a scheduling
 barrier, hence a group waits once, at its top. The slots of the ring are separate references: a dynamic index
 into one costs nine cycles a copy. Lists live in HBM and stream, so no table size overflows scalar memory.
 """

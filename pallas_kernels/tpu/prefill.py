@@ -304,7 +304,7 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
                 def add_values(part):
                     values(unit_before(unit, 2), part, jnp.where(unit < 2, last_slot, slot), p_old[rows_of(part)])
 
-                # Of two units, the one whose values are added is the one whose scores come next.
+                # With two units or fewer, both stages are of the same unit: its values need the old `alpha` first.
                 run_stages((soften, score, add_values) if units > 2 else (soften, add_values, score))
 
             def pair(i, mask):

@@ -54,15 +54,15 @@ class PrefillSizes:
         return self.query_tokens * self.heads_per_unit
 
     def interleave(self, dtype) -> int:
-        """Heads whose rows alternate in a unit: those that share 32-bit words, if they are of one KV head."""
+        """Heads whose rows alternate in a unit: those that share 32-bit words, if a product has all of them."""
         packed = 4 // dtype.itemsize
         return packed if self.heads_per_product % packed == 0 else 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Tasks:
-    """A task is a block of Q new tokens of an active row and a block of heads, the `nth` of the row, heads first; its
-    blocks of keys count from the first that it sees.
+    """The walk over tasks. A task is Q new tokens of a row and one block of its heads; `nth` counts a row's tasks,
+    heads fastest. Blocks of keys count from the first that it sees.
 
     Args:
         sizes: of the kernel.

@@ -2,7 +2,8 @@
 
 A token's heads are rows `[heads, L]`; a unit has the rows of `heads_per_unit` query heads, one after another, for all
 tokens of a task. Strided loads part the heads; they move 32-bit words, so two bfloat16 heads that share a word stay
-side by side in a unit's rows, token by token (`interleave`), or are parted by shifts where they are of two KV heads.
+side by side in a unit's rows, token by token (`interleave`), or are parted by shifts where a product has an odd number
+of heads.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Units:
         total: the sum of its weights, likewise.
         acc: the weighted sum of its values, `[units + 1, R, L]`.
         out: the task's outputs `[Q, padded heads, L]`.
-        lse: float32 `[Q, ceil(N / 128), 128]`.
+        lse: float32 `[Q, ceil(num_heads / 128), 128]`.
     """
 
     sizes: PrefillSizes

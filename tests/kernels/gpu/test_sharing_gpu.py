@@ -8,9 +8,9 @@ import pytest
 from kernels.cases import Case, make_inputs, random_forest, share
 from oracle import check
 
-from pallas_kernels import Sharing
+from pallas_kernels import Sharing, sharing
 from pallas_kernels.gpu import attention
-from pallas_kernels.sharing import STEP_BYTES, runs_of
+from pallas_kernels.sharing import runs_of
 
 TOKEN_BYTES = 2 * 8 * 128 * 2
 
@@ -56,7 +56,7 @@ def check_forest(case, levels):
 )
 def test_groups_that_share_change_nothing(interpreter, monkeypatch, heads, levels, pays, several):
     if pays:
-        monkeypatch.setitem(STEP_BYTES, "gpu", 0.0)
+        monkeypatch.setattr(sharing, "FEWEST_GPU_BYTES", 0.0)
     query_lens = (0, 1, several, *[1] * 11)
     check_forest(Case("forest", LENGTHS, query_lens, heads, padding=1, **OPTIONS), levels)
 
@@ -64,5 +64,5 @@ def test_groups_that_share_change_nothing(interpreter, monkeypatch, heads, level
 @pytest.mark.long  # the interpreter takes seconds for each
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_rows_share_changes_nothing(interpreter, monkeypatch, seed):
-    monkeypatch.setitem(STEP_BYTES, "gpu", 0.0)
+    monkeypatch.setattr(sharing, "FEWEST_GPU_BYTES", 0.0)
     check_forest(*random_forest(seed, heads=(8, 1), **OPTIONS))

@@ -64,8 +64,8 @@ def small_blocks(monkeypatch):
 
     def prefill_kernels(pages, num_heads, *_):
         group = num_heads // pages.num_kv_heads
-        heads_per_unit = 2 if group % 2 == 0 else 1
-        sizes = PrefillSizes(pages.page_size, pages_per_block(pages.page_size), 16, heads_per_unit)
+        heads_per_product = 2 if group % 2 == 0 else 1
+        sizes = PrefillSizes(pages.page_size, pages_per_block(pages.page_size), 16, heads_per_product)
         return [(sizes, ALL_COUNTS)]
 
     monkeypatch.setattr(attention, "decode_sizes", decode_sizes)

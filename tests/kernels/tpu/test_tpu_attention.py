@@ -204,6 +204,16 @@ def test_whatever_rows_share_changes_nothing(interpreter, small_blocks, monkeypa
     check_forest(*random_forest(seed, heads=(2, 1), head_dim=128, sinks=True))
 
 
+@pytest.mark.long
+def test_tasks_of_groups_hold_half_of_the_heads(interpreter, small_blocks, monkeypatch):
+    monkeypatch.setattr(attention, "SMALL_GROUP", 4)
+    sizes = PrefillSizes(16, 8, 16, 1, products_per_unit=2, head_blocks=2)
+    monkeypatch.setattr(attention, "prefill_sizes", lambda *_: sizes)
+    levels = [[(tuple(range(10)), 64)], [(tuple(range(5)), 128)]]
+    lengths = (*(130 + 7 * row for row in range(10)), 20, 3)
+    check_forest(Case("heads in blocks", lengths, (1,) * 12, (16, 16), 128, 16, "bfloat16", "bfloat16"), levels)
+
+
 def check_forest(case, levels):
     inputs, sharing = share(make_inputs(case), levels)
     plain = attend(case, inputs, "reference", return_lse=True)
@@ -294,12 +304,12 @@ def test_refuses(change, sentence):
 def test_advice_names_a_page_size_that_the_kernels_take_and_keep_up_with(
     num_kv_heads, head_dim, dtype, page_size, better
 ):
-    advice = page_advice(num_kv_heads, page_size, head_dim, dtype)
+    advice = page_advice(num_kv_heads, page_size, head_dim, dtype, "TPU7x")
     if better is None:
         assert advice is None
         return
     assert advice is not None and advice.endswith(f"Take page_size={better}.")
-    assert page_advice(num_kv_heads, better, head_dim, dtype) is None
+    assert page_advice(num_kv_heads, better, head_dim, dtype, "TPU7x") is None
     pages = init_pages(2, num_kv_heads, better, head_dim, dtype, is_padded=True)
     assert refusal("paged_attention", pages=stored(pages)) is None
 
