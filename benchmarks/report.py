@@ -51,9 +51,7 @@ class Report:
             "name": self.name,
             "title": self.title,
             "date": datetime.date.today().isoformat(),
-            "command": " ".join(
-                ["python -m", spec.name if (spec := sys.modules["__main__"].__spec__) else "?", *sys.argv[1:]]
-            ),
+            "command": _command(),
             "versions": {
                 "python": platform.python_version(),
                 "jax": jax.__version__,
@@ -74,3 +72,11 @@ class Report:
         self.show()
         if options.json:
             print(f"written: {os.path.relpath(self.save())}")
+
+
+def _command() -> str:
+    """How this process was started; of the paths of a machine only their last part."""
+    spec = sys.modules["__main__"].__spec__
+    name = spec.name.removesuffix(".__main__") if spec else "?"
+    words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv[1:]]
+    return " ".join(["python -m", name, *words])
