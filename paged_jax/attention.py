@@ -13,9 +13,9 @@ from paged_jax.cache.mesh import HEADS, MODEL_AXIS, WHOLE, find_mesh, split_head
 from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.cache.pool import LayerPlace, PagePool, layer_pages
 from pallas_kernels import Pages, Sharing
-from pallas_kernels.sharing import step_pays
+from pallas_kernels.sharing import step_pays as step_pays  # for steps, which import no kernels
 
-__all__ = ["find_sharing", "paged_attention", "step_pays"]
+__all__ = ["find_sharing", "paged_attention"]
 
 
 def paged_attention(
