@@ -81,7 +81,7 @@ def paged_attention(
         q=_padded(q, pages), k=_padded(k, pages), v=_padded(v, pages), pages=stored(pages),
         page_table=page_table, lengths=lengths, query_starts=query_starts,
         scale=q.shape[-1] ** -0.5 if scale is None else scale, window=window, soft_cap=soft_cap, sinks=sinks,
-        sharing=sharing, return_lse=return_lse,
+        sharing=sharing if sharing is not None and len(sharing.leader) else None, return_lse=return_lse,
         max_query_len=min(max_query_len or q.shape[0], q.shape[0]),
     )  # fmt: skip
     result = choose("paged_attention", implementation, arguments)(**arguments)

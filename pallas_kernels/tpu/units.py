@@ -117,7 +117,8 @@ class Units:
 
     def _for_words(self, move):
         """Calls `move` for some tokens at a time: where they are in `tokens_in` and `out`, and in `words`."""
-        chunk = min(self.sizes.query_tokens, WORDS_AT_ONCE // self.words_per_token)
+        most = max(1, WORDS_AT_ONCE // self.words_per_token)
+        chunk = min(self.sizes.query_tokens, 1 << (most.bit_length() - 1))  # Q is a power of two, too
         size = chunk * self.words_per_token
 
         def body(i, _):

@@ -103,6 +103,16 @@ def test_rows_without_common_pages_have_no_group():
     assert (found.leader == -1).all() and (found.tokens == 0).all()
 
 
+def test_no_levels_are_no_groups():
+    inputs = make_inputs(CASES[0])
+    nothing = jnp.zeros((0, len(LENGTHS)), jnp.int32)
+    results = [
+        attend(*inputs.arguments, sinks=inputs.sinks, sharing=groups, implementation="xla", **CASES[0].options).out
+        for groups in (None, Sharing(nothing, nothing))
+    ]
+    np.testing.assert_array_equal(*results)
+
+
 def test_a_group_of_too_few_rows_is_left_alone():
     lengths = jnp.full(8, 1024, jnp.int32)
     apart = jnp.arange(1, 513, dtype=jnp.int32).reshape(8, 64)

@@ -12,7 +12,7 @@ from kernels.cases import CASES, Case, expected, make_inputs, random_forest, sha
 
 from pallas_kernels import copy_pages, init_pages, paged_attention, write_pages
 from pallas_kernels.pages import stored
-from pallas_kernels.tpu import attention, decode, page_advice, refusal
+from pallas_kernels.tpu import attention, decode, page_advice, refusal, units
 from pallas_kernels.tpu.blocks import ALL_COUNTS, prefill_kernels, prefill_sizes, whole_heads
 from pallas_kernels.tpu.tasks import PrefillSizes
 from pallas_kernels.tpu.walk import DecodeSizes
@@ -146,6 +146,7 @@ def test_short_and_long_prompts_in_one_step(interpreter, small_blocks, monkeypat
 def test_heads_side_by_side(interpreter, monkeypatch, heads, sizes, options):
     """Units of several products, tasks of some of the heads, and a group with a head of zeros."""
     monkeypatch.setattr(attention, "prefill_kernels", lambda *_: [(sizes, ALL_COUNTS)])
+    monkeypatch.setattr(units, "WORDS_AT_ONCE", 24)  # of three tokens of 16 heads, which divide no task
     case = Case("side by side", (150, 20), (20, 3), heads, 128, 16, "bfloat16", "bfloat16", holes=((0, 1),))
     case = dataclasses.replace(case, **options)
     check(case, make_inputs(case))
