@@ -156,7 +156,7 @@ class Core:
         taken: list[Piece] = []
         try:  # one call takes all: before it nothing is taken, and after it `taken` holds them
             taken.extend(map(collections.deque.popleft, itertools.repeat(self.pieces, len(self.pieces))))
-            return [piece for piece in taken if not self._is_void(piece)]
+            return list(itertools.filterfalse(self._is_void, taken))  # no loop, in which an error may miss the handler
         except BaseException:
             self.pieces.extendleft(reversed(taken))
             raise

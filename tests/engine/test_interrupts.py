@@ -7,6 +7,7 @@ import collections
 import dis
 import random
 import sys
+import types
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 import hash_decoder as decoder
 from engine_cases import Numbers, pool_is_empty
 from paged_jax.engine import Completion, Engine
+from paged_jax.engine.core import Core
 from paged_jax.sampling import SamplingParams
 from traffic_cases import HERE, HYBRID, make_engine
 
@@ -122,3 +124,30 @@ def test_an_interrupt_at_each_place_of_the_engine_loses_nothing(windows):
     print(f"{num_interrupts} interrupts at {len(counted.counts)} places")
     assert not failures, "\n".join(failures)
     assert num_interrupts > 300
+
+
+def test_pieces_that_are_not_handed_out_stay():
+    """Whatever line of `Core.take` an error comes in front of, also again in its loops."""
+    for countdown in range(1, 20):
+        core = types.SimpleNamespace(pieces=collections.deque((1, 2, 3)), _is_void=lambda piece: piece == 2)
+        events = iter(range(countdown, 0, -1))
+
+        def raise_at(frame, event, _, events=events):
+            if frame.f_code is not Core.take.__code__:
+                return None
+            if event == "line" and next(events) == 1:
+                raise KeyboardInterrupt
+            return raise_at
+
+        before = sys.gettrace()
+        sys.settrace(raise_at)
+        try:
+            taken = Core.take(core)  # pyright: ignore[reportArgumentType]  all that it needs of an engine
+        except KeyboardInterrupt:
+            assert list(core.pieces) == [1, 2, 3]
+            continue
+        finally:
+            sys.settrace(before)
+        assert taken == [1, 3] and not core.pieces
+        return
+    raise AssertionError("every attempt was interrupted")
