@@ -50,7 +50,8 @@ def test_whatever_rows_share_changes_nothing(seed, options, monkeypatch):
     monkeypatch.setattr(sharing, "FEWEST_TOKENS", 16)
     case, levels = random_forest(seed, **options)
     inputs, groups = share(make_inputs(case), levels)
-    found = jax.jit(lambda *step: find_groups(*step, S))(inputs.page_table, inputs.lengths)  # traced with that constant
+    find_now = jax.jit(lambda table, lengths: find_groups(table, lengths, S))  # traced with that constant
+    found = find_now(inputs.page_table, inputs.lengths)
     assert seed or jnp.any(found.leader >= 0)
     out, lse = expected(case, inputs)
     for promise in (groups, found):
