@@ -77,6 +77,8 @@ def paged_attention(
         [0.0, 0.5, 1.0]
     """
     check_attention(q, k, v, pages, page_table, lengths, query_starts, window, soft_cap, sinks, sharing, max_query_len)
+    if window is not None and window >= page_table.shape[1] * pages.page_size:
+        window = None  # it is as long as a sequence can be; no kernel needs to mask anything
     arguments = dict(
         q=_padded(q, pages), k=_padded(k, pages), v=_padded(v, pages), pages=stored(pages),
         page_table=page_table, lengths=lengths, query_starts=query_starts,

@@ -1,12 +1,15 @@
-"""The public ops: every sentence with which arguments that contradict each other are refused."""
+"""The public ops: every sentence with which arguments that contradict each other are refused; windows that are none."""
 
+import functools
 import inspect
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from pallas_kernels import Sharing, copy_pages, init_pages
+from pallas_kernels import Sharing, copy_pages, init_pages, paged_attention
 from pallas_kernels.checks import check_attention, check_tokens
 
 
@@ -51,6 +54,15 @@ def test_arguments_that_contradict_each_other_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         # Not through the public function: in the test run its annotations refuse some of these first.
         check_attention(**arguments() | options | changes)
+
+
+@pytest.mark.parametrize("window", [8, 2**40])
+def test_a_window_as_long_as_a_sequence_can_be_is_none(window):
+    """Two pages of four tokens a row: no position is eight before another. No kernel sees numbers beyond int32."""
+    attend = functools.partial(paged_attention, **arguments(), implementation="reference")
+    np.testing.assert_array_equal(attend(window=window).out, attend().out)
+    with_window, without = (jax.make_jaxpr(lambda w=w: attend(window=w))() for w in (window, None))
+    assert str(with_window) == str(without)
 
 
 def test_attending_without_writing_checks_the_table_too():
