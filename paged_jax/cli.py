@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import sys
+import urllib.parse
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -183,6 +184,8 @@ def _store(options: argparse.Namespace) -> int:
     where = options.store
     if "://" not in where and not (pathlib.Path(where) / "pages").is_dir():
         raise ValueError(f"{where} is no store: it has no folder of pages, and is no URL such as s3://bucket/prefix")
+    if where.startswith("file://") and not pathlib.Path(urllib.parse.unquote(where.removeprefix("file://"))).is_dir():
+        raise ValueError(f"{where} is no store: there is no such folder")
     if options.action == "prune" and options.max_bytes is None:
         raise ValueError("prune needs --max-bytes: how much of the pages stays, such as 4GiB")
     if options.action != "prune" and options.max_bytes is not None:

@@ -40,6 +40,7 @@ def test_info_verify_and_prune(tmp_path, capsys):
             ["info", "nowhere"],
             "nowhere is no store: it has no folder of pages, and is no URL such as s3://bucket/prefix",
         ),
+        (["info", "file:///no%20such/folder"], "file:///no%20such/folder is no store: there is no such folder"),
         (["prune", "."], "prune needs --max-bytes: how much of the pages stays, such as 4GiB"),
         (["info", ".", "--max-bytes", "3"], "--max-bytes is for prune: leave it out of info"),
         (["prune", ".", "--max-bytes=-3"], "'-3' is no size: write a number of bytes, or one with a unit, as in 16GiB"),
@@ -50,3 +51,14 @@ def test_what_makes_no_sense_is_refused(tmp_path, monkeypatch, capsys, arguments
     monkeypatch.chdir(tmp_path)
     assert main(["store", *arguments]) == 2
     assert capsys.readouterr().err == f"paged_jax: {message}\n"
+
+
+def test_a_folder_by_its_url_is_looked_into_and_none_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("paged_jax.cli.keep_compiled_programs", lambda: None)
+    folder = tmp_path / "a folder"
+    url = folder.as_uri()
+    assert main(["store", "info", url]) == 2
+    assert not folder.exists()
+    folder.mkdir()
+    assert main(["store", "info", url]) == 0
+    assert capsys.readouterr().out.startswith("0 pages, 0 bytes")
