@@ -53,8 +53,7 @@ def test_what_makes_no_sense_is_refused(tmp_path, monkeypatch, capsys, arguments
     assert capsys.readouterr().err == f"paged_jax: {message}\n"
 
 
-def test_a_folder_by_its_url_is_looked_into_and_none_is_made(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("paged_jax.cli.keep_compiled_programs", lambda: None)
+def test_a_folder_by_its_url_is_looked_into_and_none_is_made(tmp_path, capsys):
     folder = tmp_path / "a folder"
     url = folder.as_uri()
     assert main(["store", "info", url]) == 2
