@@ -18,6 +18,7 @@ from paged_jax.cache.step_check import StepCheck
 from paged_jax.decoding.beam import Beams, beam_search
 from paged_jax.decoding.draft import Drafter, Drafts, Lookup
 from paged_jax.decoding.draft_model import DraftModel
+from paged_jax.decoding.prefill import prefill
 from paged_jax.decoding.rollout import Rollout, rollout
 from paged_jax.decoding.rows import Finish
 from paged_jax.decoding.score import Score, score
@@ -63,6 +64,7 @@ __all__ = [
     "Stepper",
     "beam_search",
     "paged_attention",
+    "prefill",
     "rollout",
     "score",
     "token_counts_for",

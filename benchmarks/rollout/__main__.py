@@ -21,13 +21,16 @@ import numpy as np
 
 from benchmarks.report import Report, add_json_option
 from benchmarks.rollout.loads import Load, load_of, make_checkpoint
-from paged_jax import KVCache, Rollout, SamplingParams, Stepper, models, rollout
+from paged_jax import KVCache, Rollout, SamplingParams, Stepper, models, prefill, rollout
 
 PAGE_SIZE = 16
 
 
-def prepare(model: models.Model, load: Load, token_counts: tuple[int, ...]):
-    """A function that serves the load; it returns what was drawn and how often each step ran."""
+def prepare(model: models.Model, load: Load, token_counts: tuple[int, ...], keeps_prefix: bool = False):
+    """A function that serves the load; it returns what was drawn and how often each step ran.
+
+    What all prompts begin with is computed each time, or once, before the first call.
+    """
     width, most = max(map(len, load.prompts)), int(np.max(load.limits))
     max_pages = -(-(width + most) // PAGE_SIZE)
     config = model.cache_config(
@@ -43,19 +46,24 @@ def prepare(model: models.Model, load: Load, token_counts: tuple[int, ...]):
         rollout, Stepper(model.forward, token_counts), max_new_tokens=most, num_samples=load.num_samples,
         sampling=sampling, limits=jnp.asarray(load.limits, jnp.int32),
     )  # fmt: skip
-    jitted = jax.jit(lambda params, prompts, lengths, cache: program(params, prompts, lengths, cache), donate_argnums=3)
-    cache = KVCache.create(config)
+    cache, prefix = KVCache.create(config), None
+    if keeps_prefix:
+        keep = jax.jit(functools.partial(prefill, model.forward), donate_argnums=3)
+        prefix, cache = keep(model.params, jnp.asarray(prompts[0, : load.num_shared]), load.num_shared, cache)
+    jitted = jax.jit(lambda params, cache, *arrays: program(params, *arrays, cache, prefix=prefix), donate_argnums=1)
 
     def serve() -> Rollout:
         nonlocal cache
-        result, cache = jitted(model.params, jnp.asarray(prompts), lengths, cache)
+        result, cache = jitted(model.params, cache, jnp.asarray(prompts), lengths)
         return jax.block_until_ready(result)
 
     return serve
 
 
-def time_ours(model: models.Model, load: Load, token_counts: tuple[int, ...], repeats: int) -> dict[str, Any]:
-    serve = prepare(model, load, token_counts)
+def time_ours(
+    model: models.Model, load: Load, token_counts: tuple[int, ...], repeats: int, keeps_prefix: bool = False
+) -> dict[str, Any]:
+    serve = prepare(model, load, token_counts, keeps_prefix)
     result, best = serve(), (float("inf"), float("inf"))
     for _ in range(repeats):
         wall, cpu = time.perf_counter(), time.process_time()
@@ -67,7 +75,7 @@ def time_ours(model: models.Model, load: Load, token_counts: tuple[int, ...], re
         for q in range(len(load.prompts))
     ]
     steps = ", ".join(f"{n} x {t}" for t, n in zip(token_counts, counters.steps.tolist(), strict=True) if n)
-    prompt_tokens = sum(map(len, load.prompts))
+    prompt_tokens = sum(len(prompt) - (load.num_shared if keeps_prefix else 0) for prompt in load.prompts)
     computed_once = int(counters.computed_tokens) - (load.num_drawn - load.num_samples * len(load.prompts))
     again = (load.num_samples - 1) * len(load.prompts)  # each other sample computes the prompt's last token
     assert computed_once == prompt_tokens + again, (
@@ -110,6 +118,9 @@ def main() -> None:
                 "rollout": functools.partial(time_ours, model, load, token_counts, options.repeats),
                 "every row padded": functools.partial(time_ours, model, load, padded, options.repeats),
             }
+            if load.num_shared:
+                ours = functools.partial(time_ours, model, load, token_counts, options.repeats, keeps_prefix=True)
+                contestants["rollout, prefix kept"] = ours
             for peer in ("vllm", "transformers"):
                 if python := getattr(options, peer):
                     contestants[peer] = functools.partial(time_peer, python, peer, folder, load, options.repeats)

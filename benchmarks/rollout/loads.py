@@ -31,6 +31,7 @@ class Load(NamedTuple):
     limits: np.ndarray  # [Q]
     num_samples: int
     rows: int
+    num_shared: int = 0  # tokens with which all prompts begin
 
     @property
     def num_drawn(self) -> int:
@@ -62,7 +63,7 @@ def load_of(name: str, seed: int = 0) -> Load:
     if name == "prefix":
         common = rng.integers(0, VOCAB, 512).tolist()
         lengths, limits = _lengths(rng, 2.5, 0.6, 60, 64), _lengths(rng, 3.5, 0.5, 100, 64)
-        return Load([common + rng.integers(0, VOCAB, n).tolist() for n in lengths], limits, 1, 64)
+        return Load([common + rng.integers(0, VOCAB, n).tolist() for n in lengths], limits, 1, 64, len(common))
     if name == "grpo":
         lengths, limits = _lengths(rng, 4.5, 0.4, 200, 16), _lengths(rng, 4.3, 1.0, 400, 16)
         return Load([rng.integers(0, VOCAB, n).tolist() for n in lengths], limits, 8, 64)

@@ -10,12 +10,10 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from paged_jax.cache.config import pages_mapped
 from paged_jax.cache.kv_cache import KVCache
-from paged_jax.cache.mesh import everywhere
-from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.cache.page_tables import Handles, PageTables
+from paged_jax.decoding.prefill import Steps, Text, compute_prompt
 from paged_jax.decoding.rows import prompt_arrays
 from paged_jax.forward import Forward
-from paged_jax.sampling.processors import log_probabilities
 
 
 class Score(NamedTuple):
@@ -23,29 +21,6 @@ class Score(NamedTuple):
 
     logprobs: Float32[Array, "n X"]  # of each token after the prompt and those before it; 0 past the end
     prompt_logprobs: Float32[Array, " C"] | None  # of the prompt's tokens; None where they were not asked for
-
-
-class _Text(NamedTuple):
-    """The prompt and its continuations; number n stands for the prompt alone, n + 1 for nothing."""
-
-    prompt: Int32[Array, " C"]
-    prompt_len: Int32[Array, ""]
-    continuations: Int32[Array, "n X"]
-    lengths: Int32[Array, " n"]
-
-    def at(self, number: Int32[Array, " T"], position: Int32[Array, " T"]) -> Int32[Array, " T"]:
-        """The tokens at some positions of the prompt and the continuation of a number."""
-        after = jnp.maximum(position - self.prompt_len, 0)
-        continued = self.continuations.at[number, after].get(mode="clip")
-        return jnp.where(position < self.prompt_len, self.prompt.at[position].get(mode="clip"), continued)
-
-
-class _Measured(NamedTuple):
-    """What the T tokens of a step say about the tokens that follow them."""
-
-    number: Int32[Array, " T"]
-    position: Int32[Array, " T"]  # of the token that follows
-    logprobs: Float32[Array, " T"]
 
 
 class _Flight(NamedTuple):
@@ -114,11 +89,11 @@ def score(
     continuations, lengths = prompt_arrays(continuations, lengths, ("continuations", "lengths"))
     num_continuations, width = continuations.shape
     lengths = jnp.clip(lengths, 0, width)
-    text = _Text(jnp.asarray(prompt, jnp.int32), jnp.asarray(prompt_len, jnp.int32), continuations, lengths)
+    text = Text(jnp.asarray(prompt, jnp.int32), jnp.asarray(prompt_len, jnp.int32), continuations, lengths)
     _check_sizes(cache.tables, text, chunk, prefix is not None)
 
-    steps = _Steps(forward, params, text)
-    cache, handles, of_prompt, is_computed = _compute_prompt(steps, cache, chunk, prompt_logprobs, prefix)
+    steps = Steps(forward, params, text)
+    cache, handles, of_prompt, is_computed = compute_prompt(steps, cache, chunk, prompt_logprobs, prefix)
     num_tokens = min(chunk, num_continuations * width)
     num_rows = min(cache.tables.num_rows, num_continuations, num_tokens)
     own = jnp.array(_own_pages(cache.tables, width, num_tokens), jnp.int32)
@@ -140,82 +115,6 @@ def score(
     return Score(logprobs, of_prompt if prompt_logprobs else None), cache
 
 
-class _Steps(NamedTuple):
-    """The decoder over a text."""
-
-    forward: Forward
-    params: Any
-    text: _Text
-
-    def advance(
-        self, cache: KVCache, number: Int32[Array, " R"], num_tokens: int, longest: int, measures: bool
-    ) -> tuple[KVCache, _Measured | None, Bool[Array, " R"]]:
-        """The first R rows compute up to T = `num_tokens` of the tokens that they lack, the first rows first.
-
-        The last token of a text is not computed: nothing follows it. `longest` is the most tokens that a row lacks.
-
-        Returns:
-            The cache, the log-probabilities of the tokens that follow, and which rows got what they asked for.
-        """
-        num_continuations = len(self.text.lengths)
-        lengths = self.text.lengths.at[number].get(mode="fill", fill_value=0)
-        lacks = jnp.maximum(self.text.prompt_len - 1 + lengths - cache.tables.lengths[: len(number)], 0)
-        lacks = jnp.where(number <= num_continuations, lacks, 0)
-        counts = jnp.clip(num_tokens - (jnp.cumsum(lacks, dtype=jnp.int32) - lacks), 0, lacks)
-        cache, granted = cache.reserve(jnp.zeros(cache.tables.num_rows, jnp.int32).at[: len(number)].set(counts))
-        granted = granted[: len(number)]
-        counts = jnp.where(granted, counts, 0)
-        token, row = (jnp.arange(n, dtype=jnp.int32) for n in (num_tokens, len(number)))
-        longest = max(2, min(longest, num_tokens))  # 1 would promise that there are as many tokens as rows
-        metadata = AttentionMetadata.ragged(cache.tables, counts, num_tokens, rows=row, max_query_len=longest)
-        if measures:
-            metadata = dataclasses.replace(metadata, logits_at=token)
-        number = number.at[metadata.sequences].get(mode="fill", fill_value=num_continuations + 1)
-        logits, pool = self.forward(self.params, self.text.at(number, metadata.positions), cache.pool, metadata)
-        measured = None
-        if measures:
-            following = metadata.positions + 1
-            target = self.text.at(number, following)[:, None]
-            logprobs = jnp.take_along_axis(log_probabilities(logits.astype(jnp.float32)), target, axis=1)[:, 0]
-            measured = _Measured(number, following, logprobs)
-        tables, measured, granted = everywhere((cache.tables, measured, granted), pool)
-        return KVCache(tables, pool), measured, granted
-
-
-def _compute_prompt(
-    steps: _Steps, cache: KVCache, chunk: int, measures: bool, prefix: Handles | None
-) -> tuple[KVCache, Handles, Float32[Array, " C"], Bool[Array, ""]]:
-    """Compute the prompt in the first row, but for its last token, from which every continuation starts.
-
-    Returns:
-        The cache with empty rows, handles to the prompt, its log-probabilities, and whether it could be computed.
-    """
-    text, (longest,) = steps.text, steps.text.prompt.shape
-    end = text.prompt_len - 1
-    is_first = jnp.arange(cache.tables.num_rows) == 0
-    if prefix is not None:
-        tables = cache.tables.attach_each(is_first & (end >= prefix[0].num_tokens), prefix)
-        cache = dataclasses.replace(cache, tables=tables)
-    number = jnp.full(1, len(text.lengths), jnp.int32)
-
-    def goes_on(carry: tuple[KVCache, Array, Array]) -> Array:
-        cache, fits, _ = carry
-        return fits & (cache.tables.lengths[0] < end)
-
-    def compute(carry: tuple[KVCache, Array, Array]) -> tuple[KVCache, Array, Array]:
-        cache, _, logprobs = carry
-        cache, measured, granted = steps.advance(cache, number, min(chunk, max(longest - 1, 1)), longest, measures)
-        if measured is not None:
-            place = jnp.where(measured.number == number, measured.position, longest)
-            logprobs = logprobs.at[place].set(measured.logprobs, mode="drop")
-        return cache, granted[0], logprobs
-
-    in_range = (end >= 0) & (end < longest)
-    cache, fits, logprobs = lax.while_loop(goes_on, compute, (cache, in_range, jnp.zeros(longest, jnp.float32)))
-    tables, handles = cache.tables.publish(0, jnp.where(fits, end, 0))
-    return KVCache(tables.release(is_first), cache.pool), handles, logprobs, fits
-
-
 def _admit(flight: _Flight, handles: Handles, most: Int32[Array, ""]) -> _Flight:
     """Free rows take the next continuations, in as many rows as there are pages for."""
     num_continuations = len(flight.logprobs)
@@ -230,7 +129,7 @@ def _admit(flight: _Flight, handles: Handles, most: Int32[Array, ""]) -> _Flight
     )
 
 
-def _continue(steps: _Steps, flight: _Flight, num_tokens: int) -> _Flight:
+def _continue(steps: Steps, flight: _Flight, num_tokens: int) -> _Flight:
     """One step of all rows; those that reach their end are free."""
     text, (num_continuations, width) = steps.text, flight.logprobs.shape
     cache, measured, _ = steps.advance(flight.cache, flight.number, num_tokens, longest=width, measures=True)
@@ -260,7 +159,7 @@ def _own_pages(tables: PageTables, width: int, num_tokens: int) -> list[int]:
     return own
 
 
-def _check_sizes(tables: PageTables, text: _Text, chunk: int, has_prefix: bool) -> None:
+def _check_sizes(tables: PageTables, text: Text, chunk: int, has_prefix: bool) -> None:
     (longest,), (num_continuations, width) = text.prompt.shape, text.continuations.shape
     sizes = {"chunk": chunk, "tokens of the prompt": longest, "continuations": num_continuations}
     for name, value in (sizes | {"tokens of a continuation": width}).items():

@@ -9,7 +9,7 @@ import pytest
 
 import hash_decoder as decoder
 import toy
-from paged_jax import AttentionMetadata, KVCache, score
+from paged_jax import KVCache, prefill, score
 from paged_jax.cache.invariants import check
 
 HYBRID = (None, 6)  # a layer that sees everything, and one with a window, whose pages are given up
@@ -31,14 +31,7 @@ def run(cache, prefix, prompt, prompt_len, continuations, lengths):
 
 @functools.partial(jax.jit, donate_argnums=0)
 def hold(cache, tokens, num_tokens):
-    """Compute some tokens, and keep their pages by handles."""
-    row = jnp.arange(cache.tables.num_rows) == 0
-    counts = jnp.where(row, num_tokens, 0)
-    cache, _ = cache.reserve(counts)
-    metadata = AttentionMetadata.ragged(cache.tables, counts, len(tokens))
-    _, pool = decoder.forward(jnp.int32(0), tokens, cache.pool, metadata, windows=HYBRID)
-    tables, handles = cache.tables.publish(0, num_tokens)
-    return KVCache(tables.release(row), pool), handles
+    return prefill(decoder.forward_with(HYBRID), jnp.int32(0), tokens, num_tokens, cache, chunk=WIDTH)
 
 
 drop = jax.jit(lambda tables, handles: tables.drop(handles))
@@ -76,7 +69,7 @@ def test_scores_are_those_of_the_whole_text_after_any_prefix_however_few_rows_an
     cases = ((37, 0, 1), (1, 0, 1), (40, 0, 1), (8, 0, 1), (37, 18, 19), (19, 18, 19), (18, 18, 1))
     for seed, (prompt_len, num_held, first) in enumerate(cases):
         prompt, continuations, lengths = problem(seed=seed)
-        cache, prefix = hold(cache, prompt, np.int32(num_held))
+        prefix, cache = hold(cache, prompt, np.int32(num_held))
         computed.clear()
         result, cache = run(cache, prefix, prompt, np.int32(prompt_len), continuations, lengths)
         assert is_empty(cache) and not int(cache.tables.fault)
@@ -106,8 +99,8 @@ def test_what_cannot_be_computed_is_nan_and_leaves_the_cache_empty():
     # Of 17 pages a prompt of 37 tokens takes 9, and a continuation of 9 up to 3.
     cases = ((0, 0, False), (41, 0, False), (-3, 0, False), (37, 20, True), (37, 24, False), (37, 40, False))
     for prompt_len, num_held, is_scored in cases:
-        cache, handles = hold(cache, prompt, np.int32(num_held))
-        cache, nothing = hold(cache, prompt, np.int32(0))
+        handles, cache = hold(cache, prompt, np.int32(num_held))
+        nothing, cache = hold(cache, prompt, np.int32(0))
         result, cache = run(cache, nothing, prompt, np.int32(prompt_len), continuations, lengths)
         for values in (result.logprobs, result.prompt_logprobs):
             assert np.all(np.isfinite(values)) if is_scored else np.all(np.isnan(values))
