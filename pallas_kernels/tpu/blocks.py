@@ -32,8 +32,9 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking) -> DecodeSi
 
     An item holds about 1 MiB, but at most what the page table can hold: 256 tokens of 8 heads of 128 bfloat16 numbers.
     It costs about 120 cycles of scalar work beside 4 for each copy, so few heads take up to 2048 tokens in 64 pages.
-    A group is a basic block, at whose end the matrix unit idles: it has 2 MiB, or 4 MiB where a byte of the pages takes
-    twice the work or its copies are strided. The ring holds the items at work and what the bandwidth needs in flight.
+    A group is a basic block, at whose end the matrix unit idles: it has 4 MiB. The ring holds the items at work and
+    what the bandwidth needs in flight. Where starting the copies takes longer than moving the bytes, a group has 2 MiB
+    and the ring holds less, as nothing hides the copies of the first items.
     """
     width = pages.num_kv_heads * -(-packing.lanes // LANES)  # registers of a token's row
     rows = pages.data.shape[2] // pages.page_size  # of a token
@@ -48,13 +49,14 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking) -> DecodeSi
         pages_per_item *= 2
     item_bytes = pages_per_item * pages.page_size * token_bytes
     items_per_mib = max(1, ITEM_BYTES // item_bytes)
-    needs_room = pages.scales is not None or packing.shares_lanes or packing.lanes > LANES
-    items_per_group = min(8, items_per_mib * (4 if needs_room else 2)) if item_bytes <= ITEM_BYTES else 1
-    # The softmax of an item must not wait for its scores; the scores of many rows do not fit into registers twice.
-    distance = 1 if item_bytes >= ITEM_BYTES or packing.rows >= MANY_ROWS else 2
-    groups = -(-2 * distance // items_per_group) + max(2, min(3, -(-AHEAD_BYTES // (items_per_group * item_bytes))))
     # Beside the products, few copies cost more than behind them, and strided ones let no load or store pass.
     hides_copies = pages_per_item >= MANY_PAGES and packing.lanes <= LANES
+    copies_bound = hides_copies and pages_per_item == MAX_ITEM_PAGES and item_bytes < ITEM_BYTES
+    items_per_group = min(8, items_per_mib * (2 if copies_bound else 4)) if item_bytes <= ITEM_BYTES else 1
+    # The softmax of an item must not wait for its scores; the scores of many rows do not fit into registers twice.
+    distance = 1 if item_bytes >= ITEM_BYTES or packing.rows >= MANY_ROWS else 2
+    groups_ahead = 2 if copies_bound else max(2, min(3, -(-AHEAD_BYTES // (items_per_group * item_bytes))))
+    groups = -(-2 * distance // items_per_group) + groups_ahead
     ring = groups * items_per_group
     return DecodeSizes(pages.page_size, pages_per_item, items_per_group, ring, distance, hides_copies)
 

@@ -71,7 +71,7 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, scales_in,
     products = Products(q_hbm.dtype, S, value_row, packing)
     tiles_per_token = 1 if share_tile else planes
     slots, scratch = scratch[:U], scratch[U:]
-    ring = slots  # with the spare page of each slot, where there is one
+    ring = slots  # with the spare pages of each slot, where there are some
     if sizes.hides_copies:
         slots = [slot.at[pl.ds(0, NP)] for slot in ring]
     scale_slots, scratch = (scratch[:U], scratch[U:]) if quantised else ([], scratch)
@@ -155,22 +155,26 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, scales_in,
         start(copies, out_sem.at[at])
 
     # ---- the pages of an item: what is new is put in, what does not exist becomes zero -----------------------
-    def zero_page(slot, j):
-        slots[slot][j, :, value_row : value_row + S, :] = jnp.zeros((K, S, L), pages.dtype)
+    def zero(slot, j, count=1):
+        shape = (count, K, S, L)
+        ring[slot][pl.ds(j, count), :, value_row : value_row + S, :] = jnp.zeros(shape, pages.dtype)
+
+    def zero_from(slot, j):
+        """Zeroes the values of the pages from j on, and of spare ones: a branch costs as much as a dozen stores."""
+        several = 1 + sizes.spare_pages
+        num = lax.div(NP - j + several - 1, several)
+        lax.fori_loop(0, num, lambda i, _: zero(slot, j + i * several, several), None)
 
     def clean(r, slot):
-        """Zeroes the values past the tile of the sequence's last token: 0 * NaN is NaN."""
+        """Zeroes the values after the tile of the sequence's last token: 0 * NaN is NaN."""
         row, goes_on, tiles = walk.row_of[r], walk.left_of[r] > T, S // tile_rows
         last_page = walk.field(LAST_PAGE, row)
-
-        def zero_tile(t, _):
-            here = pl.ds(pl.multiple_of(value_row + t * tile_rows, tile_rows), tile_rows)
-            slots[slot][last_page, :, here, :] = jnp.zeros((K, tile_rows, L), pages.dtype)
-
-        lax.fori_loop(jnp.where(goes_on, NP, last_page + 1), NP, lambda j, _: zero_page(slot, j), None)
-        if tiles > 1:
-            first = lax.div(walk.field(LAST_SLOT, row), tile_rows) + 1
-            lax.fori_loop(jnp.where(goes_on, tiles, first), tiles, zero_tile, None)
+        last_tile = jnp.where(goes_on, tiles, lax.div(walk.field(LAST_SLOT, row), tile_rows))
+        places = [pl.ds(value_row + t * tile_rows, tile_rows) for t in range(1, tiles)]
+        values = [slots[slot][last_page, :, place, :] for place in places]
+        for t, (place, x) in enumerate(zip(places, values, strict=True), 1):
+            slots[slot][last_page, :, place, :] = jnp.where(t > last_tile, jnp.zeros_like(x), x)
+        return jnp.where(goes_on, NP, last_page + 1)
 
     def mend(r, slot):
         """Zeroes the values of other pages that do not exist, and takes the bits of those that the row lacks."""
@@ -178,7 +182,7 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, scales_in,
         def look(j, bits):
             is_hole = walk.page_id(r, j) == 0
             is_missing = is_hole | ((j + 1) * S <= walk.low_of[r]) if options.bounded else is_hole
-            pl.when(is_missing)(lambda: zero_page(slot, j))
+            pl.when(is_missing)(lambda: zero(slot, j))
             own = jnp.left_shift(1, j & (WORD_BITS - 1))
             is_mine = [is_hole & (lax.div(j, WORD_BITS) == i) for i in range(len(bits))]
             return [jnp.where(mine, word & ~own, word) for mine, word in zip(is_mine, bits, strict=True)]
@@ -290,7 +294,7 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, scales_in,
         """Packed queries as they are, which the scheduler can have only when the copies to the slot have started.
 
         Nothing else needs a copy that has just started, so the scheduler would put all of them behind the last product,
-        where nothing hides them. This reads the spare page at an address that it does not know, and takes none of it.
+        where nothing hides them. This reads a spare page at an address that it does not know, and takes none of it.
         """
         spare = ring[slot][NP + jnp.minimum(walk.first_of[r], 0), 0, :tile_rows, :]
         spare = pltpu.bitcast(spare, x.dtype)[:SUBLANES]
@@ -322,8 +326,9 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, scales_in,
 
             @pl.when(dirty[at] > 0)
             def _():
-                for w, r in enumerate(records):
-                    clean(r, u0 + w)
+                first_gaps = [clean(r, u0 + w) for w, r in enumerate(records)]
+                for w, first in enumerate(first_gaps):
+                    zero_from(u0 + w, first)
 
             @pl.when(dirty[at] >= BROKEN)
             def _():
@@ -444,8 +449,7 @@ def decode(q: Array, new: Array | None, sinks: Array | None, rows: Array, table:
     lse_rows = -(-N // LANES)
     lse_shape = (num_tokens, lse_rows, LANES) if options.lse else (1, SUBLANES, LANES)
     kept = (ring, lse_rows, LANES) if options.lse else (1, SUBLANES, LANES)
-    spare_pages = 1 if sizes.hides_copies else 0
-    scratch = [vmem((sizes.pages_per_item + spare_pages, *pages.shape[1:]), pages.dtype)] * U
+    scratch = [vmem((sizes.pages_per_item + sizes.spare_pages, *pages.shape[1:]), pages.dtype)] * U
     if quantised:
         scratch += [vmem((sizes.pages_per_item, *scales.shape[1:]), f32)] * U
     scratch += [smem((U // W,), i32)] * 5

@@ -43,6 +43,11 @@ class DecodeSizes:
         return self.page_size * self.pages_per_item
 
     @property
+    def spare_pages(self) -> int:
+        """Pages of a slot after those of its item, which nobody reads."""
+        return 3 if self.hides_copies else 0
+
+    @property
     def words(self) -> int:
         """Words with a bit for each page of an item."""
         return -(-self.pages_per_item // WORD_BITS)
