@@ -45,7 +45,7 @@ def main() -> None:
     from benchmarks.tpu_static.models import model_cases
     from benchmarks.tpu_static.peers import PEERS, VERSIONS
     from benchmarks.tpu_static.simulate import CHIPS
-    from benchmarks.tpu_static.target import compile_for, device_of, on_device
+    from benchmarks.tpu_static.target import compile_for
 
     words = None
     name, chip, *options = sys.argv[1:]
@@ -59,8 +59,7 @@ def main() -> None:
         if options:
             call = PEERS[options[0]](case, VERSIONS[chip])
             compiled = compile_for(CHIPS[chip].topology, call.jitted, *call.arguments)
-            with on_device(device_of(CHIPS[chip].topology)):
-                words = call.words()
+            words = call.words
         else:
             compiled = compile_for(CHIPS[chip].topology, step, *arguments(case), case=case)
     memory = compiled.memory_analysis()

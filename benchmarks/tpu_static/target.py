@@ -14,19 +14,9 @@ def compile_for(topology: str, jitted: Any, *arguments: Any, **static: Any):
     topology: libtpu's name of a slice, such as "v6e:2x2".
     arguments: pytrees of shapes.
     """
-    device = device_of(topology)
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     sharding = SingleDeviceSharding(device)
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
-    with on_device(device):
-        return jitted.lower(*placed, **static).compile()
-
-
-def device_of(topology: str) -> Any:
-    """A device of a slice."""
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-
-
-def on_device(device: Any):
-    """A context in which kernels that ask for the chip are told this one."""
     abstract = AbstractDevice(device_kind=device.device_kind, num_cores=getattr(device, "num_cores", 1), platform="tpu")
-    return use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=abstract))
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=abstract)):
+        return jitted.lower(*placed, **static).compile()
