@@ -1,6 +1,6 @@
 """What the TPU kernels cost on paper.
 
-    python -m benchmarks.tpu_static [--models [NAME]] [--chip v6e] [--case TEXT] [--gate] [--write | --check]
+    python -m benchmarks.tpu_static [--models [NAME]] [--chip v6e] [--case TEXT] [--gate] [--write | --check | --peer P]
 
 For each case and chip: compiles `paged_attention` ahead of time with libtpu, executes the scalar half of the
 scheduled program with real lengths and page tables, and reports for each kernel
@@ -13,7 +13,8 @@ scheduled program with real lengths and page tables, and reports for each kernel
     temp_bytes   of the whole compiled function: a copy of the pages would show
 
 `--models` takes the shapes of models that people run instead of those that the kernels were made with: all of them, or
-those of the models with NAME in their names. In windowed layers the floor is of the pages that the window touches.
+those of the models with NAME in their names. `--peer` compiles another library's kernels for the cases instead of ours
+(`peers.py`), and adds them up. In windowed layers the floor is of the pages that the window touches.
 `--write` keeps the numbers in benchmarks/results/tpu_static.json; `--check` compares with them and fails where
 cycles grew by more than 2 % or bytes at all. `--gate` takes only the cells that CI checks, some of each kind of kernel
 and pages. Another libtpu schedules otherwise: the file says which one its numbers come from.
@@ -24,20 +25,20 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
-import subprocess
+import math
 import sys
 import tempfile
 from pathlib import Path
 
 from benchmarks.tpu_static.cases import GATE, StaticCase, kernel_cases, operands
+from benchmarks.tpu_static.compile import compile_in_child
 from benchmarks.tpu_static.models import model_cases
+from benchmarks.tpu_static.peers import PEERS
 from benchmarks.tpu_static.program import parse
 from benchmarks.tpu_static.simulate import CHIPS, Chip, Result, run
 
 RESULTS = Path(__file__).parents[1] / "results" / "tpu_static.json"
 MORE_CYCLES = 1.02
-DUMPS = "packed-bundles-post-ra|utilization"  # what is read; all passes would be 1 GB a case
 
 
 def matrix_share(dump: Path, kernel: str, result: Result) -> float:
@@ -51,43 +52,59 @@ def matrix_share(dump: Path, kernel: str, result: Result) -> float:
     return total / capacity / result.cycles
 
 
+def summary(results: list[Result], chip: Chip) -> dict:
+    """Of kernels that run one after the other."""
+    cycles, read, written = (sum(getattr(x, name) for x in results) for name in ("cycles", "read_bytes", "write_bytes"))
+    us = cycles / chip.clock_ghz / 1e3
+    floor = (read + written) / chip.hbm_gbs / 1e3
+    return {
+        "cycles": cycles,
+        "us": round(us, 2),
+        "floor_us": round(floor, 2),
+        "ceiling": round(floor / max(floor, us), 3),
+        "model_us": round(sum(x.model_cycles for x in results) / chip.clock_ghz / 1e3, 2),
+        "read_bytes": read,
+        "write_bytes": written,
+        "descriptors": sum(x.descriptors for x in results),
+        "empty": round(sum(x.empty_cycles for x in results) / cycles, 2),
+    }
+
+
+def programs(dump: Path, kernel: str) -> list[Path]:
+    """The scheduled programs with this in their names."""
+    return [path for path in dump.glob(f"*{kernel}*-packed-bundles-post-ra.txt") if "schedule-" not in path.name]
+
+
+def measure_peer(case: StaticCase, chip_name: str, peer: str) -> dict:
+    """The kernels of another library, each and all together."""
+    chip = CHIPS[chip_name]
+    with tempfile.TemporaryDirectory() as folder:
+        dump = Path(folder)
+        row = compile_in_child(case.name, chip_name, dump, peer)
+        results = {}
+        for kernel, words in (row.pop("words", None) or {}).items():
+            operands = {int(index): x for index, x in words.items()}
+            for path in programs(dump, kernel):
+                name = path.name.split("-", 1)[1].rpartition("-packed")[0][:-3]
+                results[name] = run(parse(path.read_text()), chip, operands)
+    if results:
+        row |= {name: summary([result], chip) for name, result in results.items()}
+        row[f"all {len(results)} kernels"] = summary(list(results.values()), chip)
+    return row
+
+
 def measure(case: StaticCase, chip_name: str) -> dict:
     chip: Chip = CHIPS[chip_name]
     with tempfile.TemporaryDirectory() as folder:
-        flags = (
-            f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*({DUMPS}).*"
-        )
-        child = subprocess.run(
-            [sys.executable, "-m", "benchmarks.tpu_static.compile", case.name, chip_name],
-            env=dict(os.environ, LIBTPU_INIT_ARGS=flags),
-            capture_output=True,
-            text=True,
-        )
-        if child.returncode:
-            return {"error": child.stderr.strip().splitlines()[-1][:500]}
-        row: dict = json.loads(child.stdout.splitlines()[-1])
         dump = Path(folder)
+        row = compile_in_child(case.name, chip_name, dump)
+        if "error" in row:
+            return row
+        del row["words"]
         for kernel, words in operands(case).items():
-            paths = [
-                path for path in dump.glob(f"*{kernel}*-packed-bundles-post-ra.txt") if "schedule" not in path.name
-            ]
-            (path,) = paths
+            (path,) = programs(dump, kernel)
             result = run(parse(path.read_text()), chip, words)
-            us = result.cycles / chip.clock_ghz / 1e3
-            moved = result.read_bytes + result.write_bytes
-            floor = moved / chip.hbm_gbs / 1e3
-            row[kernel] = {
-                "cycles": result.cycles,
-                "us": round(us, 2),
-                "floor_us": round(floor, 2),
-                "ceiling": round(floor / max(floor, us), 3),
-                "model_us": round(result.model_cycles / chip.clock_ghz / 1e3, 2),
-                "read_bytes": result.read_bytes,
-                "write_bytes": result.write_bytes,
-                "descriptors": result.descriptors,
-                "empty": round(result.empty_cycles / result.cycles, 2),
-                "matrix": round(matrix_share(dump, kernel, result), 3),
-            }
+            row[kernel] = summary([result], chip) | {"matrix": round(matrix_share(dump, kernel, result), 3)}
     return row
 
 
@@ -99,7 +116,8 @@ def show(case: str, chip: str, row: dict) -> None:
             print(
                 f"{case:60s} {chip:4s} {kernel:14s} cycles {x['cycles']:>8} us {x['us']:>7} floor {x['floor_us']:>7} "
                 f"ceiling {x['ceiling']:.2f} model {x['model_us']:>7} MB {x['read_bytes'] / 1e6:7.1f} + "
-                f"{x['write_bytes'] / 1e6:.1f} matrix {x['matrix']:.2f} temp {row['temp_bytes'] / 1e6:.1f} MB",
+                f"{x['write_bytes'] / 1e6:.1f} matrix {x.get('matrix', math.nan):.2f} "
+                f"temp {row['temp_bytes'] / 1e6:.1f} MB",
                 flush=True,
             )
 
@@ -124,10 +142,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="?", const="", metavar="NAME", help="the shapes of these models")
     parser.add_argument("--chip", action="append", choices=CHIPS)
     parser.add_argument("--case", default="", help="only cases with this text in their name")
+    parser.add_argument("--peer", choices=PEERS, help="the kernels of another library, all that it calls")
     parser.add_argument("--gate", action="store_true")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
+    if options.peer and (options.write or options.check):
+        parser.error("only our own numbers are kept: leave out --write and --check with --peer")
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     cases = kernel_cases() if options.models is None else model_cases(options.models)
     if options.gate:
@@ -139,7 +160,10 @@ def main() -> None:
         key = f"{name} | {chip}"
         if options.case not in name or (options.gate and key not in GATE) or (options.check and key not in kept):
             continue
-        row = {"libtpu": libtpu, **measure(cases[name], chip)}
+        row = {
+            "libtpu": libtpu,
+            **(measure_peer(cases[name], chip, options.peer) if options.peer else measure(cases[name], chip)),
+        }
         show(name, chip, row)
         if options.write and "error" not in row:
             kept[key] = row

@@ -1,10 +1,36 @@
-"""Child process: compiles one case for one chip; the environment says where libtpu dumps the program."""
+"""Compiles one case for one chip in a child process, whose environment says where libtpu dumps the program."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+from pathlib import Path
+
+DUMPS = "packed-bundles-post-ra|utilization"  # what is read; all passes would be 1 GB a case
+WHOLE_STEP = "whole step"
+
+
+def compile_in_child(case: str, chip: str, dump: Path, *options: str) -> dict:
+    """Args:
+    case: the name of a case, with the name of a peer whose kernels are meant; or WHOLE_STEP with layers and page size.
+    dump: an empty folder.
+
+    Returns:
+        Bytes of temporaries and of arguments that are updated in place; of a peer also what its kernels read; or an
+        error.
+    """
+    flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*({DUMPS}).*"
+    child = subprocess.run(
+        [sys.executable, "-m", "benchmarks.tpu_static.compile", case, chip, *options],
+        env=dict(os.environ, LIBTPU_INIT_ARGS=flags),
+        capture_output=True,
+        text=True,
+    )
+    if child.returncode:
+        return {"error": child.stderr.strip().splitlines()[-1][:500]}
+    return json.loads(child.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -17,13 +43,28 @@ def main() -> None:
     )
     from benchmarks.tpu_static.cases import arguments, kernel_cases, step
     from benchmarks.tpu_static.models import model_cases
+    from benchmarks.tpu_static.peers import PEERS, VERSIONS
     from benchmarks.tpu_static.simulate import CHIPS
     from benchmarks.tpu_static.target import compile_for
 
-    case = (kernel_cases() | model_cases())[sys.argv[1]]
-    compiled = compile_for(CHIPS[sys.argv[2]].topology, step, *arguments(case), case=case)
+    words = None
+    name, chip, *options = sys.argv[1:]
+    if name == WHOLE_STEP:
+        from benchmarks.tpu_static.step import abstract_step
+
+        jitted, operands = abstract_step(*map(int, options))
+        compiled = compile_for(CHIPS[chip].topology, jitted, *operands)
+    else:
+        case = (kernel_cases() | model_cases())[name]
+        if options:
+            call = PEERS[options[0]](case, VERSIONS[chip])
+            compiled = compile_for(CHIPS[chip].topology, call.jitted, *call.arguments)
+            words = call.words
+        else:
+            compiled = compile_for(CHIPS[chip].topology, step, *arguments(case), case=case)
     memory = compiled.memory_analysis()
-    print(json.dumps({"temp_bytes": memory.temp_size_in_bytes, "alias_bytes": memory.alias_size_in_bytes}))
+    row = {"temp_bytes": memory.temp_size_in_bytes, "alias_bytes": memory.alias_size_in_bytes, "words": words}
+    print(json.dumps(row))
 
 
 if __name__ == "__main__":

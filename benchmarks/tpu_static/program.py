@@ -16,6 +16,8 @@ POINTER_BITS = 26  # an operand starts at (index + 1) << 26 granules of 32 bytes
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:L[HBE]|P[BF]|CT)?\s*:[\s>]*\{", re.M)
 _COMMENT = re.compile(r"/\*.*?\*/", re.S)
 _GENERAL_COPY = re.compile(r"dma\.general([^;{}]*?)/\* (\w+)-to-(\w+) \*/")  # strided: a comment says where to
+_REMAINDER = re.compile(r"%(\d+) = sdivrem\.u32([^;{}]*?)/\* kRem \*/")  # a comment says which result is popped later
+_POP = re.compile(r"spop\.drf %(\d+)")
 _PREDICATE = re.compile(r"\((!?)%p\w*?_(p\d+)(?:,\s*(%\w+|-?\d+))?\)\s*,?")
 _REGISTER = re.compile(r"^(!?)%[sp]\w*?_([sp]\d+)$")
 _NOTE = re.compile(r"\[(?:thread|resolvable|dereferenceable):[^\]]*\]")
@@ -36,6 +38,7 @@ def signed(x: int) -> int:
 EXPRESSIONS = {
     "smov": "{0}", "pmov": "{0}", "int_to_ptr": "{0}", "ptr_to_int": "{0}", "pneg": "not {0}",
     "sadd": "signed({0} + {1})", "ssub": "signed({0} - {1})", "smul": "signed({0} * {1})",
+    "smulhi": "signed(({0} & WORD) * ({1} & WORD) >> 32)", "srem": "signed(({0} & WORD) % ({1} & WORD))",
     "sshll": "signed({0} << ({1} & 31))", "sshra": "{0} >> ({1} & 31)", "sshrl": "signed(({0} & WORD) >> ({1} & 31))",
     "sand": "{0} & {1}", "sor": "{0} | {1}", "sxor": "{0} ^ {1}", "smin": "min({0}, {1})", "smax": "max({0}, {1})",
     "scalar_select": "({1} if {0} else {2})", "pnand": "not ({0} and {1})", "pand": "{0} and {1}",
@@ -64,6 +67,7 @@ def parse(text: str) -> Program:
     """
     body = text.split("= control target key end", 1)[-1]
     body = _GENERAL_COPY.sub(r"dma.\2_to_\3\1", body)
+    body = _POP.sub(r"smov %s_s9\1", _REMAINDER.sub(r"%s_s9\1 = srem\2", body))  # registers that no program has
     translator = _Translator()
     steps, is_empty = [], []
     for piece in _BUNDLE.split(body)[1:]:
@@ -111,7 +115,7 @@ class _Translator:
                 branch = f"return {goal} if c{i} else None"
                 continue
             if name == "inlined_call_operand":
-                index = int(_found(r"index: (\d+)", rest)[1])
+                index = int(_found(r"index: (-?\d+)", rest)[1])  # -1: constants of XLA's own
                 unit = POINTER_BITS if operation.endswith("hbm") else POINTER_BITS - 4
                 writes.append(f"r[{self._own(target)!r}] = {(index + 1) << unit}")
                 continue

@@ -46,7 +46,8 @@ class Attention(nnx.Module):
         self.sinks = nnx.Param(jnp.zeros((config.num_heads,), dtype)) if config.sinks else None
 
     def __call__(self, x: Float[Array, "*T D"], angles, attend: Attend) -> Float[Array, "*T D"]:
-        q, k, v = self.q(x), self.k(x), self.v(x)
+        # Without the barrier XLA:TPU makes a product for each head, and first copies the layer's weights for it.
+        q, k, v = lax.optimization_barrier((self.q(x), self.k(x), self.v(x)))
         if self.norm_of_all:
             q, k = self._normalise(q, k)
         q, k, v = (y.reshape(*y.shape[:-1], -1, self.head_dim) for y in (q, k, v))

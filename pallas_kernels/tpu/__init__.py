@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.pages import LANES, SUBLANES, Pages, init_pages, is_mapped, stored
@@ -102,18 +103,28 @@ def paged_attention(
         decode = attention.decode if sharing is None else partial(attention.decode_shared, sharing=sharing)
         return decode(q, k, v, pages, page_table, lengths, query_starts, return_lse=return_lse, **options)
     query_lens = query_starts[1:] - query_starts[:-1]
+    # Most steps only decode, and skip what is for sequences with several new tokens: two kernels and their operands.
+    any_several = jnp.any(query_lens > 1)
     if k is not None and v is not None:
         # Decoding sequences append in their own pass.
-        pages = write_pages(pages, k, v, page_table, jnp.where(query_lens > 1, lengths, 0), query_starts)
+        several = jnp.where(query_lens > 1, lengths, 0)
+        pages = lax.cond(
+            any_several, lambda pages: write_pages(pages, k, v, page_table, several, query_starts), lambda pages: pages,
+            pages,
+        )  # fmt: skip
     # Queries of the others go where their outputs will be: a step then holds one array of that size, not two.
     is_query = attention.is_prefilled(lengths, query_starts, q.shape[0])
     queries = jnp.where(is_query[:, None, None], q, 0)
     out, pages, lse = attention.decode_some(
         q, k, v, pages, page_table, lengths, query_starts, queries, sharing=sharing, return_lse=return_lse, **options
     )  # fmt: skip
-    out, lse = attention.prefill(
-        out, lse, pages, page_table, lengths, query_starts, max_query_len=max_query_len, **options
-    )
+
+    def prefill(out: Array, lse: Array | None):
+        return attention.prefill(
+            out, lse, pages, page_table, lengths, query_starts, max_query_len=max_query_len, **options
+        )
+
+    out, lse = lax.cond(any_several, prefill, lambda out, lse: (out, lse), out, lse)
     return AttentionResult(out, pages, lse)
 
 
