@@ -115,7 +115,7 @@ class Core:
             request.pieces = collections.deque()
         self._known[request.number] = self.requests[request.number] = request
         self._news.append(request)
-        return Stream(request.pieces, lambda: request.is_finished, self._is_void, self.advance)
+        return Stream(request.pieces, lambda: self._has_ended(request), self._is_void, self.advance)
 
     def abort(self, number: int) -> None:
         """Take back what was put out of a request, and end it with the next step."""
@@ -141,7 +141,7 @@ class Core:
             raise ValueError(f"request {number} is not here: it was never added, or its last piece was taken")
 
         def has_ended() -> bool:
-            ended = request is None or request.is_finished
+            ended = request is None or self._has_ended(request)
             pieces.extendleft(reversed(self._recall(number)))  # that a step put out while this stream began
             return ended
 
@@ -163,6 +163,10 @@ class Core:
 
     def _is_void(self, piece: Piece) -> bool:
         return piece.request in self._aborted
+
+    def _has_ended(self, request: Request) -> bool:
+        """No piece of a request will be handed out any more."""
+        return request.is_aborted or request.number not in self.requests
 
     def _is_idle(self) -> bool:
         """Nothing will come in `pieces` any more."""
@@ -221,6 +225,9 @@ class Core:
         if self._committing:
             self._apply()
         for request in list(self.requests.values()):
+            if request.is_finished and not request.is_aborted:
+                del self.requests[request.number]  # its last piece was handed out
+                continue
             for sample in request.samples:
                 sample.row, sample.stop_at = WAITING, 0
                 sample.output = self.output(request)
@@ -419,12 +426,12 @@ class Core:
         if piece.finish_reason is not None:
             self._end(sample, piece.finish_reason)
         pieces = request.chosen() if request.is_held else [piece]
-        if request.is_finished:
-            self.requests.pop(request.number, None)
         given = [] if request.is_aborted else pieces
         # One call hands it out and forgets the commit, so that an interrupt comes before both or after both.
         forget: Iterator[Any] = iter(self._committing.popleft, commit)  # yields nothing
         request.pieces.extend(itertools.chain(given, forget))
+        if request.is_finished:  # until here it has work to be done, so whoever was interrupted comes back for it
+            self.requests.pop(request.number, None)
 
     def _end(self, sample: Sample, reason: str) -> None:
         sample.finish_reason = reason

@@ -127,6 +127,37 @@ def test_an_interrupt_at_each_place_of_the_engine_loses_nothing(windows):
     assert num_interrupts > 300
 
 
+@pytest.mark.parametrize("is_claimed", [False, True], ids=["stream of all", "stream of its own"])
+def test_an_interrupt_while_the_last_piece_is_handed_out_ends_no_stream(is_claimed):
+    """At each place of `Core._apply`: whoever goes on with the same stream gets the piece, or with `step` if there is
+    work."""
+    engine = make_engine((None, None))
+    apply = inspect.unwrap(Core._apply).__code__  # without the checks of types around it
+
+    def serve(interrupter: Interrupter, salt: str) -> bool:
+        number = engine.add_request(PROMPTS[0], SamplingParams(max_new_tokens=7), salt=salt)
+        stream, pieces, was_interrupted = engine.stream(number) if is_claimed else engine.stream(), [], False
+        sys.settrace(interrupter)
+        try:
+            pieces.extend(stream)
+        except KeyboardInterrupt:
+            was_interrupted = True
+            assert engine.has_work or is_claimed
+        finally:
+            sys.settrace(None)
+        pieces.extend(stream)
+        assert list(Completion.join(pieces).tokens) == decoder.dense_greedy(PROMPTS[0], 7)
+        assert not engine.has_work and pool_is_empty(engine)
+        return was_interrupted
+
+    for salt in ("compile", "count"):
+        serve(counted := Interrupter(), salt)
+    places = {place: count for place, count in counted.counts.items() if place[0] is apply}
+    assert len(places) > 3
+    for number, (place, count) in enumerate(places.items()):
+        assert serve(Interrupter(place, count), str(number))  # the last time that it comes there
+
+
 def test_pieces_that_are_not_handed_out_stay():
     """Whatever line of `Core.take` an error comes in front of, also again in its loops."""
     take = inspect.unwrap(Core.take)  # without the checks of types around it
