@@ -165,33 +165,38 @@ def find_groups(page_table: Int32[Array, "B M"], lengths: Int32[Array, " B"], pa
         >>> sharing.tokens[0].tolist()
         [256, 256, 256, 256]
     """
-    num_rows = lengths.size
-    full = jnp.clip((lengths - 1) // page_size, 0, page_table.shape[1])
-    nobody = jnp.full(num_rows, NOBODY, jnp.int32)
+    num_rows, num_columns = page_table.shape
+    full = jnp.clip((lengths - 1) // page_size, 0, num_columns)
+    row = jnp.arange(num_rows, dtype=jnp.int32)
+    nobody = jnp.full(num_rows, NOBODY, jnp.int32), jnp.zeros(num_rows, jnp.int32)
 
-    def find(column: Int32[Array, " B"]) -> tuple[Array, Array]:
+    def measure(leader: Int32[Array, " B"], column: Int32[Array, " B"]) -> tuple[Array, Array]:
         """Groups of rows with the same page in a column; how many columns from the first they share."""
-        leader = rows_alike(page_table, column, full)
+        # XLA vectorises a minimum on a CPU, but not an argmin, and that of narrow numbers best.
+        narrow = np.min_scalar_type(num_columns)
+        columns = jnp.arange(num_columns, dtype=narrow)[None, :]
+        length = jnp.min(jnp.where(page_table == page_table[leader], jnp.array(num_columns, narrow), columns), axis=1)
+        length = jnp.minimum(length.astype(jnp.int32), jnp.minimum(full, full[leader]))
+        length = jnp.where(length > column, length, 0)
+        member = length > 0
+        index = jnp.where(member, leader, num_rows)
+        shortest = jnp.full(num_rows, num_columns, jnp.int32).at[index].min(length, mode="drop")[leader]
+        count = jnp.zeros(num_rows, jnp.int32).at[index].add(1, mode="drop")[leader]
+        member &= group_pays(count, (shortest - column) * page_size)
+        return jnp.where(member, leader, NOBODY), jnp.where(member, shortest, 0)
 
-        def measure():
-            # XLA vectorises a minimum on a CPU, but not an argmin.
-            columns = jnp.arange(page_table.shape[1], dtype=jnp.int32)[None, :]
-            length = jnp.min(jnp.where(page_table == page_table[leader], page_table.shape[1], columns), axis=1)
-            length = jnp.minimum(length, jnp.minimum(full, full[leader]))
-            length = jnp.where(length > column, length, 0)
-            member = length > 0
-            index = jnp.where(member, leader, num_rows)
-            shortest = jnp.full(num_rows, page_table.shape[1], jnp.int32).at[index].min(length, mode="drop")[leader]
-            count = jnp.zeros(num_rows, jnp.int32).at[index].add(1, mode="drop")[leader]
-            member &= group_pays(count, (shortest - column) * page_size)
-            return jnp.where(member, leader, NOBODY), jnp.where(member, shortest, 0)
+    def find_second(columns: Array) -> tuple[Array, Array]:
+        leader = rows_alike(page_table, columns, full)
+        return jax.lax.cond(jnp.all(leader == row), lambda: nobody, lambda: measure(leader, columns))
 
-        alone = leader == jnp.arange(num_rows, dtype=jnp.int32)
-        return jax.lax.cond(jnp.all(alone), lambda: (nobody, jnp.zeros_like(nobody)), measure)
+    def find() -> tuple[Array, Array, Array, Array]:
+        first, columns = measure(leader, jnp.zeros_like(full))
+        second = jax.lax.cond(jnp.any(first >= 0), lambda: find_second(columns), lambda: nobody)
+        return first, columns, *second
 
-    first, first_columns = find(jnp.zeros_like(full))
-    second, second_columns = jax.lax.cond(
-        jnp.any(first >= 0), lambda: find(first_columns), lambda: (nobody, jnp.zeros_like(nobody))
+    leader = rows_alike(page_table, jnp.zeros_like(full), full)
+    first, first_columns, second, second_columns = jax.lax.cond(
+        jnp.all(leader == row), lambda: (*nobody, *nobody), find
     )
     return Sharing(jnp.stack([first, second]), jnp.stack([first_columns, second_columns]) * page_size)
 

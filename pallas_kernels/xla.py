@@ -70,14 +70,14 @@ def attend_pages(
 
     def attend_each(q: Float[Array, "n N H"], places: TokenPlaces) -> tuple[Array, Array]:
         """Output in float32 and log-sum-exp of queries: together over what they share, one by one over the rest."""
-        begin = None
+        first_page = jnp.zeros_like(places.position)
         if options.window is not None:
-            begin = jnp.maximum(places.position - options.window + 1, 0)
+            first_page = quotient(jnp.maximum(places.position - options.window + 1, 0), pages.page_size)
         blocks = None
         if sharing is not None and len(q) >= FEWEST_ROWS:
             blocks = find_blocks(sharing, places, pages.page_size)
-            begin = blocks.rest if begin is None else jnp.maximum(begin, blocks.rest)
-        state = decode_attention(q, pages, table, num_columns, places, begin, blocks, options)
+            first_page = jnp.maximum(first_page, quotient(blocks.rest, pages.page_size))
+        state = decode_attention(q, pages, table, num_columns, places, first_page, blocks, options)
         out, lse = finish(state, sink)
         return out.reshape(q.shape), lse.reshape(q.shape[:2])
 

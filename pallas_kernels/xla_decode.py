@@ -68,7 +68,7 @@ def decode_attention(
     table: Int32[Array, "B columns"],
     num_columns: int,
     places: TokenPlaces,
-    begin: Int32[Array, " T"] | None,
+    first_page: Int32[Array, " T"],
     blocks: Blocks | None,
     options: Options,
 ) -> Softmax:
@@ -86,7 +86,7 @@ def decode_attention(
             columns.
         num_columns: M, without those.
         places: the sequence and position of each query; those with a negative position cost nothing.
-        begin: the first position that each query reads by itself; None: 0.
+        first_page: the first page of its row that each query reads by itself; keys in it before the window are masked.
         blocks: the queries that read what their groups share; None: there are no groups.
         options: the static options.
 
@@ -96,7 +96,6 @@ def decode_attention(
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, page_size, tile_pages = pages.num_kv_heads, pages.page_size, pages_per_item(num_heads, pages)
     lanes = num_lanes(pages, tile_pages * page_size, compute_dtype(q, pages))
-    first_page = jnp.zeros_like(places.position) if begin is None else quotient(begin, page_size)
     end_page = jnp.minimum(quotient(places.position + page_size, page_size), num_columns)
     items = list_items(end_page, first_page, tile_pages)
     num_steps = quotient(items.ends[-1] + lanes - 1, lanes)
@@ -119,9 +118,10 @@ def decode_attention(
         page_ids = rows_at(table.reshape(-1), page[:, None] + column)
         page_ids = jax.lax.optimization_barrier(page_ids)
         key_position = (page - row)[:, None] * page_size + offset
-        visible = repeated(page_ids > 0, page_size, 1) & (key_position <= rows_at(places.position, token)[:, None])
-        if begin is not None:
-            visible &= key_position >= rows_at(begin, token)[:, None]
+        position = rows_at(places.position, token)[:, None]
+        visible = repeated(page_ids > 0, page_size, 1) & (key_position <= position)
+        if options.window is not None:
+            visible &= key_position > position - options.window
         old = Softmax(*(rows_at(x, segment) for x in segments))
         new = attend(old, rows_at(grouped, token), pages, page_ids, visible, None, options)
         return Softmax(
@@ -132,9 +132,15 @@ def decode_attention(
         )
 
     first = first_segments(items, num_steps)
-    segments = empty_state(num_tokens + lanes, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    if blocks is not None:
-        segments = attend_blocks(segments, first, grouped, pages, table, places, blocks, options)
+    sizes = num_tokens + lanes, num_kv_heads, num_heads // num_kv_heads, head_dim
+    if blocks is None:
+        segments = empty_state(*sizes)
+    else:
+        segments = jax.lax.cond(
+            blocks.exist,
+            lambda: attend_blocks(empty_state(*sizes), first, grouped, pages, table, places, blocks, options),
+            lambda: empty_state(*sizes),
+        )
     segments = jax.lax.fori_loop(0, num_steps, step, segments)
     return merge_segments(segments, first)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.pages import Pages, TokenPlaces, quotient, remainder
 from pallas_kernels.sharing import RUN, Sharing, runs_of
@@ -29,6 +29,7 @@ class Blocks(NamedTuple):
     large: Int32[Array, " chunks"]  # large blocks that begin up to this chunk
     small: Int32[Array, " chunks"]  # small blocks up to this chunk
     rest: Int32[Array, " T"]  # the first token that is left for each query
+    exist: Bool[Array, ""]  # whether there is any block
 
 
 def find_blocks(sharing: Sharing, places: TokenPlaces, page_size: int) -> Blocks:
@@ -52,7 +53,7 @@ def find_blocks(sharing: Sharing, places: TokenPlaces, page_size: int) -> Blocks
             jnp.sum(before & begins[None, :], axis=1, dtype=jnp.int32)
             for begins in (is_large & (in_block == 0), exists & ~is_large)
         )
-        return Blocks(runs.row.reshape(-1), begin, end, size - rank, large, small, runs.rest)
+        return Blocks(runs.row.reshape(-1), begin, end, size - rank, large, small, runs.rest, jnp.any(exists))
 
     def nothing() -> Blocks:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(find))
