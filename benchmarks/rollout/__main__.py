@@ -50,7 +50,10 @@ def prepare(model: models.Model, load: Load, token_counts: tuple[int, ...], keep
     if keeps_prefix:
         keep = jax.jit(functools.partial(prefill, model.forward), donate_argnums=3)
         prefix, cache = keep(model.params, jnp.asarray(prompts[0, : load.num_shared]), load.num_shared, cache)
-    jitted = jax.jit(lambda params, cache, *arrays: program(params, *arrays, cache, prefix=prefix), donate_argnums=1)
+    jitted = jax.jit(
+        lambda params, cache, prompts, lengths: program(params, prompts, lengths, cache, prefix=prefix),
+        donate_argnums=1,
+    )
 
     def serve() -> Rollout:
         nonlocal cache
