@@ -20,7 +20,7 @@ from paged_jax.cache.page_table import PageTable
 
 ROWS, PAGE_SIZE, MAX_PAGES, RUN = 64, 16, 128, 4
 FEWEST_TOKENS, LONGEST_PROMPT, MOST_NEW_TOKENS = 16, 1400, 600
-FULL = 0.8  # of the pool, on average
+FULL = 0.8  # of the pool, roughly: `pool_used` says what it came to
 STEPS = (1, 1000, 3000, 8000)
 
 

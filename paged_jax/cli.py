@@ -184,7 +184,8 @@ def _store(options: argparse.Namespace) -> int:
     where = options.store
     if "://" not in where and not (pathlib.Path(where) / "pages").is_dir():
         raise ValueError(f"{where} is no store: it has no folder of pages, and is no URL such as s3://bucket/prefix")
-    if where.startswith("file://") and not pathlib.Path(urllib.parse.unquote(where.removeprefix("file://"))).is_dir():
+    url = urllib.parse.urlsplit(where)
+    if "://" in where and url.scheme == "file" and not pathlib.Path(urllib.parse.unquote(url.path)).is_dir():
         raise ValueError(f"{where} is no store: there is no such folder")
     if options.action == "prune" and options.max_bytes is None:
         raise ValueError("prune needs --max-bytes: how much of the pages stays, such as 4GiB")

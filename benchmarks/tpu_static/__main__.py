@@ -31,7 +31,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.tpu_static.cases import GATE, StaticCase, kernel_cases, operands
-from benchmarks.tpu_static.compile import compile_in_child
+from benchmarks.tpu_static.compile import compile_in_child, scheduled_programs
 from benchmarks.tpu_static.models import model_cases
 from benchmarks.tpu_static.peers import PEERS
 from benchmarks.tpu_static.program import parse
@@ -70,26 +70,22 @@ def summary(results: list[Result], chip: Chip) -> dict:
     }
 
 
-def programs(dump: Path, kernel: str) -> list[Path]:
-    """The scheduled programs with this in their names."""
-    return [path for path in dump.glob(f"*{kernel}*-packed-bundles-post-ra.txt") if "schedule-" not in path.name]
-
-
 def measure_peer(case: StaticCase, chip_name: str, peer: str) -> dict:
     """The kernels of another library, each and all together."""
     chip = CHIPS[chip_name]
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder)
         row = compile_in_child(case.name, chip_name, dump, peer)
-        results = {}
-        for kernel, words in (row.pop("words", None) or {}).items():
+        all_words, results = row.pop("words", None) or {}, {}
+        for kernel, words in all_words.items():
             operands = {int(index): x for index, x in words.items()}
-            for path in programs(dump, kernel):
+            for path in scheduled_programs(dump, kernel):
                 name = path.name.split("-", 1)[1].rpartition("-packed")[0][:-3]
                 results[name] = run(parse(path.read_text()), chip, operands)
-    if results:
-        row |= {name: summary([result], chip) for name, result in results.items()}
-        row[f"all {len(results)} kernels"] = summary(list(results.values()), chip)
+    if not results:
+        return {"error": f"no program is named like {list(all_words)}"} | row
+    row |= {name: summary([result], chip) for name, result in results.items()}
+    row[f"all {len(results)} kernels"] = summary(list(results.values()), chip)
     return row
 
 
@@ -102,7 +98,7 @@ def measure(case: StaticCase, chip_name: str) -> dict:
             return row
         del row["words"]
         for kernel, words in operands(case).items():
-            (path,) = programs(dump, kernel)
+            (path,) = scheduled_programs(dump, kernel)
             result = run(parse(path.read_text()), chip, words)
             row[kernel] = summary([result], chip) | {"matrix": round(matrix_share(dump, kernel, result), 3)}
     return row
@@ -160,10 +156,8 @@ def main() -> None:
         key = f"{name} | {chip}"
         if options.case not in name or (options.gate and key not in GATE) or (options.check and key not in kept):
             continue
-        row = {
-            "libtpu": libtpu,
-            **(measure_peer(cases[name], chip, options.peer) if options.peer else measure(cases[name], chip)),
-        }
+        row = measure_peer(cases[name], chip, options.peer) if options.peer else measure(cases[name], chip)
+        row["libtpu"] = libtpu
         show(name, chip, row)
         if options.write and "error" not in row:
             kept[key] = row

@@ -13,9 +13,13 @@ WHOLE_STEP = "whole step"
 
 
 def compile_in_child(case: str, chip: str, dump: Path, *options: str) -> dict:
-    """Args:
-    case: the name of a case, with the name of a peer whose kernels are meant; or WHOLE_STEP with layers and page size.
-    dump: an empty folder.
+    """Compile one case, and leave what libtpu dumps of it in a folder.
+
+    Args:
+        case: its name, or WHOLE_STEP.
+        chip: a name in CHIPS.
+        dump: an empty folder.
+        options: the name of a peer, whose kernels are compiled; or layers and page size of WHOLE_STEP.
 
     Returns:
         Bytes of temporaries and of arguments that are updated in place; of a peer also what its kernels read; or an
@@ -31,6 +35,11 @@ def compile_in_child(case: str, chip: str, dump: Path, *options: str) -> dict:
     if child.returncode:
         return {"error": child.stderr.strip().splitlines()[-1][:500]}
     return json.loads(child.stdout.splitlines()[-1])
+
+
+def scheduled_programs(dump: Path, kernel: str = "") -> list[Path]:
+    """The scheduled programs in a dump, those with this in their names."""
+    return [path for path in dump.glob(f"*{kernel}*-packed-bundles-post-ra.txt") if "schedule-" not in path.name]
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """What a whole decode step of a model costs on paper, and which part of it neither reads pages nor weights.
 
-    python -m benchmarks.tpu_static.step [--chip v6e] [--layers 32] [--page-size 16] [--top 10] [--json]
+    python -m benchmarks.tpu_static.step [--chip v6e] [--layers 32] [--page-size 16] [--top 12] [--json]
 
 Compiles one step of `paged_jax.decoding` with libtpu: plan, page table, the forward pass of a Llama 3 8B, drawing, for
 32 rows on 2000 tokens. Executes the scalar half of every program that the step runs, XLA's fusions and Pallas kernels
@@ -34,7 +34,7 @@ from flax import nnx
 
 from benchmarks.report import Report, add_json_option
 from benchmarks.tpu_static.cases import StaticCase, operands
-from benchmarks.tpu_static.compile import WHOLE_STEP, compile_in_child
+from benchmarks.tpu_static.compile import WHOLE_STEP, compile_in_child, scheduled_programs
 from benchmarks.tpu_static.hlo import Instruction, Module, parse_module
 from benchmarks.tpu_static.program import parse
 from benchmarks.tpu_static.simulate import CHIPS, Chip, Result, run
@@ -153,8 +153,8 @@ class Programs:
 
     def __init__(self, folder: Path, module: Module, chip: Chip, words: dict[str, dict[int, Any]]):
         self.chip, self.words = chip, words
-        named = ((re.match(r"\d+-(.*)-\d\d-packed", path.name), path) for path in folder.glob("*-packed-bundles-*"))
-        self.paths = {match[1]: path for match, path in named if match and "schedule" not in path.name}
+        named = ((re.match(r"\d+-(.*)-\d\d-packed", path.name), path) for path in scheduled_programs(folder))
+        self.paths = {match[1]: path for match, path in named if match}
         self.results: dict[str, Result] = {}
         instructions = [x for computation in module.computations.values() for x in computation]
         self.equals = {x.content: x.name for x in instructions if x.name in self.paths}

@@ -39,14 +39,15 @@ def prefill(
         num_tokens: tokens that are computed, 0 to C.
         cache: donate it at the jit boundary. Its rows must be empty; handles that you published keep their pages.
         chunk: the most tokens that a step computes; static.
-        prefix: handles to the first of the tokens, which were computed before. They stay yours.
+        prefix: handles to the first of the tokens, which were computed before; ignored if they hold more than
+            `num_tokens`. They stay yours.
 
     Returns:
         The handles, one for each group of layers, and the cache, with all rows empty. The handles hold no tokens, and
         so change nothing for those who get them, if `num_tokens` is out of range or too few pages are free.
 
     Raises:
-        ValueError: at trace time, for sizes that do not fit in an empty cache.
+        ValueError: at trace time, for arrays of other shapes, and sizes that do not fit in an empty cache.
 
     Examples:
         >>> @functools.partial(jax.jit, donate_argnums=1)
@@ -60,10 +61,15 @@ def prefill(
         >>> drawn.tokens[:, 0].tolist(), int(drawn.counters.computed_tokens)  # with the counting decoder of `Forward`
         ([[4, 5], [6, 7]], 4)
     """
-    tokens = jnp.asarray(tokens, jnp.int32)
+    tokens, count = jnp.asarray(tokens, jnp.int32), jnp.asarray(num_tokens)
+    if tokens.ndim != 1 or count.ndim or not jnp.issubdtype(count.dtype, jnp.integer):
+        raise ValueError(
+            f"tokens {tokens.shape} and num_tokens {count.shape} of {count.dtype}: give one text [C], and one whole "
+            "number"
+        )
     _check_sizes(cache.tables, len(tokens), chunk, prefix is not None)
     nothing = jnp.zeros((1, 1), jnp.int32)
-    end = jnp.asarray(num_tokens, jnp.int32) + 1  # a text's last token is not computed
+    end = count.astype(jnp.int32) + 1  # a text's last token is not computed
     text = Text(jnp.pad(tokens, (0, 1)), end, continuations=nothing, lengths=nothing[0])
     cache, handles, _, _ = compute_prompt(Steps(forward, params, text), cache, chunk, False, prefix)
     return handles, cache
@@ -174,7 +180,7 @@ def _check_sizes(tables: PageTables, num_tokens: int, chunk: int, has_prefix: bo
             raise ValueError(f"{name} must be at least 1, got {value}")
     if num_tokens > tables.max_length:
         raise ValueError(
-            f"{num_tokens} tokens for rows of {tables.max_length}: give fewer, or raise max_pages_per_sequence to "
+            f"{num_tokens} tokens, but rows hold {tables.max_length}: give fewer, or raise max_pages_per_sequence to "
             f"{-(-num_tokens // tables.groups[0].page_size)}"
         )
     for table, group in zip(tables.groups, tables.layout, strict=True):
@@ -182,8 +188,10 @@ def _check_sizes(tables: PageTables, num_tokens: int, chunk: int, has_prefix: bo
         if has_prefix:  # whose last page is copied; pages before a window stay with it
             need += 1 if group.window is None else held
         if need > table.num_pages - 1:
-            name = "num_pages" if group.window is None else "window_pages"
+            whose, name = "the pool has", "num_pages"
+            if group.window is not None:
+                whose, name = f"layers with a window of {group.window} have", "window_pages"
             raise ValueError(
-                f"{num_tokens} tokens in steps of {chunk} need {need} pages of {table.num_pages - 1}: raise {name} to "
-                f"{need + 1}, give fewer tokens or lower chunk"
+                f"{num_tokens} tokens in steps of {chunk} need {need} pages, but {whose} {table.num_pages - 1}: raise "
+                f"{name} to {need + 1}, give fewer tokens or lower chunk"
             )

@@ -1,6 +1,8 @@
 """Prefixes that are computed once, for rollouts and scores that begin with them."""
 
 import functools
+import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,10 +112,10 @@ def test_without_enough_free_pages_nothing_is_kept():
     [
         (dict(tokens=0), "tokens must be at least 1, got 0"),
         (dict(chunk=0), "chunk must be at least 1, got 0"),
-        (dict(tokens=81), "81 tokens for rows of 64: give fewer, or raise max_pages_per_sequence to 21"),
-        (dict(tokens=48), "48 tokens in steps of 8 need 12 pages of 11: raise num_pages to 13, give fewer tokens"),
-        (dict(tokens=44, prefix=True), "44 tokens in steps of 8 need 12 pages of 11: raise num_pages to 13"),
-        (dict(window_pages=3), "20 tokens in steps of 8 need 4 pages of 2: raise window_pages to 5"),
+        (dict(tokens=81), "81 tokens, but rows hold 64: give fewer, or raise max_pages_per_sequence to 21"),
+        (dict(tokens=48), "48 tokens in steps of 8 need 12 pages, but the pool has 11: raise num_pages to 13, give"),
+        (dict(tokens=44, prefix=True), "44 tokens in steps of 8 need 12 pages, but the pool has 11: raise"),
+        (dict(window_pages=3), "4 pages, but layers with a window of 6 have 2: raise window_pages to 5"),
     ],
 )
 def test_sizes_that_never_fit_are_refused_when_it_is_traced(sizes, message):
@@ -126,3 +128,11 @@ def test_sizes_that_never_fit_are_refused_when_it_is_traced(sizes, message):
         prefill(
             decoder.forward_with(windows), jnp.int32(0), tokens, 1, cache, chunk=sizes.get("chunk", 8), prefix=prefix
         )
+
+
+@pytest.mark.parametrize("shape, num_tokens", [((2, 3), 3), ((), 3), (3, [3]), (3, 2.5)])
+def test_arrays_of_other_shapes_are_refused(shape, num_tokens):
+    unchecked: Any = inspect.unwrap(prefill)  # past the annotations of the test run
+    cache = KVCache.create(decoder.config(12))
+    with pytest.raises(ValueError, match=r"give one text \[C\], and one whole number"):
+        unchecked(decoder.forward, jnp.int32(0), np.zeros(shape, np.int32), num_tokens, cache)
