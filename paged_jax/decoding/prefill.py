@@ -183,8 +183,28 @@ def _check_sizes(tables: PageTables, num_tokens: int, chunk: int, has_prefix: bo
             f"{num_tokens} tokens, but rows hold {tables.max_length}: give fewer, or raise max_pages_per_sequence to "
             f"{-(-num_tokens // tables.groups[0].page_size)}"
         )
-    for table, group in zip(tables.groups, tables.layout, strict=True):
-        held, need = (pages_mapped(group.window, num_tokens, n, table.page_size) for n in (1, chunk))
+    check_pages(
+        tables, num_tokens, chunk, [0] * len(tables.groups), has_prefix, f"{num_tokens} tokens", "give fewer tokens"
+    )
+
+
+def check_pages(
+    tables: PageTables, num_tokens: int, chunk: int, own: list[int], has_prefix: bool, asked: str, otherwise: str
+) -> None:
+    """Refuse what would not fit in an empty cache.
+
+    Args:
+        tables: of the cache.
+        num_tokens: that are computed in one row, `chunk` in each step; then another row shares them.
+        chunk: the most tokens of a step.
+        own: for each group, the pages that the other row has besides.
+        has_prefix: whether the tokens go on from a prefix.
+        asked: what needs the pages, for the sentence.
+        otherwise: what to do besides more pages or a smaller chunk.
+    """
+    for table, group, own_pages in zip(tables.groups, tables.layout, own, strict=True):
+        held, mapped = (pages_mapped(group.window, num_tokens, n, table.page_size) for n in (1, chunk))
+        need = max(mapped, held + own_pages)
         if has_prefix:  # whose last page is copied; pages before a window stay with it
             need += 1 if group.window is None else held
         if need > table.num_pages - 1:
@@ -192,6 +212,6 @@ def _check_sizes(tables: PageTables, num_tokens: int, chunk: int, has_prefix: bo
             if group.window is not None:
                 whose, name = f"layers with a window of {group.window} have", "window_pages"
             raise ValueError(
-                f"{num_tokens} tokens in steps of {chunk} need {need} pages, but {whose} {table.num_pages - 1}: raise "
-                f"{name} to {need + 1}, give fewer tokens or lower chunk"
+                f"{asked} in steps of {chunk} tokens need {need} pages, but {whose} {table.num_pages - 1}: raise "
+                f"{name} to {need + 1}, {otherwise} or lower chunk"
             )

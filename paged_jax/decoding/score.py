@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 from paged_jax.cache.config import pages_mapped
 from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.page_tables import Handles, PageTables
-from paged_jax.decoding.prefill import Steps, Text, compute_prompt
+from paged_jax.decoding.prefill import Steps, Text, check_pages, compute_prompt
 from paged_jax.decoding.rows import prompt_arrays
 from paged_jax.forward import Forward
 
@@ -173,16 +173,5 @@ def _check_sizes(tables: PageTables, text: Text, chunk: int, has_prefix: bool) -
             f"arrays or raise max_pages_per_sequence to {-(-(longest + width - 1) // page_size)}"
         )
     num_tokens = min(chunk, num_continuations * width)
-    for table, group, own in zip(tables.groups, tables.layout, _own_pages(tables, width, num_tokens), strict=True):
-        held, mapped = (pages_mapped(group.window, longest - 1, n, table.page_size) for n in (1, chunk))
-        need = max(mapped, held + own)
-        if has_prefix:  # whose last page is copied; pages before a window stay with it
-            need += 1 if group.window is None else held
-        if need > table.num_pages - 1:
-            whose, name = "the pool has", "num_pages"
-            if group.window is not None:
-                whose, name = f"layers with a window of {group.window} have", "window_pages"
-            raise ValueError(
-                f"{asked} in steps of {chunk} tokens need {need} pages, but {whose} {table.num_pages - 1}: raise "
-                f"{name} to {need + 1}, shorten the arrays or lower chunk"
-            )
+    own = _own_pages(tables, width, num_tokens)
+    check_pages(tables, longest - 1, chunk, own, has_prefix, asked, "shorten the arrays")

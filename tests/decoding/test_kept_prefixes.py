@@ -113,8 +113,11 @@ def test_without_enough_free_pages_nothing_is_kept():
         (dict(tokens=0), "tokens must be at least 1, got 0"),
         (dict(chunk=0), "chunk must be at least 1, got 0"),
         (dict(tokens=81), "81 tokens, but rows hold 64: give fewer, or raise max_pages_per_sequence to 21"),
-        (dict(tokens=48), "48 tokens in steps of 8 need 12 pages, but the pool has 11: raise num_pages to 13, give"),
-        (dict(tokens=44, prefix=True), "44 tokens in steps of 8 need 12 pages, but the pool has 11: raise"),
+        (
+            dict(tokens=48),
+            "48 tokens in steps of 8 tokens need 12 pages, but the pool has 11: raise num_pages to 13, give",
+        ),
+        (dict(tokens=44, prefix=True), "44 tokens in steps of 8 tokens need 12 pages, but the pool has 11: raise"),
         (dict(window_pages=3), "4 pages, but layers with a window of 6 have 2: raise window_pages to 5"),
     ],
 )
