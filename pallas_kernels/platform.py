@@ -10,18 +10,21 @@ def target_platform() -> str:
     lowering under `jax.sharding.use_abstract_mesh`, which Pallas kernels need anyway), else that of the
     default device.
     """
-    device = _abstract_device()
-    if device is not None:
-        platform = device.platform
-    else:
-        default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]  defined at run time
-        platform = getattr(default, "platform", default) or jax.default_backend()
+    device = _abstract_device() or _default_device()
+    platform = device if isinstance(device, str) else device.platform
     return "gpu" if platform in ("cuda", "rocm") else platform
 
 
 def target_device_kind() -> str:
     """The kind of device that the trace is for, in JAX's words, such as "TPU v6 lite" or "TPU7x"."""
-    return (_abstract_device() or jax.devices()[0]).device_kind
+    device = _abstract_device() or _default_device()
+    return (jax.devices(device)[0] if isinstance(device, str) else device).device_kind
+
+
+def _default_device():
+    """A device, or the name of a platform."""
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]  defined at run time
+    return default or jax.devices()[0]
 
 
 def _abstract_device():

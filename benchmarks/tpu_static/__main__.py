@@ -97,7 +97,7 @@ def measure(case: StaticCase, chip_name: str) -> dict:
         if "error" in row:
             return row
         del row["words"]
-        for kernel, words in operands(case).items():
+        for kernel, words in operands(case, chip.device_kind).items():
             (path,) = scheduled_programs(dump, kernel)
             result = run(parse(path.read_text()), chip, words)
             row[kernel] = summary([result], chip) | {"matrix": round(matrix_share(dump, kernel, result), 3)}

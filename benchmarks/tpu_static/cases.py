@@ -171,7 +171,7 @@ def arguments(case: StaticCase) -> tuple:
     return q, k, k, abstract_pages(case), table, lengths, starts, sharing, sinks
 
 
-def operands(case: StaticCase) -> dict[str, dict[int, Any]]:
+def operands(case: StaticCase, device_kind: str) -> dict[str, dict[int, Any]]:
     """For each kernel what its scalar half reads: operand index to words."""
     pages = stored(abstract_pages(case))
     batch = len(case.lengths)
@@ -186,13 +186,13 @@ def operands(case: StaticCase) -> dict[str, dict[int, Any]]:
     seen = (lengths, table, None if runs is None else runs.rest)
     if case.window is not None:
         seen = attention.in_window(lengths, table, case.page_size, case.window)
-    sizes = decode_sizes(pages, seen[1].shape[1], packing)
+    sizes = decode_sizes(pages, seen[1].shape[1], packing, device_kind)
     rows = attention.decode_rows(seen[0], starts, seen[1], sizes, seen[2])
     result = {"paged_decode": {0: rows, 4: attention.page_chunks(seen[1])[0]}}
     if runs is not None:
         row, begin, end = attention.chunk_rows(runs)
         packing = pack_heads(RUN * case.heads[0], case.heads[1], pages.head_dim, pages.data.shape[3])
-        sizes = decode_sizes(pages, case.max_pages, packing)
+        sizes = decode_sizes(pages, case.max_pages, packing, device_kind)
         rows = attention.decode_rows(end, jnp.arange(end.size + 1, dtype=jnp.int32), table[row], sizes, begin)
         result["paged_group"] = {0: rows, 4: attention.page_chunks(table[row])[0]}
         sizes = prefill_sizes(pages, case.heads[0], batch)

@@ -16,21 +16,23 @@ MAX_CYCLES = 30_000_000
 class Chip:
     """Args:
     topology: libtpu's name of a small slice.
+    device_kind: JAX's name of the chip.
     clock_ghz, hbm_gbs: of one TensorCore.
     branch_delay: bundles issued behind a branch before it takes effect.
     """
 
     topology: str
+    device_kind: str
     clock_ghz: float
     hbm_gbs: float
     branch_delay: int
 
 
 CHIPS = {
-    "v5e": Chip("v5e:2x2", 1.5, 819, 4),
-    "v5p": Chip("v5p:2x2x1", 1.75, 1383, 4),  # of half a chip's two cores
-    "v6e": Chip("v6e:2x2", 1.75, 1640, 4),
-    "v7x": Chip("tpu7x:2x2x1", 2.2, 3690, 6),
+    "v5e": Chip("v5e:2x2", "TPU v5 lite", 1.5, 819, 4),
+    "v5p": Chip("v5p:2x2x1", "TPU v5", 1.75, 1383, 4),  # of half a chip's two cores
+    "v6e": Chip("v6e:2x2", "TPU v6 lite", 1.75, 1640, 4),
+    "v7x": Chip("tpu7x:2x2x1", "TPU7x", 2.2, 3690, 6),
 }
 
 

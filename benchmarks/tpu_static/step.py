@@ -212,7 +212,7 @@ def main() -> None:
             sys.exit(compiled["error"])
         (path,) = dump.glob("*-TLP-hlo.txt")
         module = parse_module(path.read_text())
-        programs = Programs(dump, module, CHIPS[options.chip], operands(case))
+        programs = Programs(dump, module, CHIPS[options.chip], operands(case, CHIPS[options.chip].device_kind))
         costs, unknown = add_up(programs, module, WORKING)
         otherwise = {name: add_up(programs, module, working)[0] for name, (_, working) in OTHERWISE.items()}
     total = sum(cost.us for cost in costs.values())

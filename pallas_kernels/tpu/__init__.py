@@ -14,6 +14,7 @@ from pallas_kernels.pages import LANES, SUBLANES, Pages, init_pages, is_mapped, 
 from pallas_kernels.reference import AttentionResult
 from pallas_kernels.sharing import Sharing
 from pallas_kernels.tpu import attention
+from pallas_kernels.tpu.blocks import V7X
 from pallas_kernels.tpu.copy import copy_arrays
 from pallas_kernels.tpu.write import tiles_of_step, write_tiles
 
@@ -22,7 +23,6 @@ __all__ = ["copy_pages", "page_advice", "paged_attention", "refusal", "write_pag
 PAGE_SIZES = (16, 32, 64, 128)  # the last one suits every head
 # Starting the copy of a page takes v7x as long as moving 7 KB, or 25 KB where heads are wider than a register. The HBM
 # of other chips is slower, and they keep up with small pages.
-FAST_MEMORY = "TPU7x"
 ENOUGH_BYTES, ENOUGH_BYTES_WIDE = 32 << 10, 128 << 10
 
 
@@ -71,7 +71,7 @@ def page_advice(num_kv_heads: int, page_size: int, head_dim: int, dtype: Any, de
             return f"a page of {pages.dtype.name} heads of {head_dim} is no whole tile, so XLA attends, not the kernels"
         num_bytes = pages.data.size * pages.data.dtype.itemsize
         enough = ENOUGH_BYTES_WIDE if pages.head_dim > LANES else ENOUGH_BYTES
-        if device_kind == FAST_MEMORY and num_bytes < enough and size < PAGE_SIZES[-1]:
+        if device_kind == V7X and num_bytes < enough and size < PAGE_SIZES[-1]:
             return f"a page of {num_kv_heads} KV heads has {num_bytes} bytes, and the kernels keep up with {enough}"
         return None
 

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from pallas_kernels.merge import merge_states
 from pallas_kernels.pages import LANES, SUBLANES, Pages, is_mapped, is_stacked, quantise
+from pallas_kernels.platform import target_device_kind
 from pallas_kernels.reference import AttentionResult
 from pallas_kernels.sharing import FEWEST_ROWS, RUN, Runs, Sharing, runs_of
 from pallas_kernels.tpu import decode as kernel
@@ -366,7 +367,7 @@ def decode(
         assert first_key is None
         lengths, ids, first_key = in_window(lengths, ids, pages.page_size, window)
     if sizes is None:
-        sizes = decode_sizes(pages, ids.shape[1], packing)
+        sizes = decode_sizes(pages, ids.shape[1], packing, target_device_kind())
     rows = decode_rows(lengths, query_starts, ids, sizes, first_key)
     table, chunks = page_chunks(ids)
     if sinks is not None:

@@ -1,4 +1,4 @@
-"""Block sizes of the TPU kernels: a short heuristic that depends only on shapes."""
+"""Block sizes of the TPU kernels: a short heuristic that depends on shapes and on the kind of chip."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pallas_kernels.tpu.heads import HeadPacking
 from pallas_kernels.tpu.tasks import PrefillSizes
 from pallas_kernels.tpu.walk import DecodeSizes
 
+V7X = "TPU7x"  # its HBM is so fast that other units become the limit
 ITEM_BYTES = 1 << 20
 AHEAD_BYTES = 6 << 20  # more than a microsecond of any chip's bandwidth
 BLOCK_BYTES = 4 << 20
@@ -27,7 +28,7 @@ ALL_COUNTS = range(1, 1 << 30)  # of a row's new tokens
 MANY_PAGES = 16  # of an item: their copies take long to start
 
 
-def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking) -> DecodeSizes:
+def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking, device_kind: str) -> DecodeSizes:
     """Sizes of the decode kernel.
 
     An item holds about 1 MiB, but at most what the page table can hold: 256 tokens of 8 heads of 128 bfloat16 numbers.
@@ -35,6 +36,9 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking) -> DecodeSi
     A group is a basic block, at whose end the matrix unit idles: it has 4 MiB. The ring holds the items at work and
     what the bandwidth needs in flight. Where starting the copies takes longer than moving the bytes, a group has 2 MiB
     and the ring holds less, as nothing hides the copies of the first items.
+
+    Keys enter the matrix unit half as fast as values, since they are transposed on the way. Where that is the limit,
+    for int8 on v7x, the cross-lane unit transposes those of half of the passes, unless it is busy with heads of 64.
     """
     width = pages.num_kv_heads * -(-packing.lanes // LANES)  # registers of a token's row
     rows = pages.data.shape[2] // pages.page_size  # of a token
@@ -58,7 +62,9 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking) -> DecodeSi
     groups_ahead = 2 if copies_bound else max(2, min(3, -(-AHEAD_BYTES // (items_per_group * item_bytes))))
     groups = -(-2 * distance // items_per_group) + groups_ahead
     ring = groups * items_per_group
-    return DecodeSizes(pages.page_size, pages_per_item, items_per_group, ring, distance, hides_copies)
+    matrix_bound = pages.dtype == jnp.int8 and device_kind == V7X and packing.rows <= MANY_ROWS
+    transposed = packing.num_passes // 2 if matrix_bound and packing.head_dim > LANES // 2 else 0
+    return DecodeSizes(pages.page_size, pages_per_item, items_per_group, ring, distance, hides_copies, transposed)
 
 
 def prefill_kernels(

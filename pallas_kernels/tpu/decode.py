@@ -68,7 +68,7 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, scales_in,
     tile_rows = SUBLANES * packed  # what a copy can address
     # Keys and values have a tile each, unless a page of 8-bit values is so small that they share one.
     share_tile = planes == 2 and tile_rows == 2 * S
-    products = Products(q_hbm.dtype, S, value_row, packing)
+    products = Products(q_hbm.dtype, S, value_row, packing, sizes.transposed_passes)
     tiles_per_token = 1 if share_tile else planes
     slots, scratch = scratch[:U], scratch[U:]
     ring = slots  # with the spare pages of each slot, where there are some

@@ -170,7 +170,7 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
 
     # ---- the three stages of a unit ----------------------------------------------------------------------------
     def head_rows(slot, head, first_row):
-        return load_rows(kv.at[slot, :, head], first_row, S, q.dtype)
+        return load_rows(kv.at[slot, :, head], first_row, S).astype(q.dtype)
 
     def scales_of_head(slot, head, first):
         """Of its keys or its values, `[1, T]`."""

@@ -33,12 +33,11 @@ def swap_halves(a: Array, b: Array) -> tuple[Array, Array]:
     return pltpu.bitcast(keys, a.dtype), pltpu.bitcast(values, a.dtype)
 
 
-def load_rows(pages, first: int, size: int, dtype, keep_fp8: bool = False) -> Array:
-    """The rows `first : first + size` of each page of one head, `[pages * size, L]`.
+def load_rows(pages, first: int, size: int) -> Array:
+    """The rows `first : first + size` of each page of one head, `[pages * size, L]`, as narrow as they are stored.
 
     Args:
         pages: a reference to `[pages, rows, L]`.
-        keep_fp8: leave float8 as it is for the matrix unit; else all are widened to `dtype`.
     """
     packed = 4 // pages.dtype.itemsize  # rows in a row of 32-bit words
     lanes = pages.shape[2]
@@ -48,8 +47,7 @@ def load_rows(pages, first: int, size: int, dtype, keep_fp8: bool = False) -> Ar
         words = pltpu.bitcast(pages[...].reshape(-1, lanes), jnp.int32).reshape(-1, SUBLANES, lanes)
         half = words[:, first // packed : (first + size) // packed]
         x = pltpu.bitcast(half.reshape(-1, lanes), pages.dtype)
-    x = numbers(x)
-    return x if keep_fp8 and x.dtype == FP8 else x.astype(dtype)
+    return numbers(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +58,14 @@ class Products:
         dtype: of queries and weights.
         page_size: S.
         value_row: of a page, the first row of values.
+        transposed_passes: how many of the passes, the last ones, take keys that the cross-lane unit transposes.
     """
 
     dtype: Any
     page_size: int
     value_row: int
     packing: HeadPacking
+    transposed_passes: int = 0
 
     def prepare(self, slot) -> None:
         """Puts the keys of two heads side by side in the first's rows, their values in the second's, where H is 64."""
@@ -74,21 +74,35 @@ class Products:
             for e, x in enumerate(swap_halves(*rows)):
                 slot[:, head + e] = x.reshape(-1, self.page_size, LANES)
 
-    def _operand(self, slot, n: int, is_value: bool) -> Array:
-        """The keys or values of the heads of pass n, side by side: `[T, E * width]`."""
+    def _rows(self, slot, n: int, is_value: bool) -> list[Array]:
+        """The keys or values of each head of pass n, or of each two heads that share lanes, as stored: `[T, L]`."""
         E = self.packing.heads_per_pass
         heads = range(n * E, (n + 1) * E)
         if self.packing.shares_lanes:
             heads = heads[is_value::2]
-        first, keep_fp8 = self.value_row if is_value else 0, self.dtype == jnp.bfloat16
-        rows = [load_rows(slot.at[:, head], first, self.page_size, self.dtype, keep_fp8) for head in heads]
-        return jnp.concatenate(rows, axis=1)
+        first = self.value_row if is_value else 0
+        return [load_rows(slot.at[:, head], first, self.page_size) for head in heads]
+
+    def _operand_dtype(self, stored) -> Any:
+        """bfloat16 and float8 meet in the matrix unit; all else is widened to the queries' dtype."""
+        return stored if stored == FP8 and self.dtype == jnp.bfloat16 else self.dtype
+
+    def _operand(self, slot, n: int, is_value: bool) -> Array:
+        """The keys or values of the heads of pass n, side by side: `[T, E * width]`."""
+        rows = self._rows(slot, n, is_value)
+        return jnp.concatenate([x.astype(self._operand_dtype(x.dtype)) for x in rows], axis=1)
+
+    def _transposed_keys(self, slot, n: int) -> Array:
+        """The keys of the heads of pass n, below each other: `[E * width, T]`; transposed while they are narrow."""
+        keys = jnp.concatenate([x.T for x in self._rows(slot, n, is_value=False)], axis=0)
+        return keys.astype(self._operand_dtype(keys.dtype))
 
     def scores(self, q: Array, slot) -> Array:
         """Packed queries `[passes, R, E * width]` with the keys of an item: `[rows, T]`."""
-        return jnp.concatenate(
-            [dot(q[n], self._operand(slot, n, False), 1) for n in range(self.packing.num_passes)], axis=0
-        )
+        straight = self.packing.num_passes - self.transposed_passes
+        outs = [dot(q[n], self._operand(slot, n, False), 1) for n in range(straight)]
+        outs += [dot(q[n], self._transposed_keys(slot, n), 0) for n in range(straight, self.packing.num_passes)]
+        return jnp.concatenate(outs, axis=0)
 
     def values(self, p: Array, slot) -> Array:
         """Weights `[rows, T]` with the values of an item: `[rows, L]`, of each row the register of its head."""

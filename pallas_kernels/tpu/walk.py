@@ -29,6 +29,7 @@ class DecodeSizes:
         items_in_ring: U, a multiple of W.
         distance: D, the items between an item's scores and its softmax, and between that and its values.
         hides_copies: start the copies of later items beside the products of a group, not behind them.
+        transposed_passes: of the passes of the scores, how many take keys that the cross-lane unit transposes.
     """
 
     page_size: int
@@ -37,6 +38,7 @@ class DecodeSizes:
     items_in_ring: int
     distance: int = 1
     hides_copies: bool = False
+    transposed_passes: int = 0
 
     @property
     def tokens(self) -> int:

@@ -59,7 +59,7 @@ def pages_per_block(page_size: int) -> int:
 def small_blocks(monkeypatch):
     """Blocks so small that short sequences take many of them; the interpreter's time goes with the ring."""
 
-    def decode_sizes(pages, max_pages, packing):
+    def decode_sizes(pages, *_):
         return DecodeSizes(pages.page_size, pages_per_block(pages.page_size), items_per_group=1, items_in_ring=4)
 
     def prefill_kernels(pages, num_heads, *_):

@@ -13,7 +13,8 @@ from kernels.cases import CASES, Case, expected, make_inputs, random_forest, sha
 from pallas_kernels import copy_pages, init_pages, paged_attention, write_pages
 from pallas_kernels.pages import stored
 from pallas_kernels.tpu import attention, decode, page_advice, refusal, units
-from pallas_kernels.tpu.blocks import ALL_COUNTS, prefill_kernels, prefill_sizes, whole_heads
+from pallas_kernels.tpu.blocks import ALL_COUNTS, decode_sizes, prefill_kernels, prefill_sizes, whole_heads
+from pallas_kernels.tpu.heads import pack_heads
 from pallas_kernels.tpu.tasks import PrefillSizes
 from pallas_kernels.tpu.walk import DecodeSizes
 
@@ -70,6 +71,47 @@ def test_quantised(interpreter, small_blocks, dtype, page_size):
         dtype, lengths, (0, 1, 1, 1, 1, 1), (8, 2), 128, page_size, dtype, "bfloat16", holes=((5, 1),), is_padded=True
     )
     check(case, make_inputs(case))
+
+
+@pytest.mark.parametrize(
+    ("page_size", "transposed_passes", "heads", "head_dim", "query_dtype"),
+    [
+        (16, 1, (16, 4), 128, "bfloat16"),  # of two passes of two heads the last one
+        pytest.param(64, 2, (16, 4), 128, "float32", marks=pytest.mark.long),
+        pytest.param(64, 1, (24, 6), 128, "bfloat16", marks=pytest.mark.long),  # of three passes
+        pytest.param(16, 1, (16, 2), 256, "bfloat16", marks=pytest.mark.long),
+    ],
+)
+def test_transposed_keys_give_the_same_scores(
+    interpreter, monkeypatch, page_size, transposed_passes, heads, head_dim, query_dtype
+):
+    sizes = DecodeSizes(page_size, 128 // page_size, 2, 8, transposed_passes=transposed_passes)
+    monkeypatch.setattr(attention, "decode_sizes", lambda *_: sizes)
+    lengths = (0, 1, 130, 300)
+    case = Case(
+        "transposed", lengths, (0, 1, 1, 1), heads, head_dim, page_size, "int8", query_dtype, holes=((3, 1),),
+        is_padded=True,
+    )  # fmt: skip
+    check(case, make_inputs(case))
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "dtype", "device_kind", "transposed_passes"),
+    [
+        ((32, 8), 128, jnp.int8, "TPU7x", 2),
+        ((32, 8), 128, jnp.int8, "TPU v6 lite", 0),
+        ((32, 8), 128, jnp.bfloat16, "TPU7x", 0),
+        ((8, 1), 128, jnp.int8, "TPU7x", 0),  # one pass
+        ((64, 8), 64, jnp.int8, "TPU7x", 0),
+        ((256, 8), 128, jnp.int8, "TPU7x", 0),  # a group of rows that share pages
+    ],
+)
+def test_half_of_the_keys_are_transposed_where_the_matrix_unit_is_the_limit(
+    heads, head_dim, dtype, device_kind, transposed_passes
+):
+    pages = init_pages(4, heads[1], 64, head_dim, dtype)
+    packing = pack_heads(heads[0], heads[1], head_dim, pages.data.shape[3])
+    assert decode_sizes(pages, 32, packing, device_kind).transposed_passes == transposed_passes
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float8_e4m3fn", marks=pytest.mark.long)])
