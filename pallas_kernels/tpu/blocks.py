@@ -39,6 +39,7 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking, device_kind
 
     Keys enter the matrix unit half as fast as values, since they are transposed on the way. Where that is the limit,
     for int8 on v7x, the cross-lane unit transposes those of half of the passes, unless it is busy with heads of 64.
+    More query rows than `MANY_ROWS`, those of groups that share pages, were not measured and keep the usual way.
     """
     width = pages.num_kv_heads * -(-packing.lanes // LANES)  # registers of a token's row
     rows = pages.data.shape[2] // pages.page_size  # of a token
