@@ -20,3 +20,12 @@ def compile_for(topology: str, jitted: Any, *arguments: Any, **static: Any):
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
     with use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=abstract)):
         return jitted.lower(*placed, **static).compile()
+
+
+def hbm_temporaries(compiled: Any) -> int:
+    """Bytes of HBM that a program holds beside its arguments and results.
+
+    `temp_size_in_bytes` would also count what lies in the chip's VMEM; the total of all allocations does not.
+    """
+    memory = compiled.memory_analysis()
+    return memory.total_allocation_bytes - memory.indefinite_allocations
