@@ -25,7 +25,7 @@ from benchmarks.rollout.loads import make_checkpoint
 from benchmarks.timing import compare
 from paged_jax import DraftModel, Drafts, KVCache, Lookup, Rollout, SamplingParams, Stepper, models, rollout
 from paged_jax.decoding.rows import NO_TOKEN, Rows
-from paged_jax.decoding.step import token_counts_for
+from paged_jax.decoding.stepper import token_counts_for
 
 ROWS, PROMPT, NEW = 8, 24, 64
 SOURCE = pathlib.Path(__file__).parent.parent / "paged_jax"

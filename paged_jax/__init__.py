@@ -22,7 +22,7 @@ from paged_jax.decoding.prefill import prefill
 from paged_jax.decoding.rollout import Rollout, rollout
 from paged_jax.decoding.rows import Finish
 from paged_jax.decoding.score import Score, score
-from paged_jax.decoding.step import Stepper, token_counts_for
+from paged_jax.decoding.stepper import Stepper, token_counts_for
 from paged_jax.engine import Completion, Engine, Piece
 from paged_jax.forward import Forward
 from paged_jax.memory import CacheReport, MemoryReport

@@ -20,7 +20,8 @@ from paged_jax.decoding.draft import Drafter, Drafts
 from paged_jax.decoding.plan import first_come_first_served
 from paged_jax.decoding.room import reserve
 from paged_jax.decoding.rows import NO_ROW, NO_TOKEN, DecodeState, Finish, Rows
-from paged_jax.decoding.step import Stepper, ask, commit, compute, release, run, share_prompts, start
+from paged_jax.decoding.step import ask, commit, compute, release, run, share_prompts, start
+from paged_jax.decoding.stepper import Stepper
 from paged_jax.sampling import SamplingParams, SamplingState
 
 B, M, S = 4, 8, decoder.PAGE_SIZE

@@ -33,10 +33,11 @@ from benchmarks.rollout.loads import GEMMA_LIKE, make_checkpoint
 from benchmarks.serving.client import Arrival, Trace, serve
 from benchmarks.serving.loads import LONG_PROMPT, NUM_RUNNING, arrivals_of, one_long_prompt
 from paged_jax import Engine, SamplingParams, models
-from paged_jax.decoding.step import token_counts_for
+from paged_jax.decoding.stepper import token_counts_for
 from paged_jax.engine import Statistics
 
 ROWS, MAX_LENGTH, PAGE_SIZE, POOL_GIB = 64, 2048, 16, 2
+PREFILL_PASSES = 2
 SCARCE_TOKENS = 2 * MAX_LENGTH  # that the pool of the load "memory" holds
 TIMED = ("sharegpt", "prefix", "poisson", "long")
 OTHERS = ("hybrid", "memory")
@@ -51,7 +52,8 @@ def make_engine(model: models.Model, budget: int, num_pages: int | None = None, 
     columns = MAX_LENGTH // PAGE_SIZE
     config = model.cache_config(num_pages=2, max_sequences=ROWS, max_pages_per_sequence=columns, page_size=PAGE_SIZE)
     config = dataclasses.replace(config, num_pages=num_pages or POOL_GIB * 2**30 // config.page_bytes)
-    options = {"token_counts": token_counts_for(ROWS, budget), "num_logprobs": None} | options
+    sizes = {"token_counts": token_counts_for(ROWS, budget, prefill_passes=PREFILL_PASSES)}
+    options = sizes | {"prefill_passes": PREFILL_PASSES, "num_logprobs": None} | options
     return Engine(model.forward, model.params, config, **options)
 
 

@@ -20,7 +20,7 @@ from paged_jax.decoding.groups import Groups, Queue, Search, admit, collect, gro
 from paged_jax.decoding.hypotheses import Rules
 from paged_jax.decoding.room import reserve
 from paged_jax.decoding.rows import Counters, DecodeState, Rows, prompt_arrays
-from paged_jax.decoding.step import Stepper
+from paged_jax.decoding.stepper import Stepper
 from paged_jax.sampling import SamplingState
 
 

@@ -27,7 +27,8 @@ from paged_jax.decoding.hypotheses import (
 )
 from paged_jax.decoding.room import reserve
 from paged_jax.decoding.rows import DecodeState, Rows
-from paged_jax.decoding.step import Choose, Logits, Stepper, commit, compute, draw_next, release, share_prompts
+from paged_jax.decoding.step import Choose, Logits, commit, compute, draw_next, release, share_prompts
+from paged_jax.decoding.stepper import Stepper
 from paged_jax.sampling import processors
 
 

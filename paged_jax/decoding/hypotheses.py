@@ -14,7 +14,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from paged_jax.decoding.rows import Rows
-from paged_jax.decoding.step import Logits, Stepper
+from paged_jax.decoding.step import Logits
+from paged_jax.decoding.stepper import Stepper
 from paged_jax.sampling import processors
 
 NOTHING = -jnp.inf  # the score of a beam or of a sequence that is not there

@@ -14,7 +14,8 @@ from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.page_table import PageTable
 from paged_jax.cache.page_tables import Handles, PageTables
 from paged_jax.decoding.rows import NO_ROW, NO_TOKEN, Counters, DecodeState, Finish, Rows, prompt_arrays
-from paged_jax.decoding.step import Stepper, release, start, step
+from paged_jax.decoding.step import release, start, step
+from paged_jax.decoding.stepper import Stepper
 from paged_jax.sampling import SamplingParams, SamplingState
 
 NO_PROMPT = -1

@@ -7,7 +7,7 @@ at once, and a row that has caught up draws its next token; with drafts (`paged_
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,110 +19,11 @@ from paged_jax.attention import find_sharing, step_pays
 from paged_jax.cache.kv_cache import KVCache
 from paged_jax.cache.metadata import AttentionMetadata
 from paged_jax.cache.pool import PagePool
-from paged_jax.decoding.draft import MOST_DRAFTS, Drafter, add_drafts, settle_drafts
-from paged_jax.decoding.plan import Plan, first_come_first_served
+from paged_jax.decoding.draft import add_drafts, settle_drafts
 from paged_jax.decoding.room import reserve
 from paged_jax.decoding.rows import FIRST_TRUST, NO_ROW, DecodeState, Finish, Rows
-from paged_jax.forward import Forward
-from paged_jax.sampling import Processor, SamplingState, draw
-
-TOKEN_COUNTS = (8, 16, 32, 64, 256)
-# Few tokens of each row take less of a kernel, and less of the compiler: on a CPU, a pass that can prefill compiles for
-# nearly twice as long as one that cannot.
-SHORT = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Stepper:
-    """A decoder, and everything else about a step that is static. Hashable, so it may be a static argument.
-
-    Args:
-        forward: the decoder.
-        token_counts: the sizes T of the forward passes that are compiled, in ascending order; `token_counts_for` gives
-            some. A step in which no row computes more than `SHORT` tokens runs the smallest pass that holds what it
-            computes. Any other step, such as one that prefills, runs the largest pass. That is the budget of a step,
-            and must hold at least one token of every row.
-        plan: a function that says how many tokens each row computes; see `first_come_first_served`.
-        drafter: proposes tokens that a step verifies, such as `Lookup`; it changes the speed, never what is drawn.
-            Drafts fill the largest pass but one, since the largest is for steps that prefill.
-        processor: changes the logits of every row before they are drawn from; see `paged_jax.sampling.Processor`.
-        num_logprobs: for how many of the most likely tokens the log-probabilities are kept, beside that of the drawn
-            token; None computes none at all.
-        sharing: whether attention reads pages that rows share once for all of them (`find_sharing`). It changes the
-            speed, and how sums round. None: on a CPU, in passes of many rows that cannot prefill.
-        processed_logprobs: whether log-probabilities are those after all processors and the temperature, instead of the
-            model's own.
-
-    Raises:
-        ValueError: `forward` is no function, the token counts do not ascend, or the drafter or processor is none.
-
-    Examples:
-        Steps of a batch of 16 rows compute at most 64 tokens, in passes of three sizes:
-
-        >>> stepper = Stepper(forward, token_counts=token_counts_for(num_rows=16, budget=64))
-        >>> stepper.token_counts
-        (8, 16, 64)
-    """
-
-    forward: Forward
-    token_counts: tuple[int, ...] = TOKEN_COUNTS
-    plan: Plan = first_come_first_served
-    drafter: Drafter | None = None
-    processor: Processor | None = None
-    num_logprobs: int | None = 0
-    processed_logprobs: bool = False
-    sharing: bool | None = None
-
-    def __post_init__(self):
-        if not callable(self.forward):
-            advice = "pass its `forward`" if hasattr(self.forward, "forward") else "see paged_jax.Forward"
-            raise ValueError(
-                f"forward must be a function (params, tokens, pool, metadata) -> (logits, pool), got a "
-                f"{type(self.forward).__name__}: {advice}"
-            )
-        counts = tuple(self.token_counts) if isinstance(self.token_counts, Iterable) else ()
-        if not counts or any(count < 1 for count in counts) or list(counts) != sorted(set(counts)):
-            raise ValueError(
-                "token_counts must be a tuple of numbers of at least 1 in ascending order, such as (8, 64), got "
-                f"{self.token_counts}"
-            )
-        object.__setattr__(self, "token_counts", counts)  # a list is not hashable
-        if self.num_logprobs is not None and self.num_logprobs < 0:
-            raise ValueError(f"num_logprobs must be None or at least 0, got {self.num_logprobs}")
-        if isinstance(self.processor, type):
-            raise ValueError(f"processor={self.processor.__name__} is a class: pass an object of it")
-        if isinstance(self.drafter, type) or not (self.drafter is None or isinstance(self.drafter, Drafter)):
-            raise ValueError(f"drafter={self.drafter!r} is no drafter: give one, such as Lookup()")
-        if self.drafter is not None and not (isinstance(self.num_drafts, int) and 1 <= self.num_drafts <= MOST_DRAFTS):
-            raise ValueError(f"num_drafts of the drafter must be from 1 to {MOST_DRAFTS}, got {self.num_drafts!r}")
-
-    @property
-    def num_drafts(self) -> int:
-        """D, the most drafts of a row in a step."""
-        return 0 if self.drafter is None else self.drafter.num_drafts
-
-    def verifies(self, num_tokens: int) -> bool:
-        """Whether the pass of this many tokens may have drafts in it."""
-        return self.drafter is not None and num_tokens <= self.most_verified
-
-    @property
-    def most_verified(self) -> int:
-        """The tokens of the largest pass that may have drafts in it: the largest but one, or the only one."""
-        return self.token_counts[-2:][0]
-
-    def check_rows(self, num_rows: int) -> None:
-        """Refuse token counts that are too small for a batch; raises ValueError."""
-        counts = self.token_counts
-        if counts[-1] < num_rows:
-            raise ValueError(
-                f"token_counts={counts} for a batch of {num_rows} rows: the largest must hold one token of each"
-            )
-        if self.drafter is not None and self.most_verified <= num_rows:
-            raise ValueError(
-                f"token_counts={counts} for a batch of {num_rows} rows with drafts: the largest but one, "
-                f"{self.most_verified}, must hold more than one token of each; "
-                f"token_counts_for({num_rows}, num_drafts={self.num_drafts}) gives some that do"
-            )
+from paged_jax.decoding.stepper import SHORT, Stepper
+from paged_jax.sampling import SamplingState, draw
 
 
 class Drawn(NamedTuple):
@@ -200,39 +101,6 @@ def draw_next(stepper: Stepper, logits: Logits, rows: Rows, draws: Bool[Array, "
     return lax.while_loop(goes_on, draw_one_more, start)[2]
 
 
-def token_counts_for(num_rows: int, budget: int = TOKEN_COUNTS[-1], *, num_drafts: int = 0) -> tuple[int, ...]:
-    """Token counts for a `Stepper`: a few sizes of a step that are worth compiling.
-
-    They are for a few rows that decode, for all of them, and for a step that prefills; with drafts, also for all rows
-    and half of their drafts. Compiling a pass takes as long as compiling a small decoder, so there are not many.
-
-    Args:
-        num_rows: B, rows of the batch.
-        budget: the most tokens that a step computes; at least B.
-        num_drafts: D, the most drafts of a row.
-
-    Raises:
-        ValueError: the budget does not hold one token of each row, with half of its drafts.
-
-    Examples:
-        >>> token_counts_for(64), token_counts_for(64, num_drafts=4)
-        ((8, 32, 64, 256), (8, 32, 64, 192, 256))
-    """
-    if budget < num_rows:
-        raise ValueError(f"a budget of {budget} tokens a step does not hold one of each of {num_rows} rows: raise it")
-    if num_drafts < 0:
-        raise ValueError(f"num_drafts={num_drafts} must be at least 0")
-    few = [count for count in (8, 32, 128, 512) if 2 * count <= num_rows]
-    drafting = num_rows + -(-num_rows * num_drafts // 2)
-    if num_drafts and drafting >= budget:
-        raise ValueError(
-            f"a budget of {budget} tokens a step is too small for {num_rows} rows with {num_drafts} drafts each: raise "
-            f"it to {2 * drafting}"
-        )
-    drafts = {max(drafting, 16)} if num_drafts else set()
-    return tuple(sorted({*few, *drafts, min(max(num_rows, 8), budget), budget}))
-
-
 Step = Callable[[Stepper, Any, DecodeState], tuple[DecodeState, Bool[Array, " B"]]]
 """(stepper, params, state) -> (state, which rows ended)"""
 
@@ -300,7 +168,7 @@ def compute(
     alike = itertools.groupby(stepper.token_counts, lambda t: (min(t, num_rows), t if stepper.verifies(t) else 0))
     by_rows = [(n, tuple(group)) for (n, _), group in alike]
     branches = [functools.partial(_forward_and_choose, stepper, choose, *sizes) for sizes in by_rows]
-    which = _choose_pass(stepper.token_counts, counts)
+    which = stepper.choose_pass(counts)
     ends = jnp.cumsum(jnp.array([len(token_counts) for _, token_counts in by_rows], jnp.int32), dtype=jnp.int32)
     branch = jnp.sum(ends <= which, dtype=jnp.int32)
     pool, chosen = lax.switch(branch, branches, params, state, counts, draws)
@@ -311,12 +179,6 @@ def compute(
         drawn_tokens=counters.drawn_tokens + jnp.sum(draws, dtype=jnp.int32),  # `commit` adds accepted drafts
     )
     return dataclasses.replace(state, cache=KVCache(state.cache.tables, pool), counters=counters), chosen
-
-
-def _choose_pass(token_counts: Sequence[int], counts: Int32[Array, " B"]) -> Int32[Array, ""]:
-    """Which of the token counts a step runs; see `Stepper`."""
-    smallest = jnp.sum(jnp.array(token_counts, jnp.int32) < jnp.sum(counts, dtype=jnp.int32), dtype=jnp.int32)
-    return jnp.where(jnp.max(counts) <= SHORT, smallest, len(token_counts) - 1).astype(jnp.int32)
 
 
 def _forward_and_choose(
@@ -334,7 +196,7 @@ def _forward_and_choose(
     row = jnp.flatnonzero(counts > 0, size=num_taking, fill_value=num_rows).astype(jnp.int32)
     query_lens = counts.at[row].get(mode="fill", fill_value=0)
     branches = [functools.partial(_forward, stepper, num_tokens) for num_tokens in token_counts]
-    which = _choose_pass(stepper.token_counts, counts) - stepper.token_counts.index(token_counts[0])
+    which = stepper.choose_pass(counts) - stepper.token_counts.index(token_counts[0])
     logits, pool = lax.switch(which, branches, params, state, row, query_lens)
 
     mine = jax.tree.map(lambda x: x.at[row].get(mode="clip"), state.rows)
@@ -365,7 +227,7 @@ def _forward(
     In a pass that verifies drafts, logits of every token.
     """
     num_rows, capacity = state.rows.tokens.shape
-    longest = num_tokens if num_tokens == stepper.token_counts[-1] else min(SHORT, num_tokens)
+    longest = num_tokens if stepper.prefills(num_tokens) else min(SHORT, num_tokens)
     metadata = AttentionMetadata.ragged(state.cache.tables, query_lens, num_tokens, rows=row, max_query_len=longest)
     sharing = stepper.sharing
     if sharing is None:

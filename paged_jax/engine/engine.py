@@ -16,7 +16,7 @@ from rich.progress import track
 from paged_jax.cache.config import CacheConfig
 from paged_jax.cache.page_tables import PageTables
 from paged_jax.decoding.draft import Drafter
-from paged_jax.decoding.step import Stepper, token_counts_for
+from paged_jax.decoding.stepper import Stepper, token_counts_for
 from paged_jax.engine.core import Core
 from paged_jax.engine.intake import Intake, Prompt, as_batch, find_folder, vocab_size
 from paged_jax.engine.output import Tokenizer
@@ -58,6 +58,7 @@ class Engine:
         stop_tokens: end every sample, beside those of its request.
         token_counts: of the steps, see `Stepper`; longer prompts are cut at the largest. None: those of
             `token_counts_for`.
+        prefill_passes: how many of these sizes a step that prefills can have, see `Stepper`.
         visit_steps: the most steps between two looks of the host, and so, without drafts, the most tokens of a piece.
         drafter: proposes tokens that a step verifies, such as `Lookup`; see `Stepper`.
         drafter_state: before anything is drafted, where the drafter has one.
@@ -98,6 +99,7 @@ class Engine:
         *,
         stop_tokens: Sequence[int] = (),
         token_counts: tuple[int, ...] | None = None,
+        prefill_passes: int = 1,
         visit_steps: int = 8,
         drafter: Drafter | None = None,
         drafter_state: Any = None,
@@ -120,8 +122,12 @@ class Engine:
             raise ValueError(f"Engine(visit_steps={visit_steps}): visit_steps must be at least 1")
         stop_tokens = SamplingParams(stop_tokens=stop_tokens).stop_tokens
         num_drafts = 0 if drafter is None else drafter.num_drafts
-        counts = token_counts or token_counts_for(config.max_sequences, num_drafts=num_drafts)
-        stepper = Stepper(forward, counts, drafter=drafter, processor=processor, num_logprobs=num_logprobs)
+        counts = token_counts or token_counts_for(
+            config.max_sequences, num_drafts=num_drafts, prefill_passes=prefill_passes
+        )
+        stepper = Stepper(
+            forward, counts, prefill_passes, drafter=drafter, processor=processor, num_logprobs=num_logprobs
+        )
         if (host_cache_bytes or store is not None) and not prefix_cache:
             raise ValueError(
                 "host_cache_bytes and store keep cached prefixes: leave prefix_cache on, or both of them out"

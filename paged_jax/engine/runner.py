@@ -24,7 +24,8 @@ from paged_jax.decoding import beam_step
 from paged_jax.decoding.groups import Groups
 from paged_jax.decoding.hypotheses import Hypotheses, Rules, Stopping
 from paged_jax.decoding.rows import NO_ROW, Counters, DecodeState
-from paged_jax.decoding.step import Stepper, release, run, start, step
+from paged_jax.decoding.step import release, run, start, step
+from paged_jax.decoding.stepper import Stepper
 from paged_jax.prefix.prefix_cache import Taken
 from paged_jax.sampling import BeamParams, SamplingParams, SamplingState
 
