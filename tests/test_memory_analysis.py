@@ -56,7 +56,9 @@ def check(compiled, arguments, temporaries: int):
 def test_on_a_cpu_no_step_copies_the_pool(name):
     function, arguments = step_functions()[name]
     compiled = jax.jit(function, donate_argnums=0).lower(*arguments).compile()
-    check(compiled, arguments, compiled.memory_analysis().temp_size_in_bytes)
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    check(compiled, arguments, memory.temp_size_in_bytes)
 
 
 @pytest.mark.tpu_compile
