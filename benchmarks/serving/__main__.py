@@ -37,7 +37,7 @@ from paged_jax.decoding.stepper import token_counts_for
 from paged_jax.engine import Statistics
 
 ROWS, MAX_LENGTH, PAGE_SIZE, POOL_GIB = 64, 2048, 16, 2
-PREFILL_PASSES = 2
+VISIT_STEPS, PREFILL_PASSES = 2, 2  # a step takes long here, and a short prompt need not run the largest pass
 SCARCE_TOKENS = 2 * MAX_LENGTH  # that the pool of the load "memory" holds
 TIMED = ("sharegpt", "prefix", "poisson", "long")
 OTHERS = ("hybrid", "memory")
@@ -53,7 +53,7 @@ def make_engine(model: models.Model, budget: int, num_pages: int | None = None, 
     config = model.cache_config(num_pages=2, max_sequences=ROWS, max_pages_per_sequence=columns, page_size=PAGE_SIZE)
     config = dataclasses.replace(config, num_pages=num_pages or POOL_GIB * 2**30 // config.page_bytes)
     sizes = {"token_counts": token_counts_for(ROWS, budget, prefill_passes=PREFILL_PASSES)}
-    options = sizes | {"prefill_passes": PREFILL_PASSES, "num_logprobs": None} | options
+    options = sizes | {"prefill_passes": PREFILL_PASSES, "visit_steps": VISIT_STEPS, "num_logprobs": None} | options
     return Engine(model.forward, model.params, config, **options)
 
 

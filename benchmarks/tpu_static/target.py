@@ -25,7 +25,7 @@ def compile_for(topology: str, jitted: Any, *arguments: Any, **static: Any):
 def hbm_temporaries(compiled: Any) -> int:
     """Bytes of HBM that a program holds beside its arguments and results.
 
-    `temp_size_in_bytes` would also count what lies in the chip's VMEM; the total of all allocations does not.
+    `temp_size_in_bytes` may also count what lies in the chip's VMEM; the total of all allocations does not.
     """
     memory = compiled.memory_analysis()
     return memory.total_allocation_bytes - memory.indefinite_allocations

@@ -165,7 +165,7 @@ class DecodeState:
         Args:
             config: sizes of the cache; `config.max_sequences` rows.
             capacity: C, tokens that a row can know, its last one, which is never cached, included.
-            token_counts: those of the steps; see `step`.
+            token_counts: those of the steps; see `Stepper`.
             sampling: that of all rows, whose sizes are those of the rows to come; None: greedy.
             mesh: splits the pool as in `PagePool.create`; each device holds all else.
             num_logprobs: that of the steps; see `Stepper`.

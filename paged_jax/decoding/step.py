@@ -125,7 +125,7 @@ def step(stepper: Stepper, params: Any, state: DecodeState) -> tuple[DecodeState
 
 
 def ask(stepper: Stepper, state: DecodeState) -> tuple[DecodeState, Int32[Array, " B"]]:
-    """How many tokens each row is to compute: what the plan gives it, and drafts, in a step that does not prefill.
+    """How many tokens each row is to compute: what the plan gives it, and drafts, in a step that may have some.
 
     Returns:
         The state, with drafts in the rows' token buffers, and the tokens of each row.
@@ -133,7 +133,7 @@ def ask(stepper: Stepper, state: DecodeState) -> tuple[DecodeState, Int32[Array,
     counts = stepper.plan(state, stepper.token_counts[-1])
     if stepper.drafter is None:
         return state, counts
-    is_short = (jnp.max(counts) <= SHORT) | (len(stepper.token_counts) == 1)
+    is_short = (jnp.max(counts) <= SHORT) | (len(stepper.token_counts) == 1)  # the only pass has room for drafts, too
     return add_drafts(stepper.drafter, state, counts, jnp.where(is_short, stepper.most_verified, 0))
 
 

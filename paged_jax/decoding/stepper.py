@@ -25,13 +25,11 @@ class Stepper:
         forward: the decoder.
         token_counts: the sizes T of the forward passes that are compiled, in ascending order; `token_counts_for` gives
             some. A step in which no row computes more than `SHORT` tokens runs the smallest pass that holds what it
-            computes. Any other step, such as one that prefills, runs the smallest such pass among the largest few. The
-            largest is the budget of a step, and must hold at least one token of every row.
-        prefill_passes: how many of the largest passes can prefill. More of them take longer to compile, and a short
-            prompt, which runs no more rows than it needs, is answered sooner: on a CPU, where tokens cost time.
+            computes. Any other step, such as one that prefills, runs the smallest that holds it among the
+            `prefill_passes` largest. The largest is the budget of a step, and must hold a token of every row.
         plan: a function that says how many tokens each row computes; see `first_come_first_served`.
         drafter: proposes tokens that a step verifies, such as `Lookup`; it changes the speed, never what is drawn.
-            Drafts fill the largest pass that cannot prefill.
+            Drafts fill the largest pass that cannot prefill, or the smallest, if all can.
         processor: changes the logits of every row before they are drawn from; see `paged_jax.sampling.Processor`.
         num_logprobs: for how many of the most likely tokens the log-probabilities are kept, beside that of the drawn
             token; None computes none at all.
@@ -39,10 +37,13 @@ class Stepper:
             speed, and how sums round. None: on a CPU, in passes of many rows that cannot prefill.
         processed_logprobs: whether log-probabilities are those after all processors and the temperature, instead of the
             model's own.
+        prefill_passes: how many of the largest passes can prefill; give `token_counts_for` the same number. With more
+            of them a short prompt is answered sooner, since it runs a smaller pass, where every token of a pass costs
+            time, as on a CPU. Each takes longer to compile than a pass that cannot prefill.
 
     Raises:
-        ValueError: `forward` is no function, the token counts do not ascend, as many of them cannot prefill, or the
-            drafter or processor is none.
+        ValueError: `forward` is no function, the token counts do not ascend, `prefill_passes` is not from 1 to their
+            number, `num_logprobs` is negative, or the drafter or processor is none.
 
     Examples:
         Steps of a batch of 16 rows compute at most 64 tokens, in passes of three sizes:
@@ -54,13 +55,13 @@ class Stepper:
 
     forward: Forward
     token_counts: tuple[int, ...] = TOKEN_COUNTS
-    prefill_passes: int = 1
     plan: Plan = first_come_first_served
     drafter: Drafter | None = None
     processor: Processor | None = None
     num_logprobs: int | None = 0
     processed_logprobs: bool = False
     sharing: bool | None = None
+    prefill_passes: int = 1
 
     def __post_init__(self):
         if not callable(self.forward):
@@ -76,10 +77,9 @@ class Stepper:
                 f"{self.token_counts}"
             )
         object.__setattr__(self, "token_counts", counts)  # a list is not hashable
-        if not 1 <= self.prefill_passes <= len(counts):
-            raise ValueError(
-                f"prefill_passes={self.prefill_passes} of token_counts={counts}: it must be from 1 to {len(counts)}"
-            )
+        passes = self.prefill_passes
+        if not isinstance(passes, int) or isinstance(passes, bool) or not 1 <= passes <= len(counts):
+            raise ValueError(f"prefill_passes={passes!r} of token_counts={counts}: it must be from 1 to {len(counts)}")
         if self.num_logprobs is not None and self.num_logprobs < 0:
             raise ValueError(f"num_logprobs must be None or at least 0, got {self.num_logprobs}")
         if isinstance(self.processor, type):
@@ -112,7 +112,7 @@ class Stepper:
         return len(self.token_counts) - self.prefill_passes
 
     def choose_pass(self, counts: Int32[Array, " B"]) -> Int32[Array, ""]:
-        """Which of the passes runs a step in which the rows compute so many tokens."""
+        """The index in `token_counts` of the pass for a step in which the rows compute so many tokens."""
         sizes = jnp.array(self.token_counts, jnp.int32)
         smallest = jnp.sum(sizes < jnp.sum(counts, dtype=jnp.int32), dtype=jnp.int32)
         first = jnp.where(jnp.max(counts) <= SHORT, 0, self._first_prefill)
@@ -127,9 +127,9 @@ class Stepper:
             )
         if self.drafter is not None and self.most_verified <= num_rows:
             raise ValueError(
-                f"token_counts={counts} for a batch of {num_rows} rows with drafts: the largest that cannot prefill, "
-                f"{self.most_verified}, must hold more than one token of each; "
-                f"token_counts_for({num_rows}, num_drafts={self.num_drafts}) gives some that do"
+                f"token_counts={counts} for a batch of {num_rows} rows with drafts: the largest that may have drafts, "
+                f"{self.most_verified}, must hold more than one token of each; token_counts_for({num_rows}, "
+                f"num_drafts={self.num_drafts}) gives some that do, with prefill_passes=1"
             )
 
 
@@ -145,7 +145,8 @@ def token_counts_for(
         num_rows: B, rows of the batch.
         budget: the most tokens that a step computes; at least B.
         num_drafts: D, the most drafts of a row.
-        prefill_passes: how many sizes a step that prefills can have: the budget, half of it, and so on.
+        prefill_passes: how many sizes there are for steps that prefill: the budget, half of it, and so on. The
+            `Stepper` must be given the same number.
 
     Raises:
         ValueError: the budget, or the least of its parts, does not hold one token of each row, with half of its drafts.
@@ -156,8 +157,10 @@ def token_counts_for(
     """
     if budget < num_rows:
         raise ValueError(f"a budget of {budget} tokens a step does not hold one of each of {num_rows} rows: raise it")
-    if num_drafts < 0 or prefill_passes < 1:
-        raise ValueError(f"num_drafts={num_drafts} must be at least 0, prefill_passes={prefill_passes} at least 1")
+    if num_drafts < 0:
+        raise ValueError(f"num_drafts={num_drafts} must be at least 0")
+    if not isinstance(prefill_passes, int) or prefill_passes < 1:
+        raise ValueError(f"prefill_passes={prefill_passes!r} must be an integer of at least 1")
     few = [count for count in (8, 32, 128, 512) if 2 * count <= num_rows]
     drafting = num_rows + -(-num_rows * num_drafts // 2)
     if num_drafts and drafting >= budget:
@@ -171,6 +174,7 @@ def token_counts_for(
     if halves and min(halves) <= max(decoding):
         raise ValueError(
             f"prefill_passes={prefill_passes} halve a budget of {budget} tokens down to {min(halves)}, but steps that "
-            f"do not prefill take up to {max(decoding)}: raise the budget, or make fewer"
+            f"do not prefill take up to {max(decoding)}: lower prefill_passes, or raise the budget to "
+            f"{(max(decoding) + 1) << (prefill_passes - 1)} (of an Engine, by token_counts)"
         )
     return tuple(sorted({*decoding, *halves, budget}))

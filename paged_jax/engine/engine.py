@@ -58,8 +58,9 @@ class Engine:
         stop_tokens: end every sample, beside those of its request.
         token_counts: of the steps, see `Stepper`; longer prompts are cut at the largest. None: those of
             `token_counts_for`.
-        prefill_passes: how many of these sizes a step that prefills can have, see `Stepper`.
-        visit_steps: the most steps between two looks of the host, and so, without drafts, the most tokens of a piece.
+        prefill_passes: how many of the largest of them can prefill, see `Stepper`.
+        visit_steps: the most steps between two looks of the host, and so, without drafts, the most tokens of a piece. A
+            request that comes waits for two visits, and each costs the host a few milliseconds.
         drafter: proposes tokens that a step verifies, such as `Lookup`; see `Stepper`.
         drafter_state: before anything is drafted, where the drafter has one.
         processor: changes the logits of every row, see `paged_jax.sampling.Processor`.
@@ -126,7 +127,12 @@ class Engine:
             config.max_sequences, num_drafts=num_drafts, prefill_passes=prefill_passes
         )
         stepper = Stepper(
-            forward, counts, prefill_passes, drafter=drafter, processor=processor, num_logprobs=num_logprobs
+            forward,
+            counts,
+            drafter=drafter,
+            processor=processor,
+            num_logprobs=num_logprobs,
+            prefill_passes=prefill_passes,
         )
         if (host_cache_bytes or store is not None) and not prefix_cache:
             raise ValueError(

@@ -259,18 +259,12 @@ class Scheduler:
         return not before or all(map(operator.le, needed, room))
 
     def _steps(self) -> int:
-        """Steps of the next visit: one while a prompt is computed, whose first token is waited for.
-
-        Few where a row is waited for, or is free: whoever comes then waits for the end of a visit, and of the next.
-        """
+        """Steps of the next visit: one while a prompt is computed, whose first token is waited for; few if a row is."""
         if not self.running:
             return 0
         if any(sample.num_cached < sample.num_prompt - 1 for sample in self.running.values()):
             return 1
-        taken = sum(sample.num_rows for sample in self.running.values())
-        if self._waiting or taken < self._config.max_sequences:
-            return max(1, self._visit_steps // 4)
-        return self._visit_steps
+        return max(1, self._visit_steps // 4) if self._waiting else self._visit_steps
 
     def _needed(self, num_steps: int) -> Pages:
         """The most pages that the running samples take until the end of the next visit, beside those they have."""

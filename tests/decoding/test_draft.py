@@ -148,7 +148,7 @@ def test_drafters_that_no_pass_can_hold_are_refused():
     with pytest.raises(ValueError, match="a budget of 32 tokens a step is too small for 16 rows with 4 drafts each"):
         token_counts_for(16, 32, num_drafts=4)
     state = DecodeState.create(decoder.config(9), 8, (4, 16))
-    with pytest.raises(ValueError, match="4 rows with drafts: the largest that cannot prefill, 4, must hold more"):
+    with pytest.raises(ValueError, match="4 rows with drafts: the largest that may have drafts, 4, must hold more"):
         step(Stepper(decoder.forward, (4, 16), drafter=Lookup()), None, state)
     with pytest.raises(ValueError, match=r"drafter=<class .*Lookup'> is no drafter: give one, such as Lookup\(\)"):
         Stepper(decoder.forward, drafter=Lookup)  # pyright: ignore[reportArgumentType]  the class, by mistake

@@ -1,6 +1,7 @@
 """Which of the compiled passes runs a step, and that it changes nothing but the time."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import hash_decoder as decoder
-from paged_jax import KVCache, Lookup, SamplingParams, Stepper, rollout, token_counts_for
+from paged_jax import Engine, KVCache, Lookup, SamplingParams, Stepper, rollout, token_counts_for
 
 HYBRID = (None, 6)
 
@@ -29,7 +30,7 @@ HYBRID = (None, 6)
     ],
 )
 def test_a_step_runs_the_smallest_pass_that_holds_it_and_can_prefill_where_it_must(prefill_passes, counts, expected):
-    stepper = Stepper(decoder.forward, (8, 16, 32, 64), prefill_passes)
+    stepper = Stepper(decoder.forward, (8, 16, 32, 64), prefill_passes=prefill_passes)
     assert stepper.token_counts[int(stepper.choose_pass(jnp.array(counts, jnp.int32)))] == expected
     assert stepper.prefills(expected) or max(counts) <= 8
 
@@ -58,11 +59,24 @@ def test_prompts_of_all_lengths_draw_what_a_dense_forward_does_in_passes_of_thei
         assert steps[size] >= 1 and not sum(n for t, n in steps.items() if t > max(size, 8))
 
 
+def test_an_engine_computes_prompts_in_passes_of_their_size():
+    config = decoder.config(1 + 56, windows=HYBRID)
+    engine = Engine(decoder.forward_with(HYBRID), np.int32(0), config, token_counts=(8, 16, 32), prefill_passes=2)
+    prompts = [np.random.default_rng(n).integers(0, decoder.VOCAB, n).tolist() for n in (12, 30)]
+    for prompt, steps in zip(prompts, ({8: 3, 16: 1, 32: 0}, {8: 6, 16: 1, 32: 1}), strict=True):
+        ((completion,),) = engine.generate([prompt], SamplingParams(max_new_tokens=4))
+        assert list(completion.tokens) == decoder.dense_greedy(prompt, 4, HYBRID, ())
+        assert engine.stats().steps == steps
+
+
 def test_passes_that_do_not_fit_together_are_named():
-    for passes in (0, 3):
+    unchecked: Any = getattr(Stepper.__post_init__, "__wrapped__", Stepper.__post_init__)
+    for passes in (0, 3, 2.0, None, True):
+        stepper = Stepper(decoder.forward, (8, 64))
+        object.__setattr__(stepper, "prefill_passes", passes)  # as where nobody checks the annotations
         with pytest.raises(ValueError, match=rf"prefill_passes={passes} of token_counts=\(8, 64\): .* from 1 to 2"):
-            Stepper(decoder.forward, (8, 64), passes)
-    with pytest.raises(ValueError, match="prefill_passes=3 halve a budget of 256 tokens down to 64, but .* up to 64"):
+            unchecked(stepper)
+    with pytest.raises(ValueError, match="prefill_passes=3 halve a budget of 256 tokens down to 64, but .* to 260"):
         token_counts_for(64, prefill_passes=3)
-    with pytest.raises(ValueError, match="prefill_passes=0 at least 1"):
+    with pytest.raises(ValueError, match="prefill_passes=0 must be an integer of at least 1"):
         token_counts_for(64, prefill_passes=0)

@@ -137,3 +137,4 @@ def test_a_deep_decoder_compiles_to_the_program_of_one_period(config, token_coun
     assert sizes[1] <= 1.5 * sizes[0] and code <= 1.5
     assert memory.alias_size_in_bytes >= pool_bytes
     assert temporaries < 0.25 * layer_bytes + logits
+    assert temporaries - temporaries_of_one < 0.25 * layer_bytes
