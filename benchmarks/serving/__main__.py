@@ -12,17 +12,17 @@ in the middle of a step. On a machine that does other things, trust tokens a CPU
 The load "long" shows what four long prompts do to the answers of eight requests that run: the longest gap between two
 of their tokens, beside that without the long prompts, and beside the time of a full step. The load "hybrid" is "prefix"
 on a decoder of that size with windows in most layers, as in Gemma 3, and counts the pages that stay cached. The load
-"memory" times nothing: it counts the requests that draw tokens in the same step while others wait for pages.
+"memory" times nothing: it counts the requests that draw tokens in the same step while others wait for pages. The load
+"lone" is one request, in an engine of 64 rows and in one of a single row. The load "host" is 64 requests that decode,
+and says how much of a step's CPU time is that of the thread that calls the engine.
 """
 
 import argparse
-import dataclasses
 import functools
-import json
 import math
 import pathlib
-import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -30,76 +30,23 @@ import numpy as np
 
 from benchmarks.report import Report, add_json_option
 from benchmarks.rollout.loads import GEMMA_LIKE, make_checkpoint
-from benchmarks.serving.client import Arrival, Trace, serve
+from benchmarks.serving.client import Arrival, Trace
+from benchmarks.serving.contestants import (
+    MAX_LENGTH,
+    PAGE_SIZE,
+    ROWS,
+    VISIT_STEPS,
+    make_engine,
+    serve_ours,
+    serve_vllm,
+    serve_warm,
+)
 from benchmarks.serving.loads import LONG_PROMPT, NUM_RUNNING, arrivals_of, one_long_prompt
 from paged_jax import Engine, SamplingParams, models
-from paged_jax.decoding.stepper import token_counts_for
-from paged_jax.engine import Statistics
 
-ROWS, MAX_LENGTH, PAGE_SIZE, POOL_GIB = 64, 2048, 16, 2
-VISIT_STEPS, PREFILL_PASSES = 2, 2  # a step takes long here, and a short prompt need not run the largest pass
 SCARCE_TOKENS = 2 * MAX_LENGTH  # that the pool of the load "memory" holds
 TIMED = ("sharegpt", "prefix", "poisson", "long")
-OTHERS = ("hybrid", "memory")
 Serve = Callable[[list[list[Arrival]]], list[Trace]]
-
-
-# ---- contestants ---------------------------------------------------------------------------------------------
-
-
-def make_engine(model: models.Model, budget: int, num_pages: int | None = None, **options: Any) -> Engine:
-    """An empty engine; `num_pages` None: as many as `POOL_GIB` holds; `options` are other arguments of `Engine`."""
-    columns = MAX_LENGTH // PAGE_SIZE
-    config = model.cache_config(num_pages=2, max_sequences=ROWS, max_pages_per_sequence=columns, page_size=PAGE_SIZE)
-    config = dataclasses.replace(config, num_pages=num_pages or POOL_GIB * 2**30 // config.page_bytes)
-    sizes = {"token_counts": token_counts_for(ROWS, budget, prefill_passes=PREFILL_PASSES)}
-    options = sizes | {"prefill_passes": PREFILL_PASSES, "visit_steps": VISIT_STEPS, "num_logprobs": None} | options
-    return Engine(model.forward, model.params, config, **options)
-
-
-def serve_ours(model: models.Model, budget: int, prefix_cache: bool, loads: list[list[Arrival]]) -> list[Trace]:
-    return [serve_warm(model, budget, prefix_cache, load)[0] for load in loads]
-
-
-def serve_warm(model: models.Model, budget: int, prefix_cache: bool, load: list[Arrival]) -> tuple[Trace, Statistics]:
-    """A load on an empty engine that need not compile."""
-    while True:
-        engine = make_engine(model, budget, prefix_cache=prefix_cache)
-        engine.generate([[0]], SamplingParams(max_new_tokens=1))  # the pool is created by the first step
-        trace = run_engine(engine, load)
-        if not engine.stats().compilations:
-            return trace, engine.stats()
-
-
-def run_engine(engine: Engine, load: list[Arrival]) -> Trace:
-    places: dict[int, int] = {}  # in the load, by the engine's number of the request
-
-    def add(place: int, prompt: list[int], limit: int) -> None:
-        places[engine.add_request(prompt, SamplingParams(max_new_tokens=limit))] = place
-
-    def step() -> list[tuple[int, list[int]]]:
-        pieces = engine.step()
-        if errors := [piece.error for piece in pieces if piece.error]:
-            raise RuntimeError(f"the engine failed: {errors[0]}")
-        return [(places[piece.request], list(piece.tokens)) for piece in pieces]
-
-    return serve(load, add, step)
-
-
-def serve_vllm(
-    python: str, folder: pathlib.Path, budget: int, prefix_cache: bool, loads: list[list[Arrival]]
-) -> list[Trace]:
-    path = folder / "request.json"
-    options = {"max_num_batched_tokens": budget, "max_num_seqs": ROWS, "max_model_len": MAX_LENGTH}
-    options["enable_prefix_caching"] = prefix_cache
-    path.write_text(json.dumps({"loads": loads, "pool_gib": POOL_GIB, "options": options}))
-    command = [python, "-m", "benchmarks.serving.peer", str(folder), str(path)]
-    root = pathlib.Path(__file__).parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
-    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not found:
-        raise RuntimeError(f"vllm in {python} failed:\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}")
-    return [Trace(**trace) for trace in json.loads(found[-1].removeprefix("RESULT "))]
 
 
 # ---- what is measured ----------------------------------------------------------------------------------------
@@ -171,7 +118,7 @@ def count_running(model: models.Model, budget: int, report: Report) -> None:
         report.add(cache=f"{what}, {length} reserved", mean=float(fit), most=fit, preemptions=0, recomputed=0.0)
 
 
-def compare_hybrid(budget: int, report: Report) -> None:
+def compare_hybrid(_: models.Model, budget: int, report: Report) -> None:
     """Waiting with and without a prefix cache, and what it holds, where most layers have a window."""
     load = arrivals_of("prefix")
     with tempfile.TemporaryDirectory() as name:
@@ -191,6 +138,52 @@ def compare_hybrid(budget: int, report: Report) -> None:
         report.show()
 
 
+def compare_lone(model: models.Model, budget: int, report: Report, rounds: int = 9) -> None:
+    """CPU time of a token that one request draws, round by round in engines of many rows and of one."""
+    num_tokens = 128
+    engines = {rows: make_engine(model, budget, MAX_LENGTH // PAGE_SIZE + 1, rows) for rows in (1, ROWS)}
+    seconds: dict[int, list[float]] = {rows: [] for rows in engines}
+    for number in range(rounds + 1):
+        for rows, engine in engines.items():
+            prompt = [number + 1] * PAGE_SIZE
+            start = time.process_time()
+            engine.generate([prompt], SamplingParams(max_new_tokens=num_tokens))
+            seconds[rows].append(time.process_time() - start)
+    alone, *_ = costs = [float(np.median(seconds[rows][1:])) for rows in engines]  # the first round compiles
+    for rows, cost in zip(engines, costs, strict=True):
+        report.add(rows=rows, cpu_ms_a_token=1e3 * cost / num_tokens, of_one_row=cost / alone)
+
+
+def measure_host(model: models.Model, budget: int, report: Report) -> None:
+    """CPU time of the thread that calls `step`, while as many requests decode as there are rows."""
+    for visit_steps in (VISIT_STEPS, 8):
+        engine = make_engine(model, budget, visit_steps=visit_steps)
+        for _ in range(2):  # which compiles
+            _decode_all(engine)
+        host, cpu = _decode_all(engine)
+        report.add(steps_a_visit=visit_steps, host_ms_a_step=host, cpu_ms_a_step=cpu, share=host / cpu)
+
+
+def _decode_all(engine: Engine) -> tuple[float, float]:
+    """Milliseconds a step of this thread, and of all threads, for a request in each row."""
+    for row in range(ROWS):
+        engine.add_request([row + 1] * PAGE_SIZE, SamplingParams(max_new_tokens=128))
+    steps, host, cpu = sum(engine.stats().steps.values()), time.thread_time(), time.process_time()
+    while engine.has_work:
+        engine.step()
+    host, cpu = time.thread_time() - host, time.process_time() - cpu
+    steps = sum(engine.stats().steps.values()) - steps
+    return 1e3 * host / steps, 1e3 * cpu / steps
+
+
+OTHERS = {
+    "hybrid": (compare_hybrid, "64 requests share 512 tokens; six of seven layers have a window of 128"),
+    "memory": (count_running, f"requests that run at the same time in a pool of {SCARCE_TOKENS} tokens"),
+    "lone": (compare_lone, "one request draws 128 tokens, in an engine of many rows and in one of a single row"),
+    "host": (measure_host, f"{ROWS} requests decode: CPU time of the calling thread, and of all threads"),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_json_option(parser)
@@ -201,18 +194,16 @@ def main() -> None:
     budget = options.budget
     report = Report("serving", f"requests that come and go, at most {budget} tokens a step; Qwen 3, 30M, float32")
     gaps = Report("serving_long_prompts", f"{NUM_RUNNING} requests run, four prompts of {LONG_PROMPT} tokens come")
-    hybrid = Report("serving_hybrid", "64 requests share 512 tokens; six of seven layers have a window of 128")
-    running = Report("serving_memory", f"requests that run at the same time in a pool of {SCARCE_TOKENS} tokens")
+    reports = [report, gaps]
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         make_checkpoint(folder)
         model = models.load(folder)
         for load_name in options.loads:
-            if load_name == "memory":
-                count_running(model, budget, running)
-                continue
-            if load_name == "hybrid":
-                compare_hybrid(budget, hybrid)
+            if load_name in OTHERS:
+                measure, title = OTHERS[load_name]
+                reports.append(Report(f"serving_{load_name}", title))
+                measure(model, budget, reports[-1])
                 continue
             contestants: dict[str, Serve] = {}
             for suffix, cached in (("", True), (", no prefix cache", False)):
@@ -222,7 +213,7 @@ def main() -> None:
                 if options.vllm:
                     contestants["vllm" + suffix] = functools.partial(serve_vllm, options.vllm, folder, budget, cached)
             compare(load_name, contestants, budget, report, gaps)
-    for one in (report, gaps, hybrid, running):
+    for one in reports:
         if one.rows:
             one.finish(options)
 

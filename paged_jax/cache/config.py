@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -101,7 +102,7 @@ class CacheConfig:
         """Tokens that the longest sequence can hold."""
         return self.max_pages_per_sequence * self.page_size
 
-    @property
+    @functools.cached_property
     def groups(self) -> tuple[LayerGroup, ...]:
         """The layers in groups of the same window: first those without one, then the widest window, and so on.
 
@@ -112,7 +113,7 @@ class CacheConfig:
         layers = {w: tuple(i for i, own in enumerate(windows) if own == w) for w in ordered}
         return tuple(LayerGroup(layers[w], w, self._num_pages(w)) for w in ordered)
 
-    @property
+    @functools.cached_property
     def has_windows(self) -> bool:
         """Whether some layers have a window, and give up the pages before it."""
         return any(group.window is not None for group in self.groups)

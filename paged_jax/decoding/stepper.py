@@ -1,6 +1,7 @@
 """What is static about a step: the decoder, the sizes of its passes, and how rows are planned, drafted and drawn."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 
 import jax.numpy as jnp
@@ -88,6 +89,14 @@ class Stepper:
             raise ValueError(f"drafter={self.drafter!r} is no drafter: give one, such as Lookup()")
         if self.drafter is not None and not (isinstance(self.num_drafts, int) and 1 <= self.num_drafts <= MOST_DRAFTS):
             raise ValueError(f"num_drafts of the drafter must be from 1 to {MOST_DRAFTS}, got {self.num_drafts!r}")
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Kept, since every call of a compiled program asks for it, and a decoder's takes milliseconds."""
+        return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
 
     @property
     def num_drafts(self) -> int:

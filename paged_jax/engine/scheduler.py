@@ -7,6 +7,7 @@ and the older ones take until the host looks again. Pages are given by the devic
 
 import bisect
 import dataclasses
+import functools
 import operator
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -131,6 +132,8 @@ class Scheduler:
         self._config, self._step_tokens, self._visit_steps = config, step_tokens, visit_steps
         self._most_drawn = 1 + num_drafts  # by a row in a step
         self._none = (0,) * len(config.groups)
+        # Of each length, kept: they are asked for every row in every visit.
+        self._mapped, self._held = functools.cache(self._count_mapped), functools.cache(self._count_held)
         self._waiting: list[Sample] = []  # by rank
         self.running: dict[int, Sample] = {}  # by row
 
@@ -277,7 +280,7 @@ class Scheduler:
         if sample.request.beams is not None:  # of whose tokens the host knows nothing
             num_known = max(num_known, num_cached + 1)
         most = self._most(sample.num_prompt, min(num_known + most_drawn, sample.longest), sample.width)
-        return tuple(max(0, n) for n in _add(most, _negative(self._held(num_cached))))
+        return tuple(max(0, pages - held) for pages, held in zip(most, self._held(num_cached), strict=True))
 
     def _most(self, num_prompt: int, length: int, width: int) -> Pages:
         """The most pages that `width` rows of this length map at once.
@@ -292,12 +295,12 @@ class Scheduler:
         beams = (same + width * (pages - same) for same, pages in zip(kept, each, strict=True))
         return tuple(map(max, self._mapped(num_prompt), beams))
 
-    def _mapped(self, num_tokens: int) -> Pages:
+    def _count_mapped(self, num_tokens: int) -> Pages:
         """The most pages that a row of this length maps at once."""
         groups = self._config.groups
         return tuple(self._config.pages_mapped(group.window, num_tokens, self._step_tokens) for group in groups)
 
-    def _held(self, num_cached: int) -> Pages:
+    def _count_held(self, num_cached: int) -> Pages:
         """The fewest pages that a row with this many cached tokens holds."""
         visible = (num_cached if g.window is None else min(num_cached, g.window - 1) for g in self._config.groups)
         return tuple(-(-tokens // self._config.page_size) for tokens in visible)

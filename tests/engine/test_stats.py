@@ -38,6 +38,24 @@ def test_each_request_is_counted_once_and_the_log_says_what_happened():
     assert {span.kind for span in plot.request_spans(engine)} >= {"prefill", "decode"}
 
 
+def test_a_visit_costs_the_host_no_hash_of_the_decoder():
+    class Counted:
+        hashes = 0
+
+        def __call__(self, *arguments):
+            return decoder.forward(*arguments)
+
+        def __hash__(self):
+            Counted.hashes += 1
+            return 7
+
+    engine = Engine(Counted(), np.int32(0), CONFIG, token_counts=(8, 32), visit_steps=4)
+    engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=2))
+    before, Counted.hashes = Counted.hashes, 0
+    engine.generate([[4, 5, 6]], SamplingParams(max_new_tokens=20))
+    assert before > 0 and Counted.hashes == 0
+
+
 @pytest.mark.parametrize("num_events", [10_000, pytest.param(1_000_000, marks=pytest.mark.long)])  # ten seconds
 def test_the_log_is_bounded(num_events):
     recorder = Recorder(max_events=100)
