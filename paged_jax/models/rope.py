@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 KINDS = ("default", "linear", "llama3", "yarn", "longrope")
@@ -89,7 +90,8 @@ class Rope:
         """Cosine and sine of each token's turns, float32."""
         frequencies = jnp.asarray(self.frequencies(head_dim))
         angle = jnp.einsum("...,r->...r", positions.astype(jnp.float32), frequencies)
-        return jnp.cos(angle) * self.magnitude, jnp.sin(angle) * self.magnitude
+        # Without the barrier XLA fuses them into every rotation, and computes them again for each head of each layer.
+        return lax.optimization_barrier((jnp.cos(angle) * self.magnitude, jnp.sin(angle) * self.magnitude))
 
 
 def rotate(
