@@ -23,7 +23,7 @@ def product(x: Float[Array, "*T I"], weight: Float[Array, "O I"]) -> Float[Array
     """
     num_tokens = x.size // x.shape[-1]
     if target_platform() == "cpu" and x.dtype == weight.dtype == jnp.float32 and num_tokens <= FEW_TOKENS:
-        columns = lax.optimization_barrier(weight @ x.reshape(num_tokens, -1).T)
+        columns = lax.optimization_barrier(weight @ x.reshape(num_tokens, x.shape[-1]).T)
         return columns.T.reshape(*x.shape[:-1], len(weight))
     return jnp.einsum("...i,oi->...o", x, weight)
 
