@@ -17,12 +17,12 @@ def test_a_product_and_its_gradients_are_those_of_numpy(shape, dtype):
     y, gradients = jax.vjp(jax.jit(product), x, weight)
     dx, dweight = gradients(grown)
     wide_x, wide_weight, wide_grown = (np.asarray(a, np.float64) for a in (x, weight, grown))
-    tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype == jnp.float32 else {"rtol": 0.02, "atol": 0.2}
+    rtol, atol = (1e-5, 1e-4) if dtype == jnp.float32 else (0.02, 0.2)
     assert y.shape == (*shape, 40) and y.dtype == dx.dtype == dweight.dtype == dtype
-    np.testing.assert_allclose(np.asarray(y, np.float64), wide_x @ wide_weight.T, **tolerance)
-    np.testing.assert_allclose(np.asarray(dx, np.float64), wide_grown @ wide_weight, **tolerance)
+    np.testing.assert_allclose(np.asarray(y, np.float64), wide_x @ wide_weight.T, rtol=rtol, atol=atol)
+    np.testing.assert_allclose(np.asarray(dx, np.float64), wide_grown @ wide_weight, rtol=rtol, atol=atol)
     expected = wide_grown.reshape(-1, 40).T @ wide_x.reshape(-1, 24)
-    np.testing.assert_allclose(np.asarray(dweight, np.float64), expected, **tolerance)
+    np.testing.assert_allclose(np.asarray(dweight, np.float64), expected, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize(("num_tokens", "is_swapped"), [(8, True), (FEW_TOKENS + 1, False)])
