@@ -3,11 +3,11 @@
     python -m benchmarks.serving [--json] [--loads sharegpt prefix ...] [--vllm PYTHON] [--budget 256]
 
 The Qwen 3 of `benchmarks.rollout`: 30 million random weights in float32, greedy, without log-probabilities. Both
-engines have 64 rows of at most 2,048 tokens, 2 GiB of pages and the same budget of tokens a step, and start with
-nothing cached. Times are those of one run that neither compiles nor warms up, as a user in the same process sees them:
-the tokens of a piece come at the same moment, and a request waits from the moment when it comes, even if the engine is
-in the middle of a step. On a machine that does other things, trust tokens a CPU second, and how times compare; pin with
-`taskset -c 0` to compare on one core.
+engines have 64 rows of at most 2,048 tokens, 2 GiB of pages (but for "memory" and "lone") and the same budget of tokens
+a step, and start with nothing cached. Times are those of one run that neither compiles nor warms up, as a user in the
+same process sees them: the tokens of a piece come at the same moment, and a request waits from the moment when it
+comes, even if the engine is in the middle of a step. On a machine that does other things, trust tokens a CPU second,
+and how times compare; pin with `taskset -c 0` to compare on one core.
 
 The load "long" shows what four long prompts do to the answers of eight requests that run: the longest gap between two
 of their tokens, beside that without the long prompts, and beside the time of a full step. The load "hybrid" is "prefix"
@@ -145,13 +145,14 @@ def compare_lone(model: models.Model, budget: int, report: Report, rounds: int =
     seconds: dict[int, list[float]] = {rows: [] for rows in engines}
     for number in range(rounds + 1):
         for rows, engine in engines.items():
-            prompt = [number + 1] * PAGE_SIZE
+            prompt = [number + 1] * 4
             start = time.process_time()
             engine.generate([prompt], SamplingParams(max_new_tokens=num_tokens))
             seconds[rows].append(time.process_time() - start)
-    alone, *_ = costs = [float(np.median(seconds[rows][1:])) for rows in engines]  # the first round compiles
-    for rows, cost in zip(engines, costs, strict=True):
-        report.add(rows=rows, cpu_ms_a_token=1e3 * cost / num_tokens, of_one_row=cost / alone)
+    costs = {rows: float(np.median(each[1:])) for rows, each in seconds.items()}  # the first round compiles
+    for rows, cost in costs.items():
+        report.add(rows=rows, cpu_ms_a_token=1e3 * cost / num_tokens, of_one_row=cost / costs[1])
+    report.show()
 
 
 def measure_host(model: models.Model, budget: int, report: Report) -> None:
@@ -162,6 +163,7 @@ def measure_host(model: models.Model, budget: int, report: Report) -> None:
             _decode_all(engine)
         host, cpu = _decode_all(engine)
         report.add(steps_a_visit=visit_steps, host_ms_a_step=host, cpu_ms_a_step=cpu, share=host / cpu)
+        report.show()
 
 
 def _decode_all(engine: Engine) -> tuple[float, float]:
@@ -199,7 +201,7 @@ def main() -> None:
         folder = pathlib.Path(name)
         make_checkpoint(folder)
         model = models.load(folder)
-        for load_name in options.loads:
+        for load_name in dict.fromkeys(options.loads):
             if load_name in OTHERS:
                 measure, title = OTHERS[load_name]
                 reports.append(Report(f"serving_{load_name}", title))

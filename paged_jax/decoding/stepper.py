@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
@@ -95,8 +96,12 @@ class Stepper:
 
     @functools.cached_property
     def _hash(self) -> int:
-        """Kept, since every call of a compiled program asks for it, and a decoder's takes milliseconds."""
+        """Kept, since every call of a compiled program asks for it, and a decoder's takes up to milliseconds."""
         return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hash, which is another in each process."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @property
     def num_drafts(self) -> int:

@@ -132,7 +132,7 @@ class Scheduler:
         self._config, self._step_tokens, self._visit_steps = config, step_tokens, visit_steps
         self._most_drawn = 1 + num_drafts  # by a row in a step
         self._none = (0,) * len(config.groups)
-        # Of each length, kept: they are asked for every row in every visit.
+        # Of each length up to the longest, kept: they are asked for every row in every visit.
         self._mapped, self._held = functools.cache(self._count_mapped), functools.cache(self._count_held)
         self._waiting: list[Sample] = []  # by rank
         self.running: dict[int, Sample] = {}  # by row

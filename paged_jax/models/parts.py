@@ -1,5 +1,7 @@
 """The plain parts of a decoder layer: projection, norm, gated MLP."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,20 +13,23 @@ from pallas_kernels.platform import target_platform
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 
-FEW_TOKENS = 64
+FEW_TOKENS = 64  # at which the order of the operands of a product makes little difference
 
 
 def product(x: Float[Array, "*T I"], weight: Float[Array, "O I"]) -> Float[Array, "*T O"]:
-    """`x @ weight.T`.
+    """`x @ weight.T`; how its sums round depends on the number of tokens.
 
     XLA on a CPU packs the right operand of a float32 product anew in each call. With few tokens that is what a product
-    of weights takes longest for, so there the tokens stand on the right: one of 8 tokens takes .6 of the time where a
-    weight has a million numbers, and .3 where it has 16 million. The barrier keeps XLA from swapping them back.
+    of weights takes longest for, so there the tokens stand on the right, and a barrier keeps XLA from swapping them
+    back. A product of 8 tokens then takes .6 of the time where a weight has a million numbers, and .3 where it has 16
+    million. Under `vmap` the tokens of one example count.
     """
-    num_tokens = x.size // x.shape[-1]
-    if target_platform() == "cpu" and x.dtype == weight.dtype == jnp.float32 and num_tokens <= FEW_TOKENS:
-        columns = lax.optimization_barrier(weight @ x.reshape(num_tokens, x.shape[-1]).T)
-        return columns.T.reshape(*x.shape[:-1], len(weight))
+    num_tokens = math.prod(x.shape[:-1])
+    is_float32 = x.dtype == weight.dtype == jnp.float32
+    # A number of tokens that is not known yet, in an export, is no integer.
+    if target_platform() == "cpu" and is_float32 and isinstance(num_tokens, int) and num_tokens <= FEW_TOKENS:
+        columns = lax.optimization_barrier(jnp.einsum("oi,...i->o...", weight, x))
+        return jnp.moveaxis(columns, 0, -1)
     return jnp.einsum("...i,oi->...o", x, weight)
 
 

@@ -1,6 +1,8 @@
 """Which of the compiled passes runs a step, and that it changes nothing but the time."""
 
+import dataclasses
 import functools
+import pickle
 from typing import Any
 
 import jax
@@ -80,3 +82,11 @@ def test_passes_that_do_not_fit_together_are_named():
         token_counts_for(64, prefill_passes=3)
     with pytest.raises(ValueError, match="prefill_passes=0 must be an integer of at least 1"):
         token_counts_for(64, prefill_passes=0)
+
+
+def test_a_stepper_takes_no_hash_along_to_another_process():
+    stepper = Stepper(decoder.forward, (8, 64))
+    expected = hash(stepper)
+    there = pickle.loads(pickle.dumps(stepper))
+    assert set(vars(there)) == {field.name for field in dataclasses.fields(Stepper)}
+    assert there == stepper and hash(there) == expected
