@@ -8,6 +8,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.platform import target_platform
+
 KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 
 
@@ -90,8 +92,10 @@ class Rope:
         """Cosine and sine of each token's turns, float32."""
         frequencies = jnp.asarray(self.frequencies(head_dim))
         angle = jnp.einsum("...,r->...r", positions.astype(jnp.float32), frequencies)
-        # Without the barrier XLA fuses them into every rotation, and computes them again for each head of each layer.
-        return lax.optimization_barrier((jnp.cos(angle) * self.magnitude, jnp.sin(angle) * self.magnitude))
+        turns = jnp.cos(angle) * self.magnitude, jnp.sin(angle) * self.magnitude
+        # Else XLA fuses them into the rotations of all layers, and computes them again for each head of each. Where
+        # the layers run in a loop, as on other platforms, they are computed before it.
+        return lax.optimization_barrier(turns) if target_platform() == "cpu" else turns
 
 
 def rotate(
