@@ -71,6 +71,8 @@ def test_a_loop_over_layers_computes_what_the_layers_compute(config, period):
     tokens = jax.random.randint(jax.random.key(0), (12,), 0, 32)
     expected = jax.jit(plain.dense)(tokens)
     np.testing.assert_allclose(jax.jit(stacked.dense)(tokens), expected, atol=1e-5)
+    # Chunks of other lengths sum in another order: that alone moves these logits, which span 7, by 7e-6.
+    atol = 1e-5 * np.ptp(expected)
     assert np.ptp(expected) > 1
 
     sizes: dict[str, Any] = dict(num_pages=8, max_sequences=1, max_pages_per_sequence=4, page_size=4, dtype="float32")
@@ -82,7 +84,7 @@ def test_a_loop_over_layers_computes_what_the_layers_compute(config, period):
         metadata = AttentionMetadata.ragged(tables, jnp.array([6]), 6)
         metadata = dataclasses.replace(metadata, logits_at=jnp.arange(6))
         logits, pool = run(tokens[start : start + 6], pool, metadata)
-        np.testing.assert_allclose(logits, expected[start : start + 6], atol=1e-5)
+        np.testing.assert_allclose(logits, expected[start : start + 6], atol=atol)
 
 
 def test_a_loop_over_layers_has_the_gradients_of_the_layers():
