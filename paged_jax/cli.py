@@ -162,7 +162,7 @@ def _demo(options: argparse.Namespace) -> None:
     from paged_jax import demo, models
 
     demo.run(
-        models.load(models.DEMO),
+        models.load(models.DEMO, stacked=True),  # compiles faster
         Console(),
         samples=options.num_samples,
         max_new_tokens=options.max_new_tokens,
