@@ -125,7 +125,8 @@ class Runner:
             if self.max_beams:
                 num_groups = self.config.max_sequences // self.max_beams
                 groups = Groups.create(num_groups, self.max_beams, self.config.max_length)
-            self._state = DecodeState.create(*sizes, sampling, mesh, num_logprobs, drafter, groups)
+            create = DecodeState.create if mesh is not None else _create
+            self._state = create(*sizes, sampling, mesh, num_logprobs, drafter, groups)
         return self._state
 
     def reset(self) -> None:
@@ -258,6 +259,10 @@ class Runner:
         mask = np.zeros(self.config.max_sequences, bool)
         mask[list(rows)] = True
         return mask
+
+
+# One program in the place of one for each array. With a mesh each array knows its devices, and is created by itself.
+_create = jax.jit(DecodeState.create, static_argnums=(0, 1, 2, 4, 5))
 
 
 # Compiled once for all engines of one decoder and one config. The state is donated: a call that raises may have
