@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Sharing, init_pages, page_bytes, paged_attention
-from pallas_kernels.pages import stored
+from pallas_kernels.pages import LANES, stored
 from pallas_kernels.sharing import RUN, runs_of
 from pallas_kernels.tpu import attention
 from pallas_kernels.tpu.blocks import decode_sizes, prefill_kernels, prefill_sizes
@@ -186,9 +186,11 @@ def operands(case: StaticCase, device_kind: str) -> dict[str, dict[int, Any]]:
     seen = (lengths, table, None if runs is None else runs.rest)
     if case.window is not None:
         seen = attention.in_window(lengths, table, case.page_size, case.window)
-    sizes = decode_sizes(pages, seen[1].shape[1], packing, device_kind)
+    is_short = runs is not None and attention.is_short(runs, lengths, lengths > 0)
+    max_pages = -(-LANES // pages.page_size) if is_short else seen[1].shape[1]
+    sizes = decode_sizes(pages, max_pages, packing, device_kind)
     rows = attention.decode_rows(seen[0], starts, seen[1], sizes, seen[2])
-    result = {"paged_decode": {0: rows, 4: attention.page_chunks(seen[1])[0]}}
+    result = {"paged_rest" if is_short else "paged_decode": {0: rows, 4: attention.page_chunks(seen[1])[0]}}
     if runs is not None:
         row, begin, end = attention.chunk_rows(runs)
         packing = pack_heads(RUN * case.heads[0], case.heads[1], pages.head_dim, pages.data.shape[3])

@@ -19,6 +19,7 @@ from pallas_kernels.tpu import prefill as prefill_kernel
 from pallas_kernels.tpu import tasks, walk
 from pallas_kernels.tpu.blocks import (
     ALL_COUNTS,
+    SHORT_REST,
     SMALL_GROUP,
     decode_sizes,
     prefill_kernels,
@@ -218,7 +219,7 @@ def attend_to_groups(
     small = decode(
         queries.reshape(*by_head, head_dim).swapaxes(1, 2).reshape(-1, RUN * num_heads, head_dim), None, None, pages,
         page_table[table_row], end, jnp.arange(end.size + 1, dtype=jnp.int32),
-        scale=scale, window=None, soft_cap=soft_cap, sinks=None, return_lse=True, first_key=begin, of_groups=True,
+        scale=scale, window=None, soft_cap=soft_cap, sinks=None, return_lse=True, first_key=begin, name="paged_group",
     )  # fmt: skip
     assert small.lse is not None
     pages = small.pages  # the same memory; XLA would copy the pages if the old ones were read after the kernel
@@ -249,6 +250,12 @@ def attend_to_groups(
     return out, jnp.where((runs.size > 0)[..., None], lse, -jnp.inf), pages
 
 
+def is_short(runs: Runs, lengths: Array, is_one: Array) -> Array:
+    """Whether what the rows have of their own is so short that small items read it faster."""
+    own = jnp.where(is_one, lengths - runs.rest, 0)
+    return jnp.sum(own, dtype=jnp.int32) <= SHORT_REST * jnp.sum(is_one, dtype=jnp.int32)
+
+
 def decode_shared(
     q: Array, k: Array | None, v: Array | None, pages: Pages, page_table: Array, lengths: Array, query_starts: Array,
     *, sharing: Sharing, scale: float, soft_cap: float | None, sinks: Array | None, return_lse: bool,
@@ -263,10 +270,15 @@ def decode_shared(
     is_one = (jnp.diff(query_starts) == 1) & (lengths > 0)
     lengths = jnp.minimum(lengths, page_table.shape[1] * pages.page_size)
     runs = runs_of(sharing, lengths, is_one, pages.page_size)
-    rest = decode(
-        q, k, v, pages, page_table, lengths, query_starts,
+    of_rest = partial(
+        decode, q, k, v, pages, page_table, lengths, query_starts,
         scale=scale, window=None, soft_cap=soft_cap, sinks=sinks, return_lse=True, first_key=runs.rest,
     )  # fmt: skip
+    of_short_rest = partial(of_rest, item_tokens=LANES, name="paged_rest")
+    if page_table.shape[1] * pages.page_size <= SHORT_REST:
+        rest = of_short_rest()
+    else:
+        rest = jax.lax.cond(is_short(runs, lengths, is_one), of_short_rest, of_rest)
     token = jnp.minimum(query_starts[:-1], q.shape[0] - 1)
     out, lse, pages = attend_to_groups(q[token], rest.pages, page_table, runs, scale=scale, soft_cap=soft_cap)
     assert rest.lse is not None
@@ -350,14 +362,16 @@ def compute_dtype(q: Array, pages: Pages):
 def decode(
     q: Array, k: Array | None, v: Array | None, pages: Pages, page_table: Array, lengths: Array, query_starts: Array,
     *, scale: float, window: int | None, soft_cap: float | None, sinks: Array | None, return_lse: bool,
-    first_key: Array | None = None, of_groups: bool = False, sizes: walk.DecodeSizes | None = None,
+    first_key: Array | None = None, item_tokens: int | None = None, sizes: walk.DecodeSizes | None = None,
+    name: str = "paged_decode",
 ) -> AttentionResult:  # fmt: skip
     """`paged_attention` for the sequences that have exactly one new token; 0 for all other tokens.
 
     Args:
         first_key: int32 `[B]`, the first position that a row's query sees, where there is no window; None: 0.
-        of_groups: the rows are groups, which the kernel's name says.
+        item_tokens: the most in a block; None: as many as the page table can hold.
         sizes: None (the heuristic of blocks.py) or explicit block sizes.
+        name: of the kernel.
     """
     num_tokens, num_heads, head_dim = q.shape
     packing = pack_heads(num_heads, pages.num_kv_heads, head_dim, pages.data.shape[3])
@@ -367,7 +381,8 @@ def decode(
         assert first_key is None
         lengths, ids, first_key = in_window(lengths, ids, pages.page_size, window)
     if sizes is None:
-        sizes = decode_sizes(pages, ids.shape[1], packing, target_device_kind())
+        max_pages = ids.shape[1] if item_tokens is None else -(-item_tokens // pages.page_size)
+        sizes = decode_sizes(pages, max_pages, packing, target_device_kind())
     rows = decode_rows(lengths, query_starts, ids, sizes, first_key)
     table, chunks = page_chunks(ids)
     if sinks is not None:
@@ -375,8 +390,7 @@ def decode(
         sinks = jnp.broadcast_to(sinks, (packing.rows, LANES))
     options = kernel.DecodeOptions(
         scale, first_key is not None, soft_cap,
-        append=k is not None, sinks=sinks is not None, lse=return_lse, quantised=pages.scales is not None,
-        name="paged_group" if of_groups else "paged_decode",
+        append=k is not None, sinks=sinks is not None, lse=return_lse, quantised=pages.scales is not None, name=name,
     )  # fmt: skip
     new = None if k is None or v is None else new_rows(k, v, pages)
     out, lse, data, scales = kernel.decode(

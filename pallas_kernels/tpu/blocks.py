@@ -23,6 +23,7 @@ MAX_ITEM_PAGES = 64  # of decode: each copy is code of its own
 MAX_ITEM_TOKENS = 2048
 MAX_ITEM_SCORES = 1 << 18  # 1 MiB
 MANY_ROWS = 64  # of queries: two scores of so many do not fit into registers
+SHORT_REST = 256  # tokens that rows have of their own, on average: up to so many, items of 128 tokens are faster
 SMALL_GROUP = 32  # rows that share pages: up to this many, the decode kernel takes some of them at a time
 ALL_COUNTS = range(1, 1 << 30)  # of a row's new tokens
 MANY_PAGES = 16  # of an item: their copies take long to start
