@@ -25,8 +25,8 @@ from paged_jax.decoding.stepper import Stepper
 from paged_jax.sampling import SamplingParams, SamplingState
 
 B, M, S = 4, 8, decoder.PAGE_SIZE
-CAPACITY, TOKEN_COUNTS = M * S + 1, (4, 6, 8)
-PLAIN, HYBRID = (None, None), (None, 6)
+CAPACITY, TOKEN_COUNTS = M * S + 1, (6, 8)
+PLAIN, HYBRID = (None,), (None, 6)
 CONFIGS = {
     PLAIN: decoder.config(1 + 8, B, M, PLAIN),
     HYBRID: decoder.config(1 + 9, B, M, HYBRID, window_pages=1 + 6),
@@ -37,6 +37,8 @@ SAMPLING = (
     SamplingParams(temperature=0.8, seed=7, top_p=0.9, stop_tokens=tuple(range(4))),
 )
 PARAMS = jnp.int32(0)
+MOST_HELD = 2
+NOTHING = jnp.zeros(B, jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +152,7 @@ def _sampling_row(kind: int, sample: int) -> SamplingState:
 
 @functools.cache
 def empty_state(windows) -> DecodeState:
-    state = DecodeState.create(CONFIGS[windows], CAPACITY, TOKEN_COUNTS)
+    state = jax.jit(DecodeState.create, static_argnums=(0, 1, 2))(CONFIGS[windows], CAPACITY, TOKEN_COUNTS)
     rows = Rows.create(B, CAPACITY, state.rows.sampling, num_hints=CAPACITY)
     return dataclasses.replace(state, rows=rows)
 
@@ -159,7 +161,7 @@ def empty_state(windows) -> DecodeState:
 def alone(windows, request: Request) -> Alone:
     """What a request draws alone, once checked against the dense decoder."""
     state = _put(empty_state(windows), 0, request)
-    rows = jax.device_get(stages_of(windows).run(state, 1000).rows)
+    rows = jax.device_get(stages_of(windows).run(state, np.int32(1000)).rows)
     known, num_prompt = int(rows.num_known[0]), len(request.prompt)
     tokens, logprobs = tuple(rows.tokens[0, :known].tolist()), rows.logprobs[0, :known]
     drawn, prompt = list(tokens[num_prompt:]), list(request.prompt)
@@ -308,9 +310,11 @@ class Batch:
             self._check_row(row)
         self.is_sound = True
 
-    def check_pages(self, appended=None):
+    def check_pages(self, appended=NOTHING):
+        held = [held.handles for held in self.held]
+        held += [self._no_handles()] * (MOST_HELD - len(held))  # one shape, one compilation
         for group, table in enumerate(self.state.cache.tables.groups):
-            invariants.check(table, [held.handles[group] for held in self.held], appended)
+            invariants.check(table, [handles[group] for handles in held], appended)
 
     def _check_row(self, row: int):
         rows, length, request = self.rows, self.lengths[row], self.requests.get(row)
@@ -352,7 +356,8 @@ class Batch:
 
 @functools.cache
 def _nothing(windows):
-    return empty_state(windows).cache.tables.publish(0, 0)[1]
+    """Handles to no pages."""
+    return jax.jit(lambda tables: tables.publish(0, 0)[1])(empty_state(windows).cache.tables)
 
 
 def behind(seen: Seen) -> np.ndarray:

@@ -43,3 +43,9 @@ def shallow_demo(tmp_path_factory):
     kept = {name: x for name, x in weights.items() if "layers." not in name or "layers.0." in name}
     save_file(kept, folder / "model.safetensors")
     return folder
+
+
+@pytest.fixture
+def one_token_count(monkeypatch):
+    """Engines that are given no token counts compile one pass, not five: for tests of what stands around an engine."""
+    monkeypatch.setattr("paged_jax.engine.engine.token_counts_for", lambda *_, **__: (64,))

@@ -21,7 +21,7 @@ load = functools.cache(models.load)
 
 
 @pytest.fixture(autouse=True)
-def one_model_for_all_calls(monkeypatch, shallow_demo):
+def one_model_for_all_calls(monkeypatch, shallow_demo, one_token_count):
     """A model that is loaded again is compiled again; and nothing is kept on disk."""
     monkeypatch.setattr(models, "DEMO", shallow_demo)
     monkeypatch.setattr(models, "load", load)

@@ -52,7 +52,10 @@ def check(compiled, arguments, temporaries: int):
     assert temporaries < 0.03 * pool.num_bytes, f"{temporaries} bytes of temporaries"
 
 
-@pytest.mark.parametrize("name", step_functions())
+NAMES = ["start", "rollout", *(pytest.param(name, marks=pytest.mark.long) for name in ("run", "score"))]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_on_a_cpu_no_step_copies_the_pool(name):
     function, arguments = step_functions()[name]
     compiled = jax.jit(function, donate_argnums=0).lower(*arguments).compile()
@@ -62,9 +65,7 @@ def test_on_a_cpu_no_step_copies_the_pool(name):
 
 
 @pytest.mark.tpu_compile
-@pytest.mark.parametrize(
-    "name", ["start", "rollout", *(pytest.param(name, marks=pytest.mark.long) for name in ("run", "score"))]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_on_a_tpu_v6e_no_step_copies_the_pool(name):
     pytest.importorskip("libtpu", reason="the compiler of TPUs is not installed")
     function, arguments = step_functions()[name]

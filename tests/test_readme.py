@@ -14,7 +14,7 @@ MODELS = (ROOT / "docs" / "how-to" / "models.md").read_text()
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S), ids=lambda code: code.split("\n")[0])
-def test_the_code_of_the_readme_runs(code, monkeypatch, shallow_demo):
+def test_the_code_of_the_readme_runs(code, monkeypatch, shallow_demo, one_token_count):
     monkeypatch.setattr(models, "DEMO", shallow_demo)
     exec(compile(code, "README.md", "exec"), {})
 

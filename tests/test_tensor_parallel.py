@@ -50,7 +50,7 @@ def parts(tree) -> set[tuple[int, ...]]:
     return {shard.data.shape for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards}
 
 
-@pytest.mark.parametrize("shape, dtype", [((4,), "float32"), ((2, 2), "int8")])
+@pytest.mark.parametrize("shape, dtype", [pytest.param((4,), "float32", marks=pytest.mark.long), ((2, 2), "int8")])
 def test_each_device_attends_with_its_own_heads(shape, dtype):
     config, mesh, arguments = sizes(dtype=dtype), make_mesh(*shape), problem()
     split = PagePool.create(config, mesh)

@@ -279,6 +279,7 @@ def test_the_pools_of_all_groups_are_updated_in_place():
 # ---- the engine ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long  # other engines of hybrids stand in tests/engine/test_hybrids.py
 def test_an_engine_gives_the_tokens_of_a_dense_forward_and_compiles_once():
     texts = prompts(5, 41, 3, 26, 18, 9)
     params = [SamplingParams(max_new_tokens=20, num_samples=1 + i % 2) for i in range(6)]

@@ -15,7 +15,7 @@ from paged_jax.cache.invariants import check
 from paged_jax.decoding.beam import _within
 from paged_jax.decoding.hypotheses import Hypotheses, Rules
 
-PLAIN, HYBRID = (None, None), (None, 6)
+PLAIN, HYBRID = (None,), (None, 6)
 Q, LONGEST, W, NEW = 6, 20, 4, 10  # prompts, and two groups of rows for them: one program for most tests
 STOPS, NO_STOPS = np.array([5, 9, 60, 61, 62, 63], np.int32), np.full(6, -1, np.int32)
 WIDTHS, LIMITS = np.array([4, 1, 3, 2, 4, 4], np.int32), np.array([10, 10, 5, 10, 10, 1], np.int32)
@@ -46,7 +46,8 @@ def program(windows):
 
 @functools.cache
 def empty_cache(windows) -> KVCache:
-    return KVCache.create(decoder.config(1 + 56, 2 * W + 1, windows=windows))  # the last row is of no group
+    config = decoder.config(1 + 56, 2 * W + 1, windows=windows)  # the last row is of no group
+    return jax.jit(KVCache.create, static_argnums=0)(config)
 
 
 @jax.jit
@@ -229,13 +230,13 @@ def test_one_compilation_served_all_searches_without_a_host_callback():
 
 def test_a_search_is_over_by_its_rule():
     """Two finished sequences of two beams, the worse of -2.0; the best running beam has -3.0 after 2 of 6 tokens."""
-    scores = jnp.array([[-1.0, -2.0, -np.inf]], jnp.float32)
+    scores = np.array([[-1.0, -2.0, -np.inf]], np.float32)
     full = Hypotheses.create(1, 3, 6)._replace(scores=scores)
-    two, lengths, limits = (jnp.array([n], jnp.int32) for n in (2, 2, 6))
+    are_over = jax.jit(Rules.are_over)
 
-    def is_over(early, penalty, best=-3.0, finished=full, widths=two) -> bool:
-        rules = Rules.of(1, penalty, early)
-        return bool(rules.are_over(finished, widths, jnp.array([best], jnp.float32), lengths, limits)[0])
+    def is_over(early, penalty, best=-3.0, width=2) -> bool:
+        widths, lengths, limits = (np.array([n], np.int32) for n in (width, 2, 6))
+        return bool(are_over(Rules.of(1, penalty, early), full, widths, np.array([best], np.float32), lengths, limits))
 
     assert is_over(True, 1.0) and is_over(True, 0.0)
     assert not is_over(False, 1.0), "-3.0 / 2 is better than -2.0"
@@ -243,18 +244,18 @@ def test_a_search_is_over_by_its_rule():
     assert not is_over("never", 0.5), "-3.0 / 6 ** 0.5 would be"
     assert is_over("never", 0.0) and is_over("never", -1.0) and is_over("never", 1.0, best=-12.0)
     for early in (True, False, "never"):
-        assert not is_over(early, 0.0, widths=jnp.array([3], jnp.int32)), "a third is missing"
-        assert is_over(early, 1.0, best=-np.inf, widths=jnp.array([3], jnp.int32)), "no beam is left"
+        assert not is_over(early, 0.0, width=3), "a third is missing"
+        assert is_over(early, 1.0, best=-np.inf, width=3), "no beam is left"
 
 
 def test_sizes_that_do_not_fit_together_are_named():
-    prompts, lens = map(jnp.asarray, queue(5))
+    prompts, lens = queue(5)
 
     def start(stepper=None, width=W, num_return=None):
-        beam_search(
-            stepper or Stepper(decoder.forward, (16,)), jnp.int32(0), prompts, lens, empty_cache(PLAIN),
-            width=width, max_new_tokens=4, num_return=num_return,
-        )  # fmt: skip
+        search = functools.partial(beam_search, stepper or Stepper(decoder.forward, (16,)), jnp.int32(0), prompts, lens)
+        jax.eval_shape(
+            functools.partial(search, width=width, max_new_tokens=4, num_return=num_return), empty_cache(PLAIN)
+        )
 
     with pytest.raises(
         ValueError, match="width=10 beams need a row each, but the cache has 9: raise max_sequences to 10"

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import hash_decoder as decoder
-from batch_model import Told
 from paged_jax import (
     DraftModel,
     Drafts,
@@ -87,59 +86,62 @@ def test_a_lookup_reads_the_sibling_that_has_come_farthest():
 
 
 def test_hints_and_states_that_do_not_fit_are_refused():
-    prompts, lengths = jnp.ones((2, 4), jnp.int32), jnp.array([4, 4])
-    cache = KVCache.create(decoder.config(9))
+    prompts, lengths = np.ones((2, 4), np.int32), np.array([4, 4], np.int32)
+    cache = jax.eval_shape(lambda: KVCache.create(decoder.config(9)))
     drafting = Stepper(decoder.forward, (4, 8, 16), drafter=Lookup())
     for stepper, hints, message in (
-        (drafting, jnp.zeros((1, 4), jnp.int32), r"hints of int32\[1, 4\] for 2 prompts: give token ids of shape \[2,"),
-        (drafting, jnp.zeros((2, 4)), r"hints of float32\[2, 4\] for 2 prompts"),
-        (Stepper(decoder.forward, (4, 8)), jnp.zeros((2, 4), jnp.int32), "hints are for a drafter"),
+        (drafting, np.zeros((1, 4), np.int32), r"hints of int32\[1, 4\] for 2 prompts: give token ids of shape \[2,"),
+        (drafting, np.zeros((2, 4), np.float32), r"hints of float32\[2, 4\] for 2 prompts"),
+        (Stepper(decoder.forward, (4, 8)), np.zeros((2, 4), np.int32), "hints are for a drafter"),
     ):
         with pytest.raises(ValueError, match=message):
             hint_texts(stepper, hints, 2)
     drafting = Stepper(decoder.forward, (4, 8, 16), drafter=DraftModel(decoder.forward))
     with pytest.raises(ValueError, match="a DraftModel needs its state: pass drafter_state"):
-        rollout(drafting, jnp.int32(0), prompts, lengths, cache, max_new_tokens=4)
+        draw = functools.partial(rollout, drafting, jnp.int32(0), prompts, lengths, max_new_tokens=4)
+        jax.eval_shape(draw, cache)
     with pytest.raises(ValueError, match="num_tokens=2 must hold a token of each of 4 rows"):
-        DraftModel(decoder.forward, num_tokens=2).create(jnp.int32(0), cache, 8)
+        jax.eval_shape(lambda cache: DraftModel(decoder.forward, num_tokens=2).create(jnp.int32(0), cache, 8), cache)
 
 
 @dataclasses.dataclass(frozen=True)
 class Miscounts:
-    """Says that it drafts more, or fewer, tokens than there can be."""
+    """Says that it drafts more, or fewer, tokens than there can be: as many as its state is."""
 
-    count: int
     num_drafts: int = 3
 
     def propose(self, state, rows, asks):
-        return Drafts(jnp.full((len(asks), self.num_drafts), 5), jnp.full(len(asks), self.count)), state
+        return Drafts(jnp.full((len(asks), self.num_drafts), 5), jnp.full(len(asks), state)), state
 
 
-@pytest.mark.parametrize("count, expected", [(-3, 1), (99, 1 + 2)])
-def test_a_drafter_that_miscounts_costs_nobody_a_token(count, expected):
+@jax.jit
+def add_miscounted_drafts(count):
     state = DecodeState.create(decoder.config(9), 16, (4, 8, 16))
     tables, _ = state.cache.tables.reserve(jnp.array([1, 0, 0, 0]))
     rows = dataclasses.replace(
         state.rows, num_known=jnp.array([2, 0, 0, 0]), limit=jnp.array([9, 0, 0, 0]), active=jnp.arange(4) == 0
     )
-    _, counts = add_drafts(
-        Miscounts(count), state.with_tables(tables, rows=rows), jnp.array([1, 0, 0, 0]), jnp.int32(8)
-    )
-    assert counts.tolist() == [expected, 0, 0, 0]
+    state = dataclasses.replace(state.with_tables(tables, rows=rows), drafter=count)
+    return add_drafts(Miscounts(), state, jnp.array([1, 0, 0, 0]), jnp.int32(8))[1]
+
+
+@pytest.mark.parametrize("count, expected", [(-3, 1), (99, 1 + 2)])
+def test_a_drafter_that_miscounts_costs_nobody_a_token(count, expected):
+    assert add_miscounted_drafts(jnp.int32(count)).tolist() == [expected, 0, 0, 0]
 
 
 def test_an_earlier_rollout_is_a_hint():
-    drawn = rollout_with(Lookup())({})
-    told = hint_texts(Stepper(decoder.forward, drafter=Lookup()), drawn._replace(lengths=drawn.lengths - 1), 4)
-    assert told.shape == (4, 49) and np.array_equal(told[:, :47], drawn.tokens[:, 0, :47])
+    drawn = draw(Lookup(), {})
+    told = hint_texts(Stepper(decoder.forward, drafter=Lookup()), drawn._replace(lengths=drawn.lengths - 1), Q)
+    assert told.shape == (Q, 49) and np.array_equal(told[:, :47], drawn.tokens[:, 0, :47])
     assert np.all(told[:, 47:] == NO_TOKEN)
 
 
 def test_trust_doubles_while_drafts_are_right_and_recovers_slowly_after_they_were_not():
-    proposed, accepted = jnp.array([2, 4, 4, 1, 0]), jnp.array([2, 3, 0, 0, 0])
-    after = update_trust(jnp.array([2.0, 4.0, 4.0, 1.0, 0.5]), proposed, accepted, num_drafts=7)
+    update = jax.jit(functools.partial(update_trust, num_drafts=7))
+    after = update(jnp.array([2.0, 4.0, 4.0, 1.0, 0.5]), jnp.array([2, 4, 4, 1, 0]), jnp.array([2, 3, 0, 0, 0]))
     assert after.tolist() == [4.0, 5.0, 2.0, 0.5, 0.515625]
-    assert update_trust(after, jnp.array([4, 4, 0, 0, 0]), jnp.array([4, 4, 0, 0, 0]), 7)[0] == 7
+    assert update(after, jnp.array([4, 4, 0, 0, 0]), jnp.array([4, 4, 0, 0, 0]))[0] == 7
 
 
 def test_drafters_that_no_pass_can_hold_are_refused():
@@ -147,9 +149,9 @@ def test_drafters_that_no_pass_can_hold_are_refused():
         Stepper(decoder.forward, drafter=Lookup(num_drafts=8))
     with pytest.raises(ValueError, match="a budget of 32 tokens a step is too small for 16 rows with 4 drafts each"):
         token_counts_for(16, 32, num_drafts=4)
-    state = DecodeState.create(decoder.config(9), 8, (4, 16))
+    stepper = Stepper(decoder.forward, (4, 16), drafter=Lookup())
     with pytest.raises(ValueError, match="4 rows with drafts: the largest that may have drafts, 4, must hold more"):
-        step(Stepper(decoder.forward, (4, 16), drafter=Lookup()), None, state)
+        jax.eval_shape(lambda: step(stepper, None, DecodeState.create(decoder.config(9), 8, (4, 16))))
     with pytest.raises(ValueError, match=r"drafter=<class .*Lookup'> is no drafter: give one, such as Lookup\(\)"):
         Stepper(decoder.forward, drafter=Lookup)  # pyright: ignore[reportArgumentType]  the class, by mistake
     with pytest.raises(ValueError, match="num_matched must be at least 1, got 0"):
@@ -168,55 +170,75 @@ class NoRepeat:
         return jnp.where(drew[:, None], now, state)
 
 
-NUM_SAMPLES, NUM_NEW = 300, 5
+Q, NEW = 16, 48  # prompts, and the most tokens of each
 
 
-TEMPERATURE, STOP = 0.06, 6
+@functools.cache
+def program(drafter):
+    """A rollout of some prompts under a processor with a state, through four rows with a drafter and three without."""
+    stepper = Stepper(decoder.forward, (16, 32) if drafter else (16,), drafter=drafter, processor=NoRepeat())
+
+    @jax.jit
+    def run(cache, prompts, lengths, limits, sampling, hints):
+        options = {"sampling": sampling, "limits": limits, "hints": hints if drafter else None}
+        return rollout(stepper, jnp.int32(0), prompts, lengths, cache, max_new_tokens=NEW, **options)
+
+    config = decoder.config(1 + 64, max_sequences=4 if drafter else 3)
+    return functools.partial(run, KVCache.create(config))
+
+
+def run(drafter, prompts, lengths, limit: int, params: list[SamplingParams], hints=None) -> Rollout:
+    state = np.zeros((Q, decoder.VOCAB), bool)
+    sampling = SamplingState.of([(p, 0) for p in params], processor=state, max_stop_tokens=1, max_bias_tokens=2)
+    hints = np.full((Q, NEW), NO_TOKEN, np.int32) if hints is None else hints
+    arrays = (np.asarray(x, np.int32) for x in (prompts, lengths, np.full(Q, limit)))
+    result, cache = program(drafter)(*arrays, sampling, hints)
+    assert cache.tables.num_free.tolist() == [64]
+    return jax.device_get(result)
+
+
+TEMPERATURE, STOP, NUM_NEW = 0.06, 6, 5
 PROMPTS = [3, 1, 4, 1], [2, 7, 1, 8]
 
 
 @functools.cache
-def sampled(drafter) -> Rollout:
-    """Many samples of two prompts under a processor with a state; hints say what would be drawn greedily."""
-    stepper = Stepper(decoder.forward, (48, 64) if drafter else (64,), drafter=drafter, processor=NoRepeat())
-    params = SamplingParams(temperature=TEMPERATURE, seed=2, stop_tokens=(STOP,))
-    state = jnp.zeros((len(PROMPTS), decoder.VOCAB), bool)
-    sampling = SamplingState.of([(params, 0)] * len(PROMPTS), processor=state)
-    hints = jnp.array([[*[NO_TOKEN] * 4, *decoder.dense_greedy(prompt, NUM_NEW)] for prompt in PROMPTS])
+def sampled(drafter) -> list[Rollout]:
+    """300 samples of each of two prompts; hints say what would be drawn greedily."""
+    hints = np.full((Q, NEW), NO_TOKEN, np.int32)
+    texts = [prompt + decoder.dense_greedy(prompt, NUM_NEW) for prompt in PROMPTS]
+    hints[:, : 4 + NUM_NEW] = np.tile(texts, (Q // 2, 1))
 
-    @jax.jit
-    def run(cache):
-        return rollout(
-            stepper, jnp.int32(0), jnp.array(PROMPTS), jnp.array([4, 4]), cache,
-            max_new_tokens=NUM_NEW, num_samples=NUM_SAMPLES, sampling=sampling, hints=hints if drafter else None,
-        )  # fmt: skip
+    def some(first_seed: int) -> Rollout:
+        seeds = range(first_seed, first_seed + Q)
+        params = [SamplingParams(temperature=TEMPERATURE, seed=seed, stop_tokens=(STOP,)) for seed in seeds]
+        return run(drafter, np.tile(PROMPTS, (Q // 2, 1)), np.full(Q, 4), NUM_NEW, params, hints)
 
-    result, cache = run(KVCache.create(decoder.config(1 + 80, max_sequences=16)))
-    assert cache.tables.num_free.tolist() == [80]
-    return jax.device_get(result)
+    return [some(first_seed) for first_seed in range(0, 600, Q)]
 
 
 def test_sampled_tokens_are_those_without_drafts_whatever_is_rejected():
-    plain, drafted = sampled(None), sampled(Told(3))
-    assert drafted.counters.accepted_tokens > 50
-    assert drafted.counters.drafted_tokens - drafted.counters.accepted_tokens > 50
-    for name in ("tokens", "lengths", "finish"):
-        assert np.array_equal(getattr(plain, name), getattr(drafted, name)), name
-    assert np.allclose(plain.logprobs, drafted.logprobs, rtol=0, atol=1e-5)  # two programs round differently
+    accepted = rejected = 0
+    for plain, drafted in zip(sampled(None), sampled(Lookup()), strict=True):
+        accepted += drafted.counters.accepted_tokens
+        rejected += drafted.counters.drafted_tokens - drafted.counters.accepted_tokens
+        for name in ("tokens", "lengths", "finish"):
+            assert np.array_equal(getattr(plain, name), getattr(drafted, name)), name
+        assert np.allclose(plain.logprobs, drafted.logprobs, rtol=0, atol=1e-5)  # two programs round differently
+    assert accepted > 50 and rejected > 50
 
 
 def test_sampled_tokens_follow_the_decoder_s_distribution():
     """Pearson's chi-square of the second token, which is the first that may have been drafted."""
-    drafted = sampled(Told(3))
+    drafted = np.concatenate([some.tokens[::2, 0, :2] for some in sampled(Lookup())])
     observed, expected = np.zeros(decoder.VOCAB), np.zeros(decoder.VOCAB)
-    firsts = drafted.tokens[0, :, 0]
+    firsts = drafted[:, 0]
     for first in set(firsts.tolist()) - {STOP}:
         same = firsts == first
         logits = decoder.dense_logits([*PROMPTS[0], first]).astype(np.float64) / TEMPERATURE
         logits[first] = -np.inf  # the processor's rule
         weights = np.exp(logits - np.max(logits))
         expected += np.sum(same) * weights / np.sum(weights)
-        observed += np.bincount(drafted.tokens[0, same, 1], minlength=decoder.VOCAB)
+        observed += np.bincount(drafted[same, 1], minlength=decoder.VOCAB)
     frequent = expected >= 5
     seen = np.array([*observed[frequent], np.sum(observed[~frequent])])
     likely = np.array([*expected[frequent], np.sum(expected[~frequent])])
@@ -227,24 +249,10 @@ def test_sampled_tokens_follow_the_decoder_s_distribution():
 FEW_TOKENS = {5: 100.0, 7: 107.0}
 
 
-@functools.cache
-def rollout_with(drafter):
-    """A rollout of four prompts at once: its biases and its hints are arguments."""
-    stepper = Stepper(decoder.forward, (16, 32) if drafter else (16,), drafter=drafter)
-    prompts, lengths = jnp.arange(16, dtype=jnp.int32).reshape(4, 4), jnp.array([4, 3, 2, 1])
-
-    @jax.jit
-    def run(cache, sampling, hints):
-        options = {"max_new_tokens": 48, "sampling": sampling, "hints": hints if drafter else None}
-        return rollout(stepper, jnp.int32(0), prompts, lengths, cache, **options)[0]
-
-    def start(bias: dict[int, float], hints=None) -> Rollout:
-        params = [SamplingParams(temperature=1.0, seed=seed, logit_bias=bias) for seed in range(3, 7)]
-        sampling = SamplingState.of([(p, 0) for p in params], max_bias_tokens=len(FEW_TOKENS))
-        hints = np.full((4, 48), NO_TOKEN, np.int32) if hints is None else hints
-        return jax.device_get(run(KVCache.create(decoder.config(1 + 64)), sampling, hints))
-
-    return start
+def draw(drafter, bias: dict[int, float], hints=None) -> Rollout:
+    """Random texts, or such as repeat themselves."""
+    params = [SamplingParams(temperature=1.0, seed=seed, logit_bias=bias) for seed in range(3, 3 + Q)]
+    return run(drafter, np.arange(4 * Q).reshape(Q, 4), np.tile([4, 3, 2, 1], Q // 4), NEW, params, hints)
 
 
 def num_steps(result: Rollout) -> int:
@@ -252,23 +260,23 @@ def num_steps(result: Rollout) -> int:
 
 
 def test_a_text_that_repeats_itself_takes_fewer_steps():
-    plain, drafted = (rollout_with(drafter)(FEW_TOKENS) for drafter in (None, Lookup()))
+    plain, drafted = (draw(drafter, FEW_TOKENS) for drafter in (None, Lookup()))
     assert np.array_equal(plain.tokens, drafted.tokens)
-    assert num_steps(plain) >= 1.3 * num_steps(drafted)
+    assert Q * NEW / 4 >= 1.3 * num_steps(drafted), "a step for each token of a row, without drafts"
 
 
 def test_what_was_drawn_before_takes_a_third_of_the_steps():
-    first = rollout_with(Lookup())({})
-    second = rollout_with(Lookup())({}, first.tokens[:, 0])
+    first = draw(Lookup(), {})
+    second = draw(Lookup(), {}, first.tokens[:, 0])
     assert np.array_equal(first.tokens, second.tokens)
     assert num_steps(first) >= 3 * num_steps(second)
 
 
 def test_the_engine_hands_out_the_tokens_of_a_rollout_in_fewer_pieces_than_it_could_without_drafts():
-    plain = rollout_with(None)(FEW_TOKENS)
+    plain = draw(None, FEW_TOKENS)
     engine = Engine(
         decoder.forward, jnp.int32(0), decoder.config(1 + 64), token_counts=(16, 32), drafter=Lookup(), visit_steps=4,
-        max_bias_tokens=2,
+        max_bias_tokens=2, processor=NoRepeat(), processor_state=jnp.zeros((4, decoder.VOCAB), bool),
     )  # fmt: skip
     lengths, prompts, pieces = (40, 17, 3), ([0, 1, 2, 3], [4, 5, 6], [8, 9]), []
     for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
@@ -286,7 +294,7 @@ def drafted_by_model(windows=(None, None), max_new: int = 40):
     """A rollout in which a decoder drafts that adds another number to its hash; the cache it drafts with is small."""
     drafter = DraftModel(decoder.forward_with(windows), num_tokens=8)
     stepper = Stepper(decoder.forward, (16, 32), drafter=drafter)
-    prompts, lengths = jnp.arange(60, dtype=jnp.int32).reshape(6, 10), jnp.array([10, 3, 7, 1, 9, 4])
+    prompts, lengths = np.arange(60, dtype=np.int32).reshape(6, 10), np.array([10, 3, 7, 1, 9, 4], np.int32)
     config = decoder.config(1 + 40, windows=windows)
 
     @jax.jit

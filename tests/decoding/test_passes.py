@@ -37,6 +37,7 @@ def test_a_step_runs_the_smallest_pass_that_holds_it_and_can_prefill_where_it_mu
     assert stepper.prefills(expected) or max(counts) <= 8
 
 
+@pytest.mark.long  # two more programs of the steps that the engine below runs
 @pytest.mark.parametrize("drafter", [None, Lookup(num_drafts=2)], ids=["plain", "drafts"])
 def test_prompts_of_all_lengths_draw_what_a_dense_forward_does_in_passes_of_their_size(drafter):
     lens = np.array([3, 9, 16, 17, 30, 12], np.int32)
@@ -62,13 +63,24 @@ def test_prompts_of_all_lengths_draw_what_a_dense_forward_does_in_passes_of_thei
 
 
 def test_an_engine_computes_prompts_in_passes_of_their_size():
-    config = decoder.config(1 + 56, windows=HYBRID)
-    engine = Engine(decoder.forward_with(HYBRID), np.int32(0), config, token_counts=(8, 16, 32), prefill_passes=2)
-    prompts = [np.random.default_rng(n).integers(0, decoder.VOCAB, n).tolist() for n in (12, 30)]
-    for prompt, steps in zip(prompts, ({8: 3, 16: 1, 32: 0}, {8: 6, 16: 1, 32: 1}), strict=True):
-        ((completion,),) = engine.generate([prompt], SamplingParams(max_new_tokens=4))
-        assert list(completion.tokens) == decoder.dense_greedy(prompt, 4, HYBRID, ())
-        assert engine.stats().steps == steps
+    """With a drafter that finds nothing to draft in most of these texts."""
+    config, passes = decoder.config(1 + 56), {"token_counts": (8, 16, 32), "prefill_passes": 2}
+    engine = Engine(decoder.forward, np.int32(0), config, drafter=Lookup(num_drafts=2), **passes)
+
+    def check(*lengths: int) -> dict[int, int]:
+        """Prompts of these lengths draw what they should; the steps of each size that it took."""
+        prompts = [np.random.default_rng(n).integers(0, decoder.VOCAB, n).tolist() for n in lengths]
+        before = engine.stats().steps
+        completions = engine.generate(prompts, SamplingParams(max_new_tokens=4))
+        for prompt, (completion,) in zip(prompts, completions, strict=True):
+            assert list(completion.tokens) == decoder.dense_greedy(prompt, 4)
+        return {size: count - before[size] for size, count in engine.stats().steps.items()}
+
+    check(3, 9, 16, 17, 31, 11)  # the last come in beside rows that decode
+    for length, size in ((4, 8), (10, 16), (15, 16), (18, 32), (30, 32)):
+        expected = {8: 3, 16: 0, 32: 0}
+        expected[size] += 1
+        assert check(length) == expected
 
 
 def test_passes_that_do_not_fit_together_are_named():

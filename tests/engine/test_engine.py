@@ -22,9 +22,11 @@ GREEDY = SamplingParams(max_new_tokens=12)
 ROOMY, TIGHT = decoder.config(64), decoder.config(1 + 16)  # two programs for all tests
 
 
-def engine(config=None, **options):
+def engine(config=ROOMY, **options):
+    """One whose pool is tight computes no log-probabilities."""
     defaults: dict[str, Any] = {"token_counts": (8, 32), "visit_steps": 4, "max_bias_tokens": 2}
-    return Engine(decoder.forward, PARAMS, config or ROOMY, Numbers(), **(defaults | options))
+    defaults["num_logprobs"] = None if config is TIGHT else 0
+    return Engine(decoder.forward, PARAMS, config, Numbers(), **(defaults | options))
 
 
 def prompts(*lengths, seed=0):
@@ -58,7 +60,7 @@ def test_log_probabilities_are_the_models_own():
 
 
 def test_without_log_probabilities_there_are_none_and_no_best_of():
-    (text,), g = prompts(20), engine(num_logprobs=None)
+    (text,), g = prompts(20), engine(TIGHT)
     ((completion,),) = g.generate([text], GREEDY)
     assert list(completion.tokens) == decoder.dense_greedy(text, 12) and completion.logprobs == ()
     with pytest.raises(ValueError, match="best_of=2 compares log-probabilities: make the engine with num_logprobs=0"):

@@ -1,5 +1,7 @@
 """A decode loop by hand: every step computes the next tokens of all sequences, packed in one axis of one length."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +11,10 @@ from paged_jax import AttentionMetadata, CacheConfig, PagePool, PageTables
 NUM_TOKENS = 32
 
 
-slide = jax.jit(PageTables.slide)
-
-
-@jax.jit
-def reserve(tables: PageTables, query_lens):
-    tables, _ = tables.reserve(query_lens)
-    return tables, AttentionMetadata.ragged(tables, query_lens, num_tokens=NUM_TOKENS)
+@functools.partial(jax.jit, static_argnames="max_query_len")
+def reserve(tables: PageTables, query_lens, max_query_len: int = 8):
+    tables, _ = tables.slide().reserve(query_lens)
+    return tables, AttentionMetadata.ragged(tables, query_lens, NUM_TOKENS, max_query_len=max_query_len)
 
 
 def pack(pieces) -> jax.Array:
@@ -33,7 +32,7 @@ def serve(step, config: CacheConfig, prompts: list[list[int]], num_tokens: int) 
     tables, pool = PageTables.create(config), PagePool.create(config)
     feed, drawn = prompts, []
     for _ in range(num_tokens):
-        tables, metadata = reserve(slide(tables), lengths(feed))
+        tables, metadata = reserve(tables, lengths(feed))
         logits, pool = step(pack(feed), pool, metadata)
         drawn.append(np.argmax(np.asarray(logits), axis=-1))
         feed = [[token] for token in drawn[-1].tolist()]

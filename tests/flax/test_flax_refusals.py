@@ -32,8 +32,8 @@ def trace(step, num_layers=LAYERS, num_kv_heads=2, head_dim=WIDTH // 4, num_toke
     return jax.eval_shape(run, step.params)
 
 
-def nnx_decoder(**_):
-    return nnx_paged.Decoder(VOCAB, WIDTH, LAYERS, nnx.Rngs(0))
+def nnx_decoder(num_layers=LAYERS):
+    return nnx.eval_shape(lambda: nnx_paged.Decoder(VOCAB, WIDTH, num_layers, nnx.Rngs(0)))
 
 
 def linen_step(call=paged_linen._call, decoder=None):
@@ -127,7 +127,7 @@ def test_decode_true():
 
 def test_a_model_without_a_cache():
     with pytest.raises(ValueError, match="Decoder has no PagedCache: give every attention layer one"):
-        paged_nnx.paged_step(nnx_stock.Decoder(VOCAB, WIDTH, LAYERS, nnx.Rngs(0)))
+        paged_nnx.paged_step(nnx.eval_shape(lambda: nnx_stock.Decoder(VOCAB, WIDTH, LAYERS, nnx.Rngs(0))))
     with pytest.raises(ValueError, match="Dense has no PagedCache: give every attention layer one"):
         paged_linen.paged_step(nn.Dense(3), {}, lambda model, tokens, metadata: model(jnp.zeros((1, 3))))
 
@@ -178,11 +178,14 @@ def test_layers_of_a_scan_whose_pages_lie_apart(options):
 @pytest.mark.parametrize("axes", [dict(params=0), dict(params=0, cache=0)])
 def test_linen_layers_in_a_scan_are_refused_with_advice_that_works(axes):
     decoder = LinenDecoder(axes)
-    variables = decoder.init(jax.random.key(0), *EMPTY_STEP)
+    variables = jax.eval_shape(decoder.init, jax.random.key(0), *EMPTY_STEP)
     with pytest.raises(ValueError, match=r"run them in a Python loop, with their weights taken apart, .*ScanBlock_0"):
         paged_linen.paged_step(decoder, variables)
-    scanned = variables["params"]["ScanBlock_0"]
-    params = {f"Block_{i}": jax.tree.map(lambda w, i=i: w[i], scanned) for i in range(LAYERS)}
+
+    def take_apart(scanned):
+        return {f"Block_{i}": jax.tree.map(lambda w, i=i: w[i], scanned) for i in range(LAYERS)}
+
+    params = jax.eval_shape(take_apart, variables["params"]["ScanBlock_0"])
     step = paged_linen.paged_step(LinenDecoder(None), {"params": params})
     logits, _ = trace(step, num_kv_heads=4)
     assert logits.shape == (3, WIDTH)
@@ -259,6 +262,6 @@ def test_options_that_make_no_sense(option, match):
 
 def test_layers_are_named_in_their_order():
     with pytest.raises(ValueError, match=r"blocks\.2\.\S+, blocks\.3\..* blocks\.9\.\S+, blocks\.10\."):
-        trace(paged_nnx.paged_step(nnx_paged.Decoder(VOCAB, WIDTH, 12, nnx.Rngs(0))))
+        trace(paged_nnx.paged_step(nnx_decoder(11)))
     with pytest.raises(ValueError, match=r"Block_2\.\S+, Block_3\..* Block_9\.\S+, Block_10\."):
-        trace(linen_step(decoder=linen_paged.Decoder(VOCAB, WIDTH, 12)))
+        trace(linen_step(decoder=linen_paged.Decoder(VOCAB, WIDTH, 11)))

@@ -13,6 +13,8 @@ from pallas_kernels import copy_pages, init_pages, paged_attention, write_pages
 PAGE_SIZE, SEQUENCES, MAX_PAGES, COPIES = 16, 32, 256, 32
 SHAPES = [(32, 8, 128), (8, 2, 64)]  # N, K, H
 DTYPES = ["float32", "bfloat16", "int8", "float8_e4m3fn"]
+# With scales and without; the others differ in no operation on the pages.
+CPU_DTYPES = [pytest.param(x, marks=pytest.mark.long if x in ("float32", "int8") else ()) for x in DTYPES]
 TOKENS = 512  # of a prefill
 attend = functools.partial(paged_attention, implementation="xla")
 write = functools.partial(write_pages, implementation="xla")
@@ -100,13 +102,13 @@ OPS = ["write", "decode", "prefill", "copy"]
 
 
 @pytest.mark.parametrize("name", OPS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", CPU_DTYPES)
 def test_on_a_cpu_no_op_copies_the_pool(dtype, name):
     function, arguments = ops(SHAPES[0], dtype)[name]
     check(function, arguments)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", *(pytest.param(x, marks=pytest.mark.long) for x in DTYPES[:3])])
 def test_on_a_cpu_no_loop_over_layers_copies_the_pool(dtype):
     layers, where = problem(SHAPES[1], dtype, num_layers=2)
     check(steps_in_a_loop, (layers, *tokens(SHAPES[1], dtype, SEQUENCES), *where))
@@ -134,7 +136,7 @@ def test_blocks_have_no_more_rows_than_a_sequence_may_have_queries():
 
     def flops(longest):  # of each loop's body once
         step = functools.partial(attend, max_query_len=longest)
-        cost = jax.jit(step).lower(*arguments).compile().cost_analysis()
+        cost = jax.jit(step).lower(*arguments).cost_analysis()
         assert cost is not None
         return cost["flops"]
 
@@ -154,4 +156,4 @@ def test_all_layers_of_a_step_share_one_work_list():
         compiled = jax.jit(step).lower(layers, *tokens(SHAPES[1], "float32", SEQUENCES), *where).compile()
         return (compiled.as_text() or "").count("list_items/reduce_sum")
 
-    assert work_lists(1) == work_lists(3) > 0
+    assert work_lists(1) == work_lists(2) > 0

@@ -1,6 +1,6 @@
 """Groups of rows that share pages: found in the page table, checked on the host, and changing nothing but the speed."""
 
-import functools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -20,25 +20,34 @@ LENGTHS = (129, 300, 150, 131, 140, 200, 129, 260, 129, 65, 1, 40, 0)
 find = jax.jit(find_groups, static_argnums=2)
 
 
+@jax.jit
+def find_small(table, lengths):
+    """Groups of as few tokens as the tests that call it set: traced with that constant."""
+    return find_groups(table, lengths, S)
+
+
 def forest(case: Case):
     """The inputs of a case on pages that its rows share, and the groups."""
     return share(make_inputs(case), [[(tuple(range(10)), PREFIX)], [(rows, FORK) for rows in MEMBERS]])
 
 
 QUERY_LENS = (1, 1, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0)
-CASES = [
-    Case("forest", LENGTHS, QUERY_LENS, head_dim=128, sinks=True),
-    Case("forest: window", LENGTHS, QUERY_LENS, window=70, soft_cap=4.0),
-    Case("forest: int8, mixed", LENGTHS, (1, 20, *QUERY_LENS[2:]), (4, 2), 128, dtype="int8", q_dtype="bfloat16"),
-]
+FOREST = Case("forest", LENGTHS, QUERY_LENS, head_dim=128, sinks=True)
+WINDOW = Case("forest: window", LENGTHS, QUERY_LENS, window=70, soft_cap=4.0)
+MIXED = Case("forest: int8, mixed", LENGTHS, (1, 20, *QUERY_LENS[2:]), (4, 2), 128, S, "int8", "bfloat16", soft_cap=4.0)
+CASES = [FOREST, pytest.param(WINDOW, marks=pytest.mark.long), MIXED]  # windows of random forests below
+
+
+def run(case, inputs, sharing):
+    options = dict(sinks=inputs.sinks, sharing=sharing, return_lse=True, implementation="xla", **case.options)
+    return attend(*inputs.arguments, **options)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_what_rows_share_changes_nothing(case):
     inputs, groups = forest(case)
     check_sharing(groups, inputs.page_table, inputs.lengths, S)
-    options = dict(sinks=inputs.sinks, sharing=groups, return_lse=True, implementation="xla", **case.options)
-    result = attend(*inputs.arguments, **options)
+    result = run(case, inputs, groups)
     out, lse = expected(case, inputs)
     np.testing.assert_allclose(np.asarray(result.out, np.float64), out, atol=case.tolerance, rtol=0)
     np.testing.assert_allclose(result.lse, lse, atol=case.tolerance, rtol=1e-6)
@@ -50,34 +59,31 @@ def test_whatever_rows_share_changes_nothing(seed, options, monkeypatch):
     monkeypatch.setattr(sharing, "FEWEST_TOKENS", 16)
     case, levels = random_forest(seed, **options)
     inputs, groups = share(make_inputs(case), levels)
-    find_now = jax.jit(lambda table, lengths: find_groups(table, lengths, S))  # traced with that constant
-    found = find_now(inputs.page_table, inputs.lengths)
-    assert seed or jnp.any(found.leader >= 0)
+    found = find_small(inputs.page_table, inputs.lengths)
+    assert seed or np.any(np.asarray(found.leader) >= 0)
     out, lse = expected(case, inputs)
     for promise in (groups, found):
         check_sharing(promise, inputs.page_table, inputs.lengths, S)
-        run = dict(sinks=inputs.sinks, sharing=promise, return_lse=True, implementation="xla", **case.options)
-        result = attend(*inputs.arguments, **run)
+        result = run(case, inputs, promise)
         np.testing.assert_allclose(np.asarray(result.out, np.float64), out, atol=case.tolerance, rtol=0)
         np.testing.assert_allclose(result.lse, lse, atol=case.tolerance, rtol=1e-6)
 
 
 def test_the_shared_pages_are_read_through_the_leader_alone():
     """So the promise is used: a member whose own table names other pages still gets what the leader's hold."""
-    case = Case("forest", LENGTHS, QUERY_LENS, head_dim=128)
-    inputs, groups = forest(case)
-    run = functools.partial(attend, sharing=groups, implementation="xla", **case.options)
-    lost = inputs.page_table.at[jnp.array([1, 2, 3]), 0].set(0)  # row 0 leads
-    arguments = inputs.arguments
-    np.testing.assert_array_equal(run(*arguments).out, run(*arguments[:4], lost, *arguments[5:]).out)
-    plain = attend(*arguments[:4], lost, *arguments[5:], implementation="xla", **case.options)
-    assert not np.array_equal(plain.out, run(*arguments).out)
+    inputs, groups = forest(FOREST)
+    table = np.array(inputs.page_table)
+    table[[1, 2, 3], 0] = 0  # row 0 leads
+    lost = dataclasses.replace(inputs, page_table=jnp.asarray(table))
+    wanted = run(FOREST, inputs, groups).out
+    np.testing.assert_array_equal(run(FOREST, lost, groups).out, wanted)
+    assert not np.array_equal(run(FOREST, lost, None).out, wanted)
 
 
 def test_groups_are_read_off_the_page_table(monkeypatch):
-    monkeypatch.setattr(sharing, "FEWEST_TOKENS", 64)
-    inputs, wanted = forest(CASES[0])
-    found = jax.jit(lambda table, lengths: find_groups(table, lengths, S))(inputs.page_table, inputs.lengths)
+    monkeypatch.setattr(sharing, "FEWEST_TOKENS", 16)
+    inputs, wanted = forest(FOREST)
+    found = find_small(inputs.page_table, inputs.lengths)
     # Row 9 has one page behind the prefix, which holds its last token, so it has a group on the first level only.
     np.testing.assert_array_equal(found.tokens, wanted.tokens)
     for level in range(2):
@@ -99,44 +105,44 @@ def test_what_is_found_in_random_tables_holds(seed):
 
 
 def test_rows_without_common_pages_have_no_group():
-    table = jnp.arange(1, 33, dtype=jnp.int32).reshape(8, 4)
-    found = find(table, jnp.full(8, 64, jnp.int32), S)
-    assert (found.leader == -1).all() and (found.tokens == 0).all()
+    table = np.arange(1, 33, dtype=np.int32).reshape(8, 4)
+    found = find(jnp.asarray(table), jnp.asarray(np.full(8, 64, np.int32)), S)
+    np.testing.assert_array_equal(found.leader, -1)
+    np.testing.assert_array_equal(found.tokens, 0)
 
 
 def test_no_levels_are_no_groups():
-    inputs = make_inputs(CASES[0])
+    inputs = make_inputs(FOREST)
     nothing = jnp.zeros((0, len(LENGTHS)), jnp.int32)
-    results = [
-        attend(*inputs.arguments, sinks=inputs.sinks, sharing=groups, implementation="xla", **CASES[0].options).out
-        for groups in (None, Sharing(nothing, nothing))
-    ]
+    results = [run(FOREST, inputs, groups).out for groups in (None, Sharing(nothing, nothing))]
     np.testing.assert_array_equal(*results)
 
 
 def test_a_group_of_too_few_rows_is_left_alone():
-    lengths = jnp.full(8, 1024, jnp.int32)
-    apart = jnp.arange(1, 513, dtype=jnp.int32).reshape(8, 64)
-    for count, shares in ((FEWEST_ROWS, True), (FEWEST_ROWS - 1, False)):
-        found = find(apart.at[:count, :40].set(apart[0, :40]), lengths, S)
-        assert (found.tokens[0, :count] == (640 if shares else 0)).all() and (found.tokens[:, count:] == 0).all()
+    lengths = jnp.asarray(np.full(8, 1024, np.int32))
+    for count, shared in ((FEWEST_ROWS, 640), (FEWEST_ROWS - 1, 0)):
+        table = np.arange(1, 513, dtype=np.int32).reshape(8, 64)
+        table[:count, :40] = table[0, :40]
+        tokens = np.asarray(find(jnp.asarray(table), lengths, S).tokens)
+        assert (tokens[0, :count] == shared).all() and (tokens[:, count:] == 0).all()
 
 
 def test_runs_are_the_groups_of_a_step_side_by_side(monkeypatch):
-    _, groups = forest(CASES[0])
+    _, groups = forest(FOREST)
     monkeypatch.setattr(sharing, "FEWEST_ROWS", 3)
-    takes_part = jnp.array(LENGTHS) > 0
-    takes_part = takes_part.at[jnp.array([0, 6, 7, 8])].set(False)  # on the second level, 4 and 5 are too few then
-    runs = runs_of(groups, jnp.array(LENGTHS, jnp.int32), takes_part, S)
+    takes_part = np.array(LENGTHS) > 0
+    takes_part[[0, 6, 7, 8]] = False  # on the second level, 4 and 5 are too few then
+    runs = jax.jit(runs_of, static_argnums=3)(groups, jnp.array(LENGTHS, jnp.int32), jnp.asarray(takes_part), S)
+    runs = jax.device_get(runs)
     found = []
-    for level, row in np.argwhere(np.asarray(runs.leads)).tolist():
+    for level, row in np.argwhere(runs.leads).tolist():
         start, size = int(runs.place[level, row]), int(runs.size[level, row])
         assert start % RUN == 0 and runs.size[level].tolist().count(size) == size
         found.append((runs.row[level, start : start + size].tolist(), int(runs.begin[level, row])))
-        assert (np.asarray(runs.row[level, start + size : start + -(-size // RUN) * RUN]) == -1).all()
+        assert (runs.row[level, start + size : start + -(-size // RUN) * RUN] == -1).all()
     assert found == [([1, 2, 3, 4, 5, 9], 0), ([1, 2, 3], PREFIX)]
     assert runs.rest.tolist() == [0, FORK, FORK, FORK, PREFIX, PREFIX, 0, 0, 0, PREFIX, 0, 0, 0]
-    assert (np.asarray(runs.row) >= 0).sum() == 9 == (np.asarray(runs.place) < runs.row.shape[1]).sum()
+    assert (runs.row >= 0).sum() == 9 == (runs.place < runs.row.shape[1]).sum()
 
 
 @pytest.mark.parametrize(

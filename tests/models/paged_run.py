@@ -70,7 +70,7 @@ class PagedRun:
             for row in rest:
                 now.append(row[: min(chunk, room)])
                 room -= len(now[-1])
-            logits = self.step(now, self.step_tokens)
+            logits = self.step(now, self.step_tokens, chunk)
             for b, part in enumerate(now):
                 del rest[b][: len(part)]
                 if part and not rest[b]:

@@ -45,7 +45,7 @@ def program(golden, folder: Path, early: bool | str):
         """What is found, by width: for each prompt its sequences and scores."""
         stops = jnp.array(stop or [-1, -1], jnp.int32)
         options = dict(widths=jnp.asarray(widths, jnp.int32), length_penalty=jnp.float32(penalty), stop_tokens=stops)
-        out, after = run(model.params, jnp.asarray(prompts), lengths, cache, **options)
+        out, after = jax.device_get(run(model.params, jnp.asarray(prompts), lengths, cache, **options))
         assert np.array_equal(after.tables.num_free, cache.tables.num_free), "all pages are given back"
         found = [
             [(out.tokens[q, i, : out.lengths[q, i]].tolist(), float(out.scores[q, i])) for i in range(widths[q])]

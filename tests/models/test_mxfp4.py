@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from test_decoder import make_decoder
 from tiny import EXPERTS, TINY
 
 from paged_jax import models
@@ -21,7 +22,7 @@ LAYER = "model.layers.0.mlp.experts"
 
 def write_packed(folder: Path) -> dict[str, np.ndarray]:
     """A checkpoint with packed experts; the tensors of the same checkpoint unpacked."""
-    params = nnx.state(models.Decoder(decoder_config(CONFIG), rngs=nnx.Rngs(0)))
+    params = nnx.state(make_decoder(decoder_config(CONFIG)))
     models.save(folder, CONFIG, params, dtype=jnp.bfloat16)
     tensors = load_file(folder / "model.safetensors")
     packed, rng = dict(tensors), np.random.default_rng(0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from test_decoder import make_decoder
 from tiny import TINY
 
 from paged_jax import models
@@ -41,7 +42,7 @@ def write(folder: Path, layout: str, **config) -> tuple[dict[str, np.ndarray], d
     """A checkpoint with narrow projections: its tensors, and those of the plain checkpoint that it describes."""
     dtype, suffix, blocks, settings = LAYOUTS[layout]
     hf_config = TINY | config
-    params = nnx.state(models.Decoder(decoder_config(hf_config), rngs=nnx.Rngs(0)))
+    params = nnx.state(make_decoder(decoder_config(hf_config)))
     models.save(folder, hf_config, params)
     plain = load_file(folder / "model.safetensors")
     narrow, rng = dict(plain), np.random.default_rng(0)

@@ -10,36 +10,38 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
+from paged_run import grant
+from test_decoder import make_decoder
 from tiny import EXPERTS, TINY
 
 from paged_jax import AttentionMetadata, CacheConfig, PagePool, PageTables, models
 from paged_jax.models.checkpoint import decoder_config
 from paged_jax.models.stacks import layer_numbers, unstacked
 
-# Two periods of two windows and a layer that sees everything, then two layers more; the pages of the windows' groups
-# lie at distances of 2 and 1.
+# Two periods of two windows and a layer that sees everything, then a layer more; the pages of the windows' groups lie
+# at distances of 2 and 1.
 HYBRID = models.DecoderConfig(
-    vocab_size=32, hidden_size=16, intermediate_size=16, num_layers=8, num_heads=2, num_kv_heads=1, head_dim=8,
-    qk_norm=True, windows=(4, 4, None, 4, 4, None, 4, 4),
+    vocab_size=32, hidden_size=16, intermediate_size=16, num_layers=7, num_heads=2, num_kv_heads=1, head_dim=8,
+    qk_norm=True, windows=(4, 4, None, 4, 4, None, 4),
 )  # fmt: skip
 PLAIN = dataclasses.replace(HYBRID, num_layers=3, windows=())
 
 
 def stack_like(plain: models.Decoder, period: int) -> models.Decoder:
     """The decoder with the same weights and a period."""
-    decoder = models.Decoder(plain.config, period=period, rngs=nnx.Rngs(0))
+    decoder = nnx.eval_shape(lambda: models.Decoder(plain.config, period=period, rngs=nnx.Rngs(0)))
     flat = dict(nnx.to_flat_state(nnx.state(plain)))
     for path, leaf in nnx.to_flat_state(nnx.state(decoder)):
         parts = unstacked(".".join(map(str, path)), plain.config.num_layers, period)
-        values = [flat[tuple(int(x) if x.isdigit() else x for x in part.split("."))][...] for part in parts]
-        leaf[...] = values[0] if None in parts.values() else jnp.stack(values)
+        paths = [tuple(int(x) if x.isdigit() else x for x in part.split(".")) for part in parts]
+        values = np.stack([flat[path][...] for path in paths])
+        leaf.set_value(jnp.asarray(values[0] if None in parts.values() else values))
     return decoder
 
 
 @functools.cache
 def pair(config: models.DecoderConfig, period: int) -> tuple[models.Decoder, models.Decoder]:
-    plain = models.Decoder(config, rngs=nnx.Rngs(0))
-    nnx.update(plain, jax.tree.map(lambda w: 20 * w if w.ndim > 1 else w, nnx.state(plain)))
+    plain = make_decoder(config)
     return plain, stack_like(plain, period)
 
 
@@ -64,11 +66,19 @@ def test_the_period_of_a_pattern_of_windows():
     assert period(None, None, 8, 8) == 4  # nothing repeats
 
 
-@pytest.mark.parametrize("config, period", [(HYBRID, 3), (PLAIN, 1), (PLAIN, 2)], ids=["hybrid", "plain", "two"])
+@pytest.mark.parametrize(
+    "config, period",
+    [
+        (HYBRID, 3),
+        pytest.param(PLAIN, 1, marks=pytest.mark.long),  # the loop and the layers after it are those of the hybrid
+        pytest.param(PLAIN, 2, marks=pytest.mark.long),
+    ],
+    ids=["hybrid", "plain", "two"],
+)
 def test_a_loop_over_layers_computes_what_the_layers_compute(config, period):
     """Over pages, whose windows give some up; without a cache; and the gradient of that."""
     plain, stacked = pair(config, period)
-    tokens = jax.random.randint(jax.random.key(0), (12,), 0, 32)
+    tokens = np.random.default_rng(0).integers(0, 32, 12, np.int32)
     expected = jax.jit(plain.dense)(tokens)
     np.testing.assert_allclose(jax.jit(stacked.dense)(tokens), expected, atol=1e-5)
     # Chunks of other lengths sum in another order: that alone moves these logits, which span 7, by 7e-6.
@@ -80,15 +90,14 @@ def test_a_loop_over_layers_computes_what_the_layers_compute(config, period):
     run = jax.jit(stacked)
     tables, pool = PageTables.create(cache), PagePool.create(cache)
     for start in (0, 6):
-        tables, _ = tables.slide().reserve(jnp.array([6]))
-        metadata = AttentionMetadata.ragged(tables, jnp.array([6]), 6)
+        tables, _, metadata = grant(tables, jnp.array([6]), 6)
         metadata = dataclasses.replace(metadata, logits_at=jnp.arange(6))
         logits, pool = run(tokens[start : start + 6], pool, metadata)
         np.testing.assert_allclose(logits, expected[start : start + 6], atol=atol)
 
 
 def test_a_loop_over_layers_has_the_gradients_of_the_layers():
-    plain, stacked = pair(PLAIN, 1)
+    plain, stacked = pair(dataclasses.replace(PLAIN, num_layers=2), 1)
 
     def gradient(decoder):
         graph, params = nnx.split(decoder)
@@ -97,27 +106,28 @@ def test_a_loop_over_layers_has_the_gradients_of_the_layers():
 
     of_plain, of_stack = dict(nnx.to_flat_state(gradient(plain))), gradient(stacked)
     for path, leaf in nnx.to_flat_state(of_stack):
-        paths = [(*path[:1], i, *path[2:]) for i in range(3)] if path[0] == "layers" else [path]
-        expected = [of_plain[each][...] for each in paths]
-        expected = jnp.stack(expected) if path[0] == "layers" else expected[0]
-        np.testing.assert_allclose(leaf[...], expected, atol=1e-5 * float(jnp.abs(expected).max()) + 1e-6)
+        paths = [(*path[:1], i, *path[2:]) for i in range(2)] if path[0] == "layers" else [path]
+        expected = np.stack([of_plain[each][...] for each in paths])
+        expected = expected if path[0] == "layers" else expected[0]
+        np.testing.assert_allclose(leaf[...], expected, atol=1e-5 * np.abs(expected).max() + 1e-6)
 
 
 def test_the_loop_traces_a_period_of_layers_and_writes_the_pool_in_place():
-    def compiled(num_periods: int):
-        windows = (4, 4, None) * num_periods
-        config = dataclasses.replace(HYBRID, num_layers=3 * num_periods, windows=windows)
-        decoder = nnx.eval_shape(lambda: models.Decoder(config, period=3, rngs=nnx.Rngs(0)))
+    def lowered(num_periods: int):
+        windows = (4, None) * num_periods
+        config = dataclasses.replace(HYBRID, num_layers=2 * num_periods, windows=windows)
+        decoder = nnx.eval_shape(lambda: models.Decoder(config, period=2, rngs=nnx.Rngs(0)))
         graph, params = nnx.split(decoder)
         cache = CacheConfig(len(windows), 1, 8, 30_000, 2, 8, dtype="float32", windows=windows, window_pages=30_000)
         pool, tables = jax.eval_shape(lambda: (PagePool.create(cache), PageTables.create(cache)))
         metadata = jax.eval_shape(lambda tables: AttentionMetadata.decode(tables, jnp.ones(2, bool)), tables)
         step = jax.jit(lambda pool, *rest: nnx.merge(graph, rest[0])(rest[1], pool, rest[2]), donate_argnums=0)
-        lowered = step.lower(pool, params, jnp.arange(2), metadata)
-        return lowered.as_text().count("\n"), lowered.compile().memory_analysis(), pool.num_bytes
+        return step.lower(pool, params, jnp.arange(2), metadata), pool.num_bytes
 
-    (short, _, _), (long, memory, pool_bytes) = compiled(2), compiled(5)
-    assert long == short and memory is not None
+    (short, _), (long, pool_bytes) = lowered(2), lowered(5)
+    assert long.as_text().count("\n") == short.as_text().count("\n")
+    memory = long.compile().memory_analysis()
+    assert memory is not None
     assert memory.alias_size_in_bytes >= pool_bytes and memory.temp_size_in_bytes < 0.02 * pool_bytes
 
 
@@ -137,8 +147,7 @@ FOUR_KV_HEADS = dict(num_attention_heads=8, num_key_value_heads=4)
 
 def make(folder, **changes):
     hf_config = TINY | FOUR_KV_HEADS | changes
-    params = nnx.state(models.Decoder(decoder_config(hf_config), rngs=nnx.Rngs(1)))
-    models.save(folder, hf_config, params, num_shards=2)
+    models.save(folder, hf_config, nnx.state(make_decoder(decoder_config(hf_config))), num_shards=2)
     return hf_config
 
 
@@ -146,17 +155,22 @@ def leaves(model: models.Model) -> dict[str, jax.Array]:
     return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(model.params)}
 
 
+def assert_same_weights(stacked: dict[str, jax.Array], plain: dict[str, jax.Array], config: models.DecoderConfig):
+    seen = set()
+    for path, leaf in stacked.items():
+        stack = np.asarray(leaf)
+        for part, index in unstacked(path, config.num_layers, config.period).items():
+            np.testing.assert_array_equal(stack if index is None else stack[index], plain[part], err_msg=part)
+            seen.add(part)
+    assert seen == plain.keys()
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_checkpoint_loads_into_stacks_and_out_of_them(tmp_path, name):
     hf_config = make(tmp_path / "a", **CHECKPOINTS[name])
     plain, stacked = models.load(tmp_path / "a"), models.load(tmp_path / "a", "float32", stacked=True)
-    num_layers, period = plain.config.num_layers, plain.config.period
-    of_plain, seen = leaves(plain), set()
-    for path, leaf in leaves(stacked).items():
-        for part, index in unstacked(path, num_layers, period).items():
-            np.testing.assert_array_equal(leaf if index is None else leaf[index], of_plain[part], err_msg=part)
-            seen.add(part)
-    assert seen == of_plain.keys()
+    of_plain = leaves(plain)
+    assert_same_weights(leaves(stacked), of_plain, plain.config)
     models.save(tmp_path / "b", hf_config, stacked.params)
     for path, leaf in leaves(models.load(tmp_path / "b")).items():
         np.testing.assert_array_equal(leaf, of_plain[path], err_msg=path)
@@ -171,14 +185,15 @@ def spec_of(leaf: jax.Array) -> tuple:
 def test_a_stack_is_split_as_its_layers_are(tmp_path, name):
     make(tmp_path, **CHECKPOINTS[name])
     mesh = jax.make_mesh((4,), ("model",))
-    plain, stacked = (leaves(models.load(tmp_path, sharding=mesh, stacked=stacked)) for stacked in (False, True))
-    config = models.load(tmp_path).config
+    model = models.load(tmp_path, sharding=mesh)
+    config, plain = model.config, leaves(model)
+    stacked = leaves(models.load(tmp_path, sharding=mesh, stacked=True))
+    assert_same_weights(stacked, plain, config)
     for path, leaf in stacked.items():
         for part, index in unstacked(path, config.num_layers, config.period).items():
             spec = spec_of(plain[part])
             expected = spec if index is None else (None, *spec) if spec else ()
             assert spec_of(leaf) == expected, path
-            np.testing.assert_array_equal(leaf if index is None else leaf[index], plain[part], err_msg=part)
 
 
 def test_weights_on_a_cpu_are_not_stacked_unless_asked(tmp_path):
@@ -203,8 +218,8 @@ def test_layers_that_do_not_repeat_are_not_stacked(tmp_path):
             2,
             "the layers do not repeat after period=2: use a multiple of 3, or None",
         ),
-        (0, "period=0 must be at least 1 and at most num_layers=8"),
-        (9, "period=9 must be at least 1 and at most num_layers=8"),
+        (0, "period=0 must be at least 1 and at most num_layers=7"),
+        (8, "period=8 must be at least 1 and at most num_layers=7"),
     ],
 )
 def test_a_period_that_the_layers_do_not_have(period, match):
@@ -212,9 +227,9 @@ def test_a_period_that_the_layers_do_not_have(period, match):
         models.Decoder(HYBRID, period=period, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("pool", [dict(array_per_layer=True), dict(windows=(4,) + (None,) * 7)])
+@pytest.mark.parametrize("pool", [dict(array_per_layer=True), dict(windows=(4,) + (None,) * 6)])
 def test_a_pool_whose_layers_do_not_lie_at_equal_distances(pool):
-    cache = CacheConfig(8, 1, 8, num_pages=8, max_sequences=1, max_pages_per_sequence=4, dtype="float32", **pool)
+    cache = CacheConfig(7, 1, 8, num_pages=8, max_sequences=1, max_pages_per_sequence=4, dtype="float32", **pool)
     metadata = AttentionMetadata.decode(PageTables.create(cache), jnp.ones(1, bool))
     with pytest.raises(ValueError, match="runs its layers in a loop of 3, .* windows of the decoder .* period=None"):
         jax.eval_shape(pair(HYBRID, 3)[1], jnp.zeros(1, jnp.int32), PagePool.create(cache), metadata)

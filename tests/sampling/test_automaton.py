@@ -129,10 +129,11 @@ def test_samples_of_a_rollout_are_sequences_of_the_trie():
     @jax.jit
     def sample(trie, cache):
         state = SamplingState(**vars(one) | {"processor": trie.start(num_prompts)})
-        stepper, lens = Stepper(decoder.forward, (8,), processor=trie), jnp.full(num_prompts, 5, jnp.int32)
+        stepper = Stepper(decoder.forward, (8,), processor=trie, num_logprobs=None)
+        lens = jnp.full(num_prompts, 5, jnp.int32)
         return rollout(stepper, jnp.int32(0), prompts, lens, cache, max_new_tokens=8, num_samples=20, sampling=state)[0]
 
-    drawn = sample(trie, KVCache.create(decoder.config(**CONFIG)))
+    drawn = jax.device_get(sample(trie, KVCache.create(decoder.config(**CONFIG))))
     found = {tuple(drawn.tokens[q, i, : drawn.lengths[q, i]].tolist()) for q in range(num_prompts) for i in range(20)}
     assert found <= {(*sequence, END) for sequence in sequences} and len(found) > 30
 
@@ -151,7 +152,7 @@ def test_beams_find_the_likeliest_sequences_of_the_trie_and_no_more_than_there_a
             length_penalty=0.0, processor_state=trie.start(1), early_stopping="never",
         )[0]  # fmt: skip
 
-    found = search(trie, KVCache.create(decoder.config(**CONFIG)))
+    found = jax.device_get(search(trie, KVCache.create(decoder.config(**CONFIG))))
     scores = {s: float(np.sum(decoder.dense_logprobs(prompt, [*s, END]))) for s in sequences}
     best = sorted(sequences, key=lambda s: -scores[s])
     tokens = [tuple(found.tokens[0, i, : found.lengths[0, i]].tolist()) for i in range(8)]

@@ -1,6 +1,6 @@
 """Stores whose processes are killed: run by test_crashes.py, in a process that forks and has faults.c before its libc.
 
-    python crash_driver.py KIND FOLDER COUNT
+    python crash_driver.py FOLDER COUNT KIND ...
 
 Each kind ends with a line that says how many times a process was killed.
 """
@@ -188,17 +188,18 @@ def together(folder: Path, seconds: int) -> int:
 
 
 def main() -> None:
-    kind, folder, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    parent, count = Path(sys.argv[1]), int(sys.argv[2])
     logging.getLogger("paged_jax.store").addHandler(NoWarnings())
-    kinds = {
-        "write": lambda: at_every_call(folder, opens=False, cap=None),
-        "prune": lambda: at_every_call(folder, opens=False, cap=CAP // 2),
-        "open": lambda: at_every_call(folder, opens=True, cap=None),
-        "failing": lambda: failing(folder, count),
-        "random": lambda: at_random(folder, count),
-        "together": lambda: together(folder, count),
+    kinds: dict[str, Callable[[Path], int]] = {
+        "write": lambda folder: at_every_call(folder, opens=False, cap=None),
+        "prune": lambda folder: at_every_call(folder, opens=False, cap=CAP // 2),
+        "open": lambda folder: at_every_call(folder, opens=True, cap=None),
+        "failing": lambda folder: failing(folder, count),
+        "random": lambda folder: at_random(folder, count),
+        "together": lambda folder: together(folder, count),
     }
-    print(kinds[kind]())
+    for kind in sys.argv[3:]:
+        print(kinds[kind](parent / kind))
 
 
 if __name__ == "__main__":

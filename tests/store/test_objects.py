@@ -215,7 +215,7 @@ def test_damaged_objects_are_computed_again(server, url, warnings):
 
 
 def test_two_engines_at_once_share_a_store(server, url, warnings):
-    prompts, errors, loaded = [text(seed % 4) for seed in range(16)], [], []
+    prompts, errors, loaded = [text(seed % 4) for seed in range(8)], [], []
 
     def serve(shift: int) -> None:
         try:

@@ -383,10 +383,14 @@ def tiers(folder: Path) -> dict[str, Any]:
     return {"host_cache_bytes": HOST_BYTES, "store": Store(folder, max_bytes=1 << 20)}
 
 
-@WINDOWS
+@pytest.mark.parametrize(
+    "windows",
+    [pytest.param((None, None), marks=pytest.mark.long), HYBRID],  # a hybrid has layers without a window, too
+    ids=["plain", "hybrid"],
+)
 def test_random_traffic(tmp_path, windows):
     for seed in (0, 1):  # the second finds what the first has stored
-        engine = run_traffic(20, seed, windows, COPIES, **tiers(tmp_path))
+        engine = run_traffic(14, seed, windows, COPIES, **tiers(tmp_path))
         engine.flush()
     statistics = engine.stats()
     found = statistics.loaded_tokens.get("store", 0) + statistics.declined_tokens.get("store", 0)
@@ -406,7 +410,7 @@ def test_long_random_traffic(tmp_path, windows, max_beams):
 
 
 def test_errors_at_any_moment_lose_nothing(tmp_path):
-    run_faults(15, 0, HYBRID, **tiers(tmp_path))
+    run_faults(12, 0, HYBRID, **tiers(tmp_path))
 
 
 @pytest.mark.long  # the short form of this with many errors

@@ -41,10 +41,11 @@ def expect_no_neighbours(problem, **options):
     mine = int(problem.query_starts[1])
     pages = -(-int(problem.lengths[0]) // problem.pages.page_size)
     is_mine = np.isin(np.arange(problem.pages.num_pages), problem.page_table[0, :pages])
-    others = jnp.where(jnp.asarray(is_mine)[:, None, None, None], problem.pages.data, jnp.asarray(3, problem.q.dtype))
-    changed = problem._replace(
-        q=problem.q.at[mine:].multiply(-2), pages=dataclasses.replace(problem.pages, data=others)
-    )
+    data, q = np.array(problem.pages.data), np.array(problem.q)
+    data[~is_mine] = 3
+    q[mine:] *= -2
+    pages = dataclasses.replace(problem.pages, data=jnp.asarray(data))
+    changed = problem._replace(q=jnp.asarray(q), pages=pages)
     before, after = (np.asarray(jax.block_until_ready(run(*x)), np.float32) for x in (problem, changed))
     np.testing.assert_array_equal(before[:mine], after[:mine])
     assert not np.array_equal(before[mine:], after[mine:])

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -62,7 +63,7 @@ def make_problem(
             page, slot = table[row, position // page_size], position % page_size
             k[page, :, slot], v[page, :, slot] = rng.normal(size=(2, num_kv_heads, head_dim))
 
-    empty = init_pages(num_pages, num_kv_heads, page_size, head_dim, dtype)
+    empty = jax.eval_shape(lambda: init_pages(num_pages, num_kv_heads, page_size, head_dim, dtype))
     axis = 2 if empty.data.shape[2] == 2 * page_size else 3
     scales = None
     if dtype in LARGEST:

@@ -7,7 +7,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu import attention
+from pallas_kernels.tpu import attention, write
 from pallas_kernels.tpu.blocks import ALL_COUNTS
 from pallas_kernels.tpu.tasks import PrefillSizes
 from pallas_kernels.tpu.walk import DecodeSizes
@@ -57,10 +57,10 @@ def pages_per_block(page_size: int) -> int:
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks so small that short sequences take many of them; the interpreter's time goes with the ring."""
+    """Blocks so small that short sequences take many of them, and short rings: what compiles goes with their length."""
 
     def decode_sizes(pages, *_):
-        return DecodeSizes(pages.page_size, pages_per_block(pages.page_size), items_per_group=1, items_in_ring=4)
+        return DecodeSizes(pages.page_size, pages_per_block(pages.page_size), items_per_group=1, items_in_ring=3)
 
     def prefill_kernels(pages, num_heads, *_):
         group = num_heads // pages.num_kv_heads
@@ -70,3 +70,4 @@ def small_blocks(monkeypatch):
 
     monkeypatch.setattr(attention, "decode_sizes", decode_sizes)
     monkeypatch.setattr(attention, "prefill_kernels", prefill_kernels)
+    monkeypatch.setattr(write, "RING_BYTES", 1 << 17)

@@ -12,17 +12,15 @@ from kernels.cases import CASES, Case, expected, make_inputs, random_forest, sha
 
 from pallas_kernels import copy_pages, init_pages, paged_attention, write_pages
 from pallas_kernels.pages import stored
-from pallas_kernels.tpu import attention, decode, page_advice, refusal, units
+from pallas_kernels.tpu import attention, decode, page_advice, refusal, units, walk
 from pallas_kernels.tpu.blocks import ALL_COUNTS, decode_sizes, prefill_kernels, prefill_sizes, whole_heads
 from pallas_kernels.tpu.heads import pack_heads
 from pallas_kernels.tpu.tasks import PrefillSizes
 from pallas_kernels.tpu.walk import DecodeSizes
 
-# One of each kind in every run; the others with -m long.
-SHORT = ("decode: window over pages, soft cap",)
+# What the kernels take runs with -m long; the tests below have one of each kind.
 ATTENTION_CASES = [
-    pytest.param(case, id=case.name, marks=[] if case.tpu_refuses or case.name in SHORT else pytest.mark.long)
-    for case in CASES
+    pytest.param(case, id=case.name, marks=[] if case.tpu_refuses else pytest.mark.long) for case in CASES
 ]
 
 
@@ -30,6 +28,11 @@ def attend(case, inputs, implementation="pallas_tpu", **options):
     arrays = dict(sinks=inputs.sinks, sharing=options.pop("sharing", None))
     options = {**case.options, **options, "implementation": implementation}
     return jax.jit(partial(paged_attention, **options))(*inputs.arguments, **arrays)
+
+
+def written(inputs, implementation):
+    arguments = (inputs.pages, inputs.k, inputs.v, inputs.page_table, inputs.lengths, inputs.query_starts)
+    return jax.jit(partial(write_pages, implementation=implementation))(*arguments)
 
 
 def assert_same_pages(got, want):
@@ -42,13 +45,16 @@ def check(case, inputs):
         with pytest.raises(NotImplementedError, match=case.tpu_refuses):
             attend(case, inputs)
         return
-    result = attend(case, inputs, return_lse=True)
+    check_result(case, inputs, attend(case, inputs, return_lse=True))
+
+
+def check_result(case, inputs, result):
     out, lse = expected(case, inputs)
     assert result.out.dtype == inputs.q.dtype
     np.testing.assert_allclose(np.asarray(result.out, np.float64), out, atol=case.tolerance, rtol=0)
     np.testing.assert_allclose(np.asarray(result.lse), lse, atol=case.tolerance, rtol=1e-6)
     # Not one slot differs but those of the new tokens.
-    assert_same_pages(result.pages, attend(case, inputs, "reference").pages)
+    assert_same_pages(result.pages, written(inputs, "reference"))
 
 
 @pytest.mark.parametrize("case", ATTENTION_CASES)
@@ -56,14 +62,10 @@ def test_equals_the_oracle_whatever_unowned_slots_and_ids_hold(interpreter, smal
     check(case, make_inputs(case))
 
 
+@pytest.mark.long  # short with groups of items, as transposed keys
 @pytest.mark.parametrize(
     ("dtype", "page_size"),
-    [
-        ("int8", 16),  # keys and values share a tile
-        pytest.param("int8", 64, marks=pytest.mark.long),
-        pytest.param("float8_e4m3fn", 16, marks=pytest.mark.long),
-        pytest.param("float8_e4m3fn", 32, marks=pytest.mark.long),
-    ],
+    [("int8", 16), ("int8", 64), ("float8_e4m3fn", 16), ("float8_e4m3fn", 32)],
 )
 def test_quantised(interpreter, small_blocks, dtype, page_size):
     lengths = (0, 1, 64, 65, 130, 300)
@@ -73,23 +75,24 @@ def test_quantised(interpreter, small_blocks, dtype, page_size):
     check(case, make_inputs(case))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("page_size", "transposed_passes", "heads", "head_dim", "query_dtype"),
     [
         (16, 1, (16, 4), 128, "bfloat16"),  # of two passes of two heads the last one
-        pytest.param(64, 2, (16, 4), 128, "float32", marks=pytest.mark.long),
-        pytest.param(64, 1, (24, 6), 128, "bfloat16", marks=pytest.mark.long),  # of three passes
-        pytest.param(16, 1, (16, 2), 256, "bfloat16", marks=pytest.mark.long),
+        (64, 2, (16, 4), 128, "float32"),
+        (64, 1, (24, 6), 128, "bfloat16"),  # of three passes
+        (16, 1, (16, 2), 256, "bfloat16"),
     ],
 )
 def test_transposed_keys_give_the_same_scores(
     interpreter, monkeypatch, page_size, transposed_passes, heads, head_dim, query_dtype
 ):
-    sizes = DecodeSizes(page_size, 128 // page_size, 2, 8, transposed_passes=transposed_passes)
+    sizes = DecodeSizes(page_size, 128 // page_size, 2, 4, transposed_passes=transposed_passes)
     monkeypatch.setattr(attention, "decode_sizes", lambda *_: sizes)
-    lengths = (0, 1, 130, 300)
+    lengths = (0, 1, 64, 65, 130, 300)
     case = Case(
-        "transposed", lengths, (0, 1, 1, 1), heads, head_dim, page_size, "int8", query_dtype, holes=((3, 1),),
+        "transposed", lengths, (0, 1, 1, 1, 1, 1), heads, head_dim, page_size, "int8", query_dtype, holes=((5, 1),),
         is_padded=True,
     )  # fmt: skip
     check(case, make_inputs(case))
@@ -114,7 +117,8 @@ def test_half_of_the_keys_are_transposed_where_the_matrix_unit_is_the_limit(
     assert decode_sizes(pages, 32, packing, device_kind).transposed_passes == transposed_passes
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float8_e4m3fn", marks=pytest.mark.long)])
+@pytest.mark.long  # short beside a neighbour of NaN
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
 def test_two_heads_of_size_64_side_by_side(interpreter, small_blocks, dtype):
     page_size = 16 if dtype == "bfloat16" else 64
     case = Case("pairs", (0, 1, 16, 17, 40, 130), (0, 1, 1, 1, 1, 1), (8, 4), 64, page_size, dtype, "bfloat16")
@@ -139,39 +143,41 @@ def test_mixed_batch_of_8_bit_pages(interpreter, small_blocks, dtype, head_dim, 
 
 
 @pytest.mark.parametrize(
-    ("distance", "hides_copies", "heads", "head_dim", "dtype"),
+    ("distance", "hides_copies", "heads", "head_dim", "dtype", "transposed_passes"),
     [
-        (2, True, (4, 1), 128, "bfloat16"),
-        pytest.param(1, True, (4, 2), 128, "int8", marks=pytest.mark.long),
-        pytest.param(1, True, (4, 2), 64, "bfloat16", marks=pytest.mark.long),
-        pytest.param(1, False, (4, 1), 128, "bfloat16", marks=pytest.mark.long),
+        (1, True, (16, 4), 128, "int8", 1),  # keys and values share a tile; the keys of the last two heads
+        pytest.param(2, True, (4, 1), 128, "bfloat16", 0, marks=pytest.mark.long),
+        pytest.param(1, True, (4, 2), 128, "int8", 0, marks=pytest.mark.long),
+        pytest.param(1, True, (4, 2), 64, "bfloat16", 0, marks=pytest.mark.long),
+        pytest.param(1, False, (4, 1), 128, "bfloat16", 0, marks=pytest.mark.long),
     ],
 )
 def test_groups_of_items_and_a_page_table_that_streams(
-    interpreter, monkeypatch, distance, hides_copies, heads, head_dim, dtype
+    interpreter, monkeypatch, distance, hides_copies, heads, head_dim, dtype, transposed_passes
 ):
-    """Several items a basic block, several sequences a group, and page ids copied from HBM as they are needed."""
+    """Several items a basic block, several sequences a group, more pages in an item than bits in a word.
+
+    Page ids are copied from HBM as they are needed.
+    """
     monkeypatch.setattr(decode, "RESIDENT_BYTES", 0)
-    monkeypatch.setattr(attention, "decode_sizes", lambda pages, *_: DecodeSizes(16, 8, 2, 8, distance, hides_copies))
+    for module in (decode, walk):
+        monkeypatch.setattr(module, "WORD_BITS", 4)
+    sizes = DecodeSizes(16, 8, 2, 2 + 2 * distance, distance, hides_copies, transposed_passes)
+    monkeypatch.setattr(attention, "decode_sizes", lambda *_: sizes)
     lengths = (3, 130, 1, 128, 129, 7, 0, 260, 16, 2, 5)
-    case = Case("streams", lengths, (1,) * len(lengths), heads, head_dim, 16, dtype, "bfloat16", is_padded=True)
+    holes = ((1, 8), (7, 1), (7, 6), (7, 12))  # of row 1 the last page
+    case = Case(
+        "streams", lengths, (1,) * len(lengths), heads, head_dim, 16, dtype, "bfloat16", holes=holes, is_padded=True
+    )
     check(case, make_inputs(case))
 
 
+@pytest.mark.long
 def test_more_pages_in_an_item_than_bits_in_a_word(interpreter, monkeypatch):
-    monkeypatch.setattr(attention, "decode_sizes", lambda *_: DecodeSizes(16, 64, 1, 4, 1, True))
+    monkeypatch.setattr(attention, "decode_sizes", lambda *_: DecodeSizes(16, 64, 1, 3, 1, True))
     lengths = (700, 20, 1030)
     holes = ((0, 3), (0, 35), (0, 43), (2, 40))  # of the first row the last page, too
     case = Case("words", lengths, (1, 1, 1), (2, 1), 128, holes=holes, is_padded=True)
-    check(case, make_inputs(case))
-
-
-def test_short_and_long_prompts_in_one_step(interpreter, small_blocks, monkeypatch):
-    """Each prompt goes to the kernel whose tasks have its size."""
-    short, long = (PrefillSizes(16, 8, query_tokens, 2) for query_tokens in (16, 32))
-    kernels = [(short, ALL_COUNTS[:16]), (long, ALL_COUNTS[16:])]
-    monkeypatch.setattr(attention, "prefill_kernels", lambda *_: kernels)
-    case = Case("two kernels", (20, 45, 7), (3, 20, 1), (2, 1), 128, sinks=True)
     check(case, make_inputs(case))
 
 
@@ -185,9 +191,14 @@ def test_short_and_long_prompts_in_one_step(interpreter, small_blocks, monkeypat
     ],
     ids=["heads in blocks", "two products of a head", "a product of each head", "an odd group"],
 )
-def test_heads_side_by_side(interpreter, monkeypatch, heads, sizes, options):
-    """Units of several products, tasks of some of the heads, and a group with a head of zeros."""
-    monkeypatch.setattr(attention, "prefill_kernels", lambda *_: [(sizes, ALL_COUNTS)])
+def test_heads_side_by_side(interpreter, small_blocks, monkeypatch, heads, sizes, options):
+    """Units of several products, tasks of some of the heads, and a group with a head of zeros.
+
+    Each prompt goes to the kernel whose tasks have its size.
+    """
+    shorter = dataclasses.replace(sizes, query_tokens=8)
+    kernels = [(shorter, ALL_COUNTS[:8]), (sizes, ALL_COUNTS[8:])]
+    monkeypatch.setattr(attention, "prefill_kernels", lambda *_: kernels)
     monkeypatch.setattr(units, "WORDS_AT_ONCE", 24)  # of three tokens of 16 heads, which divide no task
     case = Case("side by side", (150, 20), (20, 3), heads, 128, 16, "bfloat16", "bfloat16", holes=((0, 1),))
     case = dataclasses.replace(case, **options)
@@ -248,6 +259,17 @@ def test_whatever_rows_share_changes_nothing(interpreter, small_blocks, monkeypa
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("short_rest", [5, 60])  # of rows that have 8 tokens of their own on average
+def test_what_rows_have_of_their_own_is_read_in_small_items_where_it_is_short(
+    interpreter, small_blocks, monkeypatch, short_rest
+):
+    monkeypatch.setattr(attention, "SHORT_REST", short_rest)
+    monkeypatch.setattr(attention, "SMALL_GROUP", 4)
+    monkeypatch.setattr(attention, "prefill_sizes", lambda *_: PrefillSizes(16, 8, 8, 2))
+    check_forest(Case("forest", FOREST_LENGTHS, (1, 0, *[1] * 12), (2, 1), 128, is_padded=True), FOREST)
+
+
+@pytest.mark.long
 def test_tasks_of_groups_hold_half_of_the_heads(interpreter, small_blocks, monkeypatch):
     monkeypatch.setattr(attention, "SMALL_GROUP", 4)
     sizes = PrefillSizes(16, 8, 16, 1, products_per_unit=2, head_blocks=2)
@@ -259,52 +281,52 @@ def test_tasks_of_groups_hold_half_of_the_heads(interpreter, small_blocks, monke
 
 def check_forest(case, levels):
     inputs, sharing = share(make_inputs(case), levels)
-    plain = attend(case, inputs, "reference", return_lse=True)
-    result = attend(case, inputs, return_lse=True, sharing=sharing)
-    np.testing.assert_allclose(np.asarray(result.out), np.asarray(plain.out), atol=case.tolerance)
-    np.testing.assert_allclose(np.asarray(result.lse), np.asarray(plain.lse), atol=case.tolerance)
-    assert_same_pages(result.pages, plain.pages)
+    check_result(case, inputs, attend(case, inputs, return_lse=True, sharing=sharing))
 
 
-def test_a_neighbour_of_nan_changes_nothing(late_copies, small_blocks):
-    case = Case("neighbour", (40, 200, 30), (1, 1, 1), (2, 1), 128)
+def test_a_neighbour_of_nan_changes_nothing(late_copies, monkeypatch):
+    """With a window, a soft cap, two heads of size 64 side by side, and stages that are two items apart."""
+    monkeypatch.setattr(attention, "decode_sizes", lambda *_: DecodeSizes(16, 8, 1, 5, distance=2))
+    lengths = (40, 200, 30, 0, 130)
+    case = Case("neighbour", lengths, (1,) * 5, (8, 4), 64, 16, "bfloat16", "bfloat16", window=100, soft_cap=3.0)
     inputs = make_inputs(case)
-    run = jax.jit(partial(paged_attention, **case.options, implementation="pallas_tpu"))
-    out = run(*inputs.arguments).out
-    owned = np.asarray(inputs.page_table)[1, : -(-200 // 16)]
-    data = inputs.pages.data.at[owned].set(jnp.nan)
-    poisoned = dataclasses.replace(inputs, pages=dataclasses.replace(inputs.pages, data=data))
+    run = jax.jit(partial(paged_attention, **case.options, return_lse=True, implementation="pallas_tpu"))
+    result = run(*inputs.arguments)
+    check_result(case, inputs, result)
+    data = np.array(inputs.pages.data)
+    data[np.asarray(inputs.page_table)[1, : -(-200 // 16)]] = np.nan
+    poisoned = dataclasses.replace(inputs, pages=dataclasses.replace(inputs.pages, data=jnp.asarray(data)))
     again = run(*poisoned.arguments).out
-    np.testing.assert_array_equal(np.asarray(again)[[0, 2]], np.asarray(out)[[0, 2]])
+    others = [0, 2, 3, 4]
+    np.testing.assert_array_equal(np.asarray(again)[others], np.asarray(result.out)[others])
 
 
 @pytest.mark.parametrize(
     ("head_dim", "dtype", "page_size"),
     [
-        (128, "bfloat16", 16),
+        pytest.param(128, "bfloat16", 16, marks=pytest.mark.long),  # short with heads side by side
         (64, "float32", 16),
         (128, "int8", 16),
         pytest.param(64, "float8_e4m3fn", 64, marks=pytest.mark.long),
     ],
 )
-def test_write(interpreter, head_dim, dtype, page_size):
+def test_write(interpreter, small_blocks, head_dim, dtype, page_size):
     # New tokens that start and end inside a tile, fill one, are none, are inert; the last row's page is missing.
     lengths, query_lens = (40, 5, 33, 16, 2, 17), (20, 5, 1, 0, 3, 17)
     q_dtype = dtype if dtype in ("bfloat16", "float32") else "bfloat16"
     case = Case("write", lengths, query_lens, (2, 2), head_dim, page_size, dtype, q_dtype, padding=3, holes=((5, 0),))
     case = dataclasses.replace(case, is_padded=True)
     inputs = make_inputs(case)
-    assert inputs.k is not None and inputs.v is not None
-    rest = (inputs.k, inputs.v, inputs.page_table, inputs.lengths, inputs.query_starts)
-    got = jax.jit(partial(write_pages, implementation="pallas_tpu"))(inputs.pages, *rest)
-    assert_same_pages(got, jax.jit(partial(write_pages, implementation="reference"))(inputs.pages, *rest))
+    assert_same_pages(written(inputs, "pallas_tpu"), written(inputs, "reference"))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize(
     ("source", "target"),
-    [([1, 2, 3], [4, 5, 6]), ([1, 2, 0, -1, 7, 3], [2, 1, 5, 6, 99, 8])],
-    ids=["apart", "swapped, unmapped"],
+    [
+        pytest.param([1, 2, 3], [4, 5, 6], id="apart", marks=pytest.mark.long),
+        pytest.param([1, 2, 0, -1, 7, 3], [2, 1, 5, 6, 99, 8], id="swapped, unmapped"),
+    ],
 )
 def test_copy_reads_before_it_writes(interpreter, source, target, dtype):
     rng = np.random.default_rng(0)
