@@ -186,7 +186,7 @@ def operands(case: StaticCase, device_kind: str) -> dict[str, dict[int, Any]]:
     seen = (lengths, table, None if runs is None else runs.rest)
     if case.window is not None:
         seen = attention.in_window(lengths, table, case.page_size, case.window)
-    is_short = runs is not None and attention.is_short(runs, lengths, lengths > 0)
+    is_short = runs is not None and attention.rests_are_short(runs, lengths, lengths > 0)
     max_pages = -(-LANES // pages.page_size) if is_short else seen[1].shape[1]
     sizes = decode_sizes(pages, max_pages, packing, device_kind)
     rows = attention.decode_rows(seen[0], starts, seen[1], sizes, seen[2])

@@ -250,7 +250,7 @@ def attend_to_groups(
     return out, jnp.where((runs.size > 0)[..., None], lse, -jnp.inf), pages
 
 
-def is_short(runs: Runs, lengths: Array, is_one: Array) -> Array:
+def rests_are_short(runs: Runs, lengths: Array, is_one: Array) -> Array:
     """Whether what the rows have of their own is so short that small items read it faster."""
     own = jnp.where(is_one, lengths - runs.rest, 0)
     return jnp.sum(own, dtype=jnp.int32) <= SHORT_REST * jnp.sum(is_one, dtype=jnp.int32)
@@ -278,7 +278,7 @@ def decode_shared(
     if page_table.shape[1] * pages.page_size <= SHORT_REST:
         rest = of_short_rest()
     else:
-        rest = jax.lax.cond(is_short(runs, lengths, is_one), of_short_rest, of_rest)
+        rest = jax.lax.cond(rests_are_short(runs, lengths, is_one), of_short_rest, of_rest)
     token = jnp.minimum(query_starts[:-1], q.shape[0] - 1)
     out, lse, pages = attend_to_groups(q[token], rest.pages, page_table, runs, scale=scale, soft_cap=soft_cap)
     assert rest.lse is not None
