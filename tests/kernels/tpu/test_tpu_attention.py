@@ -237,7 +237,7 @@ FOREST_LENGTHS = (40, 0, 170, 33, 150, 145, 60, 20, 50, 49, 148, 49, 64, 18)
     [
         (FOREST, "float32", 1),
         pytest.param(FOREST, "int8", 1, marks=pytest.mark.long),
-        pytest.param(FOREST, "float32", 5, marks=pytest.mark.long),  # queries of row 3
+        pytest.param(FOREST, "float32", 5, marks=pytest.mark.long),  # queries of row 8
         pytest.param(FOREST[:1], "float32", 1, marks=pytest.mark.long),
         pytest.param([[((0,), 32)], []], "float32", 1, marks=pytest.mark.long),  # nobody to share with
     ],
@@ -245,7 +245,7 @@ FOREST_LENGTHS = (40, 0, 170, 33, 150, 145, 60, 20, 50, 49, 148, 49, 64, 18)
 def test_groups_that_share_change_nothing(interpreter, small_blocks, monkeypatch, levels, dtype, several):
     monkeypatch.setattr(attention, "SMALL_GROUP", 4)
     monkeypatch.setattr(attention, "prefill_sizes", lambda *_: PrefillSizes(16, 8, 8, 2))
-    query_lens = (1, 0, 1, several, *[1] * 10)
+    query_lens = (1, 0, *[1] * 6, several, *[1] * 5)
     check_forest(
         Case("forest", FOREST_LENGTHS, query_lens, (2, 1), 128, dtype=dtype, sinks=True, is_padded=True), levels
     )
