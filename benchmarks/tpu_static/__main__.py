@@ -16,8 +16,8 @@ scheduled program with real lengths and page tables, and reports for each kernel
 those of the models with NAME in their names. `--peer` compiles another library's kernels for the cases instead of ours
 (`peers.py`), and adds them up. In windowed layers the floor is of the pages that the window touches.
 `--write` keeps the numbers in benchmarks/results/tpu_static.json; `--check` compares with them and fails where
-cycles grew by more than 2 % or bytes at all. `--gate` takes only the cells that CI checks, some of each kind of kernel
-and pages. Another libtpu schedules otherwise: the file says which one its numbers come from.
+cycles or `model_us` grew by more than 2 % or bytes at all. `--gate` takes only the cells that CI checks, some of each
+kind of kernel and pages. Another libtpu schedules otherwise: the file says which one its numbers come from.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from benchmarks.tpu_static.program import parse
 from benchmarks.tpu_static.simulate import CHIPS, Chip, Result, run
 
 RESULTS = Path(__file__).parents[1] / "results" / "tpu_static.json"
-MORE_CYCLES = 1.02
+MORE_TIME = 1.02
 
 
 def matrix_share(dump: Path, kernel: str, result: Result) -> float:
@@ -125,8 +125,9 @@ def compare(kept: dict, row: dict) -> list[str]:
         if not isinstance(old, dict) or "error" in row:
             continue
         new = row[kernel]
-        if new["cycles"] > old["cycles"] * MORE_CYCLES:
-            worse.append(f"{kernel}: {new['cycles']} cycles, were {old['cycles']}")
+        for name in ("cycles", "model_us"):
+            if new[name] > old[name] * MORE_TIME:
+                worse.append(f"{kernel}: {new[name]} {name}, were {old[name]}")
         for name in ("read_bytes", "write_bytes"):
             if new[name] > old[name]:
                 worse.append(f"{kernel}: {new[name]} {name}, were {old[name]}")

@@ -23,10 +23,10 @@ MAX_ITEM_PAGES = 64  # of decode: each copy is code of its own
 MAX_ITEM_TOKENS = 2048
 MAX_ITEM_SCORES = 1 << 18  # 1 MiB
 MANY_ROWS = 64  # of queries: two scores of so many do not fit into registers
+MATRIX_BOUND_TOKENS = 1024  # of an item of up to 2 MiB: more would be wasted on short rows
 SHORT_REST = 256  # tokens that rows have of their own, on average: up to so many, items of 128 tokens are faster
 SMALL_GROUP = 32  # rows that share pages: up to this many, the decode kernel takes some of them at a time
 ALL_COUNTS = range(1, 1 << 30)  # of a row's new tokens
-MANY_PAGES = 16  # of an item: their copies take long to start
 
 
 def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking, device_kind: str) -> DecodeSizes:
@@ -35,19 +35,29 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking, device_kind
     An item holds about 1 MiB, but at most what the page table can hold: 256 tokens of 8 heads of 128 bfloat16 numbers.
     It costs about 120 cycles of scalar work beside 4 for each copy, so few heads take up to 2048 tokens in 64 pages.
     A group is a basic block, at whose end the matrix unit idles: it has 4 MiB. The ring holds the items at work and
-    what the bandwidth needs in flight. Where starting the copies takes longer than moving the bytes, a group has 2 MiB
-    and the ring holds less, as nothing hides the copies of the first items.
+    what the bandwidth needs in flight: one group more where all copies of a group start behind it, which leaves HBM of
+    v7x idle. Where starting the copies takes longer than moving the bytes, a group has 2 MiB and the ring holds less,
+    as nothing hides the copies of the first items.
 
     Keys enter the matrix unit half as fast as values, since they are transposed on the way. Where that is the limit,
-    for int8 on v7x, the cross-lane unit transposes those of half of the passes, unless it is busy with heads of 64.
-    More query rows than `MANY_ROWS`, those of groups that share pages, were not measured and keep the usual way.
+    for int8 on v7x, an item has up to 2 MiB and 1024 tokens, and the cross-lane unit transposes the keys of three
+    quarters of its passes, of half in a smaller item, unless that unit is busy with heads of 64. More query rows than
+    `MANY_ROWS`, those of groups that share pages, were not measured and keep the usual way.
     """
     width = pages.num_kv_heads * -(-packing.lanes // LANES)  # registers of a token's row
     rows = pages.data.shape[2] // pages.page_size  # of a token
     token_bytes = width * rows * LANES * jnp.dtype(pages.dtype).itemsize
     longest = pl.next_power_of_2(max_pages * pages.page_size)
     most = min(MAX_ITEM_TOKENS, MAX_ITEM_SCORES // packing.rows)
-    target = max(LANES, min(most, longest, ITEM_BYTES // token_bytes))
+    is_matrix_bound = (
+        (pages.dtype, device_kind) == (jnp.int8, V7X)
+        and packing.rows <= MANY_ROWS
+        and packing.head_dim > LANES // 2
+    )
+    tokens = ITEM_BYTES // token_bytes
+    if is_matrix_bound:
+        tokens = max(tokens, min(2 * tokens, MATRIX_BOUND_TOKENS))
+    target = max(LANES, min(most, longest, tokens))
     pages_per_item = 1
     while pages_per_item < MAX_ITEM_PAGES and (
         pages_per_item * pages.page_size < target or pages_per_item * pages.page_size % LANES
@@ -55,17 +65,21 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking, device_kind
         pages_per_item *= 2
     item_bytes = pages_per_item * pages.page_size * token_bytes
     items_per_mib = max(1, ITEM_BYTES // item_bytes)
-    # Beside the products, few copies cost more than behind them, and strided ones let no load or store pass.
-    hides_copies = pages_per_item >= MANY_PAGES and packing.lanes <= LANES
+    # Strided copies let no load or store pass, and the slots of one large page have no room for a spare one.
+    hides_copies = packing.lanes <= LANES and item_bytes <= 2 * ITEM_BYTES
     copies_bound = hides_copies and pages_per_item == MAX_ITEM_PAGES and item_bytes < ITEM_BYTES
-    items_per_group = min(8, items_per_mib * (2 if copies_bound else 4)) if item_bytes <= ITEM_BYTES else 1
+    items_per_group = min(8, items_per_mib * (2 if copies_bound else 4))
+    if item_bytes > ITEM_BYTES and not is_matrix_bound:
+        items_per_group = 1
     # The softmax of an item must not wait for its scores; the scores of many rows do not fit into registers twice.
-    distance = 1 if item_bytes >= ITEM_BYTES or packing.rows >= MANY_ROWS else 2
-    groups_ahead = 2 if copies_bound else max(2, min(3, -(-AHEAD_BYTES // (items_per_group * item_bytes))))
+    is_large = item_bytes > ITEM_BYTES or (item_bytes == ITEM_BYTES and is_matrix_bound)
+    distance = 1 if is_large or packing.rows >= MANY_ROWS else 2
+    is_short = items_per_group * item_bytes < AHEAD_BYTES // 2
+    groups_ahead = 2 if copies_bound or (hides_copies and not is_short) else 3
     groups = -(-2 * distance // items_per_group) + groups_ahead
     ring = groups * items_per_group
-    matrix_bound = pages.dtype == jnp.int8 and device_kind == V7X and packing.rows <= MANY_ROWS
-    transposed = packing.num_passes // 2 if matrix_bound and packing.head_dim > LANES // 2 else 0
+    passes = packing.num_passes
+    transposed = (passes - passes // 4 if item_bytes > ITEM_BYTES else passes // 2) if is_matrix_bound else 0
     return DecodeSizes(pages.page_size, pages_per_item, items_per_group, ring, distance, hides_copies, transposed)
 
 

@@ -46,8 +46,10 @@ class DecodeSizes:
 
     @property
     def spare_pages(self) -> int:
-        """Pages of a slot after those of its item, which nobody reads."""
-        return 3 if self.hides_copies else 0
+        """Pages of a slot after those of its item, which nobody reads; with three, four are cleared at a time."""
+        if not self.hides_copies:
+            return 0
+        return 3 if self.pages_per_item >= 16 else 1
 
     @property
     def words(self) -> int:

@@ -54,7 +54,7 @@ def check_result(case, inputs, result):
     np.testing.assert_allclose(np.asarray(result.out, np.float64), out, atol=case.tolerance, rtol=0)
     np.testing.assert_allclose(np.asarray(result.lse), lse, atol=case.tolerance, rtol=1e-6)
     # Not one slot differs but those of the new tokens.
-    assert_same_pages(result.pages, written(inputs, "reference"))
+    assert_same_pages(result.pages, inputs.pages if inputs.k is None else written(inputs, "reference"))
 
 
 @pytest.mark.parametrize("case", ATTENTION_CASES)
@@ -82,6 +82,7 @@ def test_quantised(interpreter, small_blocks, dtype, page_size):
         (16, 1, (16, 4), 128, "bfloat16"),  # of two passes of two heads the last one
         (64, 2, (16, 4), 128, "float32"),
         (64, 1, (24, 6), 128, "bfloat16"),  # of three passes
+        (16, 3, (32, 8), 128, "bfloat16"),  # of four
         (16, 1, (16, 2), 256, "bfloat16"),
     ],
 )
@@ -99,22 +100,26 @@ def test_transposed_keys_give_the_same_scores(
 
 
 @pytest.mark.parametrize(
-    ("heads", "head_dim", "dtype", "device_kind", "transposed_passes"),
+    ("heads", "head_dim", "dtype", "device_kind", "max_pages", "item_tokens", "transposed_passes"),
     [
-        ((32, 8), 128, jnp.int8, "TPU7x", 2),
-        ((32, 8), 128, jnp.int8, "TPU v6 lite", 0),
-        ((32, 8), 128, jnp.bfloat16, "TPU7x", 0),
-        ((8, 1), 128, jnp.int8, "TPU7x", 0),  # one pass
-        ((64, 8), 64, jnp.int8, "TPU7x", 0),
-        ((256, 8), 128, jnp.int8, "TPU7x", 0),  # a group of rows that share pages
+        ((32, 8), 128, jnp.int8, "TPU7x", 32, 1024, 3),  # of four passes
+        ((32, 8), 128, jnp.int8, "TPU7x", 8, 512, 2),
+        ((16, 8), 128, jnp.int8, "TPU7x", 32, 1024, 2),  # of two
+        ((28, 4), 128, jnp.int8, "TPU7x", 32, 1024, 1),  # 1 MiB
+        ((32, 8), 128, jnp.int8, "TPU v6 lite", 32, 512, 0),
+        ((32, 8), 128, jnp.bfloat16, "TPU7x", 32, 256, 0),
+        ((8, 1), 128, jnp.int8, "TPU7x", 32, 2048, 0),  # one pass
+        ((64, 8), 64, jnp.int8, "TPU7x", 32, 1024, 0),
+        ((256, 8), 128, jnp.int8, "TPU7x", 32, 512, 0),  # a group of rows that share pages
     ],
 )
-def test_half_of_the_keys_are_transposed_where_the_matrix_unit_is_the_limit(
-    heads, head_dim, dtype, device_kind, transposed_passes
+def test_items_are_larger_and_keys_transposed_where_the_matrix_unit_is_the_limit(
+    heads, head_dim, dtype, device_kind, max_pages, item_tokens, transposed_passes
 ):
     pages = init_pages(4, heads[1], 64, head_dim, dtype)
     packing = pack_heads(heads[0], heads[1], head_dim, pages.data.shape[3])
-    assert decode_sizes(pages, 32, packing, device_kind).transposed_passes == transposed_passes
+    sizes = decode_sizes(pages, max_pages, packing, device_kind)
+    assert (sizes.tokens, sizes.transposed_passes) == (item_tokens, transposed_passes)
 
 
 @pytest.mark.long  # short beside a neighbour of NaN
