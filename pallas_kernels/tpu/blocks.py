@@ -29,6 +29,16 @@ SMALL_GROUP = 32  # rows that share pages: up to this many, the decode kernel ta
 ALL_COUNTS = range(1, 1 << 30)  # of a row's new tokens
 
 
+def pushes_bound(pages: Pages, packing: HeadPacking, device_kind: str) -> bool:
+    """Whether pushing keys and values into the matrix unit takes longest, and other units are free to help.
+
+    That is so for int8 on v7x, unless the cross-lane unit is busy with heads of 64. More query rows than `MANY_ROWS`,
+    those of groups that share pages, were not measured.
+    """
+    is_int8_on_v7x = pages.dtype == jnp.int8 and device_kind == V7X
+    return is_int8_on_v7x and packing.rows <= MANY_ROWS and packing.head_dim > LANES // 2
+
+
 def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking, device_kind: str) -> DecodeSizes:
     """Sizes of the decode kernel.
 
@@ -40,20 +50,15 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking, device_kind
     as nothing hides the copies of the first items.
 
     Keys enter the matrix unit half as fast as values, since they are transposed on the way. Where that is the limit,
-    for int8 on v7x, an item has up to 2 MiB and 1024 tokens, and the cross-lane unit transposes the keys of three
-    quarters of its passes, of half in a smaller item, unless that unit is busy with heads of 64. More query rows than
-    `MANY_ROWS`, those of groups that share pages, were not measured and keep the usual way.
+    an item has up to 2 MiB and 1024 tokens, and the cross-lane unit transposes the keys of three quarters of its
+    passes, of half in a smaller item.
     """
     width = pages.num_kv_heads * -(-packing.lanes // LANES)  # registers of a token's row
     rows = pages.data.shape[2] // pages.page_size  # of a token
     token_bytes = width * rows * LANES * jnp.dtype(pages.dtype).itemsize
     longest = pl.next_power_of_2(max_pages * pages.page_size)
     most = min(MAX_ITEM_TOKENS, MAX_ITEM_SCORES // packing.rows)
-    is_matrix_bound = (
-        (pages.dtype, device_kind) == (jnp.int8, V7X)
-        and packing.rows <= MANY_ROWS
-        and packing.head_dim > LANES // 2
-    )
+    is_matrix_bound = pushes_bound(pages, packing, device_kind)
     tokens = ITEM_BYTES // token_bytes
     if is_matrix_bound:
         tokens = max(tokens, min(2 * tokens, MATRIX_BOUND_TOKENS))
