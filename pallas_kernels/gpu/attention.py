@@ -96,7 +96,7 @@ def prefill(
         position=jnp.append(lengths - num, 0),
         end=jnp.append(jnp.minimum(lengths, capacity), 0),
     )
-    if max_query_len > 1:
+    if max_query_len > 1 or not decodes_apart:
         out, lse = attend_queries(q, pages, page_table, queries, options, is_packed)
     else:
         out, lse = jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf, jnp.float32)

@@ -30,7 +30,7 @@ def test_mixed_batch(interpreter, head_dim, page_size, heads, window, soft_cap, 
     ("heads", "query_lens", "window"),
     [
         pytest.param((8, 1), [4, 1, 3, 0], None, marks=pytest.mark.long),
-        pytest.param((40, 2), [1, 1, 1, 1], None, marks=pytest.mark.long),
+        ((40, 2), [1, 1, 1, 1], None),  # more heads than the decode kernel takes
         pytest.param((3, 1), [5, 1, 30, 2], 20, marks=pytest.mark.long),
     ],
 )
