@@ -23,7 +23,7 @@ MAX_ITEM_PAGES = 64  # of decode: each copy is code of its own
 MAX_ITEM_TOKENS = 2048
 MAX_ITEM_SCORES = 1 << 18  # 1 MiB
 MANY_ROWS = 64  # of queries: two scores of so many do not fit into registers
-MATRIX_BOUND_TOKENS = 1024  # of an item of up to 2 MiB: more would be wasted on short rows
+PUSHED_TOKENS = 1024  # of an item of 2 MiB: more would be wasted on short rows
 SHORT_REST = 256  # tokens that rows have of their own, on average: up to so many, items of 128 tokens are faster
 SMALL_GROUP = 32  # rows that share pages: up to this many, the decode kernel takes some of them at a time
 ALL_COUNTS = range(1, 1 << 30)  # of a row's new tokens
@@ -50,41 +50,48 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking, device_kind
     as nothing hides the copies of the first items.
 
     Keys enter the matrix unit half as fast as values, since they are transposed on the way. Where that is the limit,
-    an item has up to 2 MiB and 1024 tokens, and the cross-lane unit transposes the keys of three quarters of its
-    passes, of half in a smaller item.
+    an item is doubled up to 2 MiB and 1024 tokens, and the cross-lane unit transposes the keys of three quarters of
+    its passes, of half where it is not doubled.
     """
     width = pages.num_kv_heads * -(-packing.lanes // LANES)  # registers of a token's row
     rows = pages.data.shape[2] // pages.page_size  # of a token
     token_bytes = width * rows * LANES * jnp.dtype(pages.dtype).itemsize
     longest = pl.next_power_of_2(max_pages * pages.page_size)
     most = min(MAX_ITEM_TOKENS, MAX_ITEM_SCORES // packing.rows)
-    is_matrix_bound = pushes_bound(pages, packing, device_kind)
-    tokens = ITEM_BYTES // token_bytes
-    if is_matrix_bound:
-        tokens = max(tokens, min(2 * tokens, MATRIX_BOUND_TOKENS))
-    target = max(LANES, min(most, longest, tokens))
+    target = max(LANES, min(most, longest, ITEM_BYTES // token_bytes))
     pages_per_item = 1
     while pages_per_item < MAX_ITEM_PAGES and (
         pages_per_item * pages.page_size < target or pages_per_item * pages.page_size % LANES
     ):
         pages_per_item *= 2
+    is_bound_by_pushes = pushes_bound(pages, packing, device_kind)
+    tokens = pages_per_item * pages.page_size
+    is_doubled = (
+        is_bound_by_pushes
+        and tokens * token_bytes <= ITEM_BYTES
+        and 2 * tokens <= min(most, longest, PUSHED_TOKENS)
+        and 2 * pages_per_item <= MAX_ITEM_PAGES
+    )
+    if is_doubled:
+        pages_per_item *= 2
     item_bytes = pages_per_item * pages.page_size * token_bytes
-    items_per_mib = max(1, ITEM_BYTES // item_bytes)
     # Strided copies let no load or store pass, and the slots of one large page have no room for a spare one.
     hides_copies = packing.lanes <= LANES and item_bytes <= 2 * ITEM_BYTES
     copies_bound = hides_copies and pages_per_item == MAX_ITEM_PAGES and item_bytes < ITEM_BYTES
-    items_per_group = min(8, items_per_mib * (2 if copies_bound else 4))
-    if item_bytes > ITEM_BYTES and not is_matrix_bound:
-        items_per_group = 1
+    if item_bytes > ITEM_BYTES:
+        items_per_group = 4 if is_doubled else 1
+    else:
+        items_per_group = min(8, ITEM_BYTES // item_bytes * (2 if copies_bound else 4))
     # The softmax of an item must not wait for its scores; the scores of many rows do not fit into registers twice.
-    is_large = item_bytes > ITEM_BYTES or (item_bytes == ITEM_BYTES and is_matrix_bound)
+    is_large = item_bytes >= ITEM_BYTES if is_bound_by_pushes else item_bytes > ITEM_BYTES
     distance = 1 if is_large or packing.rows >= MANY_ROWS else 2
+    starts_at_once = items_per_group > 1 and not hides_copies
     is_short = items_per_group * item_bytes < AHEAD_BYTES // 2
-    groups_ahead = 2 if copies_bound or (hides_copies and not is_short) else 3
+    groups_ahead = 3 if starts_at_once or (is_short and not copies_bound) else 2
     groups = -(-2 * distance // items_per_group) + groups_ahead
     ring = groups * items_per_group
     passes = packing.num_passes
-    transposed = (passes - passes // 4 if item_bytes > ITEM_BYTES else passes // 2) if is_matrix_bound else 0
+    transposed = (passes - passes // 4 if is_doubled else passes // 2) if is_bound_by_pushes else 0
     return DecodeSizes(pages.page_size, pages_per_item, items_per_group, ring, distance, hides_copies, transposed)
 
 
