@@ -38,6 +38,7 @@ def published(model_type: str, num_heads: int, num_kv_heads: int, devices: int =
 MODELS = {
     "Qwen2.5 0.5B": published("qwen2", 14, 2, hidden_size=896),
     "Qwen2.5 7B": published("qwen2", 28, 4, hidden_size=3584),
+    "Qwen2.5 14B": published("qwen2", 40, 8, hidden_size=5120),
     "Qwen3 0.6B": published("qwen3", 16, 8, hidden_size=1024),
     "Qwen3 32B": published("qwen3", 64, 8, hidden_size=5120),
     "Llama 2 7B": published("llama", 32, 32, hidden_size=4096),

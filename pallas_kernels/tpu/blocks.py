@@ -44,14 +44,14 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking, device_kind
 
     An item holds about 1 MiB, but at most what the page table can hold: 256 tokens of 8 heads of 128 bfloat16 numbers.
     It costs about 120 cycles of scalar work beside 4 for each copy, so few heads take up to 2048 tokens in 64 pages.
-    A group is a basic block, at whose end the matrix unit idles: it has 4 MiB. The ring holds the items at work and
-    what the bandwidth needs in flight: one group more where all copies of a group start behind it, which leaves HBM of
-    v7x idle. Where starting the copies takes longer than moving the bytes, a group has 2 MiB and the ring holds less,
-    as nothing hides the copies of the first items.
+    A group is a basic block, at whose end the matrix unit idles: it has 4 MiB. The ring holds the items at work and two
+    groups in flight; three where groups are small, or where all copies of a group start at its end, since HBM of v7x
+    would idle until then. Where starting the copies takes longer than moving the bytes, a group has 2 MiB and the ring
+    holds less, as nothing hides the copies of the first items.
 
     Keys enter the matrix unit half as fast as values, since they are transposed on the way. Where that is the limit,
-    an item is doubled up to 2 MiB and 1024 tokens, and the cross-lane unit transposes the keys of three quarters of
-    its passes, of half where it is not doubled.
+    an item of at most 1 MiB and 512 tokens is doubled, and the cross-lane unit transposes the keys of three quarters
+    of its passes, rounded up; of half, rounded down, where it is not doubled.
     """
     width = pages.num_kv_heads * -(-packing.lanes // LANES)  # registers of a token's row
     rows = pages.data.shape[2] // pages.page_size  # of a token
@@ -70,24 +70,24 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking, device_kind
         is_bound_by_pushes
         and tokens * token_bytes <= ITEM_BYTES
         and 2 * tokens <= min(most, longest, PUSHED_TOKENS)
-        and 2 * pages_per_item <= MAX_ITEM_PAGES
+        and 4 <= 2 * pages_per_item <= MAX_ITEM_PAGES  # fewer large ones would have spare ones as large
     )
     if is_doubled:
         pages_per_item *= 2
     item_bytes = pages_per_item * pages.page_size * token_bytes
-    # Strided copies let no load or store pass, and the slots of one large page have no room for a spare one.
-    hides_copies = packing.lanes <= LANES and item_bytes <= 2 * ITEM_BYTES
-    copies_bound = hides_copies and pages_per_item == MAX_ITEM_PAGES and item_bytes < ITEM_BYTES
+    copies_bound = packing.lanes <= LANES and pages_per_item == MAX_ITEM_PAGES and item_bytes < ITEM_BYTES
     if item_bytes > ITEM_BYTES:
         items_per_group = 4 if is_doubled else 1
     else:
         items_per_group = min(8, ITEM_BYTES // item_bytes * (2 if copies_bound else 4))
-    # The softmax of an item must not wait for its scores; the scores of many rows do not fit into registers twice.
-    is_large = item_bytes >= ITEM_BYTES if is_bound_by_pushes else item_bytes > ITEM_BYTES
-    distance = 1 if is_large or packing.rows >= MANY_ROWS else 2
+    hides_copies = packing.lanes <= LANES and items_per_group > 1  # strided copies let no load or store pass
+    # The softmax of an item must not wait for its scores. Those of many rows do not fit into registers twice, nor do
+    # those of 1 MiB beside keys that are transposed.
+    fits_twice = item_bytes <= ITEM_BYTES and not (is_bound_by_pushes and item_bytes == ITEM_BYTES)
+    distance = 2 if fits_twice and packing.rows < MANY_ROWS else 1
     starts_at_once = items_per_group > 1 and not hides_copies
-    is_short = items_per_group * item_bytes < AHEAD_BYTES // 2
-    groups_ahead = 3 if starts_at_once or (is_short and not copies_bound) else 2
+    two_groups_suffice = 2 * items_per_group * item_bytes >= AHEAD_BYTES and not starts_at_once
+    groups_ahead = 2 if copies_bound or two_groups_suffice else 3
     groups = -(-2 * distance // items_per_group) + groups_ahead
     ring = groups * items_per_group
     passes = packing.num_passes

@@ -46,7 +46,10 @@ class DecodeSizes:
 
     @property
     def spare_pages(self) -> int:
-        """Pages of a slot after those of its item, which nobody reads; with three, four are cleared at a time."""
+        """Pages of a slot after those of its item, whose content nobody uses.
+
+        With n of them, n + 1 pages after a sequence's end can be cleared at a time.
+        """
         if not self.hides_copies:
             return 0
         return 3 if self.pages_per_item >= 16 else 1

@@ -111,6 +111,7 @@ def test_transposed_keys_give_the_same_scores(
         ((8, 1), 128, jnp.int8, "TPU7x", 32, 2048, 0),  # one pass
         ((64, 8), 64, jnp.int8, "TPU7x", 32, 1024, 0),
         ((256, 8), 128, jnp.int8, "TPU7x", 32, 512, 0),  # a group of rows that share pages
+        ((40, 8), 128, jnp.int8, "TPU7x", 32, 1024, 1),  # one pass
     ],
 )
 def test_items_are_larger_and_keys_transposed_where_the_matrix_unit_is_the_limit(
@@ -174,6 +175,15 @@ def test_groups_of_items_and_a_page_table_that_streams(
     case = Case(
         "streams", lengths, (1,) * len(lengths), heads, head_dim, 16, dtype, "bfloat16", holes=holes, is_padded=True
     )
+    check(case, make_inputs(case))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("page_size", "pages_per_item"), [(128, 1), (64, 2), (16, 16)])
+def test_slots_with_one_spare_page_and_with_three(interpreter, monkeypatch, page_size, pages_per_item):
+    monkeypatch.setattr(attention, "decode_sizes", lambda *_: DecodeSizes(page_size, pages_per_item, 2, 6, 2, True))
+    lengths = (3, 130, 1, 128, 300, 7, 0, 520)
+    case = Case("spare", lengths, (1,) * 8, (4, 2), 128, page_size, "bfloat16", "bfloat16", holes=((4, 1),))
     check(case, make_inputs(case))
 
 
