@@ -51,7 +51,10 @@ class Way:
 def make_weights(like):
     """Weights under which greedy decoding does not repeat one token."""
     rng = np.random.default_rng(3)
-    draw = lambda w: rng.normal(0, 3 * WIDTH**-0.5, w.shape) if w.ndim > 1 else np.ones(w.shape)  # noqa: E731
+
+    def draw(w):
+        return rng.normal(0, 3 * WIDTH**-0.5, w.shape) if w.ndim > 1 else np.ones(w.shape)
+
     return jax.tree.map(lambda w: jnp.asarray(draw(w).astype(w.dtype)), like)
 
 

@@ -76,7 +76,7 @@ ENTRY %main (a.1: s32[8]) -> s32[8] {
   %three.1 = s32[8]{0:T(128)S(1)} fusion(%one.1), kind=kLoop, calls=%fused.3
   ROOT %choice.1 = s32[8]{0:T(128)} conditional(%a.1, %three.1, %three.1), branch_computations={%idle, %busy}
 }
-"""  # noqa: E501
+"""  # noqa: E501  as the compiler prints it
 
 
 def executed(working: set[str]):
