@@ -133,6 +133,7 @@ GATE = (
     "prefill 512 on 4096, 32/32/128, bf16, page 16 | v7x",
     "decode, 64 share 512, 8 of them 2048 of 2176 | v6e",
     "decode 32 on 2000, 14/2/64, bf16, page 64 | v7x",
+    "decode 32 on 2000, 4/1/256, bf16, page 16 | v7x",
     "decode 32 on 2000, 8/1/128, fp8, page 64 | v6e",
     "decode 32 on 2000, 64/8/64 window 128 sinks, bf16, page 16 | v7x",
 )

@@ -21,9 +21,9 @@ from pallas_kernels.tpu.write import tiles_of_step, write_tiles
 __all__ = ["copy_pages", "page_advice", "paged_attention", "refusal", "write_pages"]
 
 PAGE_SIZES = (16, 32, 64, 128)  # the last one suits every head
-# Starting the copy of a page takes v7x as long as moving 7 KB, or 25 KB where heads are wider than a register. The HBM
-# of other chips is slower, and they keep up with small pages.
-ENOUGH_BYTES, ENOUGH_BYTES_WIDE = 32 << 10, 128 << 10
+# Starting the copy of a page takes v7x as long as moving 7 KB. The HBM of other chips is slower, and they keep up with
+# small pages.
+ENOUGH_BYTES = 32 << 10
 
 
 def refusal(op: str, **arguments: Any) -> str | None:
@@ -70,9 +70,10 @@ def page_advice(num_kv_heads: int, page_size: int, head_dim: int, dtype: Any, de
         if refusal("paged_attention", pages=pages):
             return f"a page of {pages.dtype.name} heads of {head_dim} is no whole tile, so XLA attends, not the kernels"
         num_bytes = pages.data.size * pages.data.dtype.itemsize
-        enough = ENOUGH_BYTES_WIDE if pages.head_dim > LANES else ENOUGH_BYTES
-        if device_kind == V7X and num_bytes < enough and size < PAGE_SIZES[-1]:
-            return f"a page of {num_kv_heads} KV heads has {num_bytes} bytes, and the kernels keep up with {enough}"
+        if device_kind == V7X and num_bytes < ENOUGH_BYTES and size < PAGE_SIZES[-1]:
+            return (
+                f"a page of {num_kv_heads} KV heads has {num_bytes} bytes, and the kernels keep up with {ENOUGH_BYTES}"
+            )
         return None
 
     if (wrong := reason(page_size)) is None:

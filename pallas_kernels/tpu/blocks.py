@@ -13,6 +13,7 @@ from pallas_kernels.tpu.walk import DecodeSizes
 V7X = "TPU7x"  # its HBM is so fast that other units become the limit
 ITEM_BYTES = 1 << 20
 AHEAD_BYTES = 6 << 20  # more than a microsecond of any chip's bandwidth
+SMALL_COPY = 16 << 10  # bytes that HBM of v7x moves in about the time that a copy takes to start
 BLOCK_BYTES = 4 << 20
 MAX_BLOCK_PAGES = 32  # of prefill: one bit each in a scalar
 KEYS_PER_BLOCK = 512  # of prefill
@@ -44,14 +45,13 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking, device_kind
 
     An item holds about 1 MiB, but at most what the page table can hold: 256 tokens of 8 heads of 128 bfloat16 numbers.
     It costs about 120 cycles of scalar work beside 4 for each copy, so few heads take up to 2048 tokens in 64 pages.
-    A group is a basic block, at whose end the matrix unit idles: it has 4 MiB. The ring holds the items at work and two
-    groups in flight; three where groups are small, or where all copies of a group start at its end, since HBM of v7x
-    would idle until then. Where starting the copies takes longer than moving the bytes, a group has 2 MiB and the ring
-    holds less, as nothing hides the copies of the first items.
+    A group is a basic block, at whose end the matrix unit idles: it has four items, up to 8 MiB, of which the ring must
+    fit into VMEM beside the queries. It holds the items at work and two groups in flight; three where groups are small,
+    unless starting their copies takes as long as moving the bytes: nothing hides the copies of the first groups.
 
     Keys enter the matrix unit half as fast as values, since they are transposed on the way. Where that is the limit,
     an item of at most 1 MiB and 512 tokens is doubled, and the cross-lane unit transposes the keys of three quarters
-    of its passes, rounded up; of half, rounded down, where it is not doubled.
+    of its passes, rounded up; of half where it is not doubled, rounded up from 1 MiB on.
     """
     width = pages.num_kv_heads * -(-packing.lanes // LANES)  # registers of a token's row
     rows = pages.data.shape[2] // pages.page_size  # of a token
@@ -75,23 +75,25 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking, device_kind
     if is_doubled:
         pages_per_item *= 2
     item_bytes = pages_per_item * pages.page_size * token_bytes
-    copies_bound = packing.lanes <= LANES and pages_per_item == MAX_ITEM_PAGES and item_bytes < ITEM_BYTES
-    if item_bytes > ITEM_BYTES:
-        items_per_group = 4 if is_doubled else 1
-    else:
-        items_per_group = min(8, ITEM_BYTES // item_bytes * (2 if copies_bound else 4))
-    hides_copies = packing.lanes <= LANES and items_per_group > 1  # strided copies let no load or store pass
-    # The softmax of an item must not wait for its scores. Those of many rows do not fit into registers twice, nor do
-    # those of 1 MiB beside keys that are transposed.
-    fits_twice = item_bytes <= ITEM_BYTES and not (is_bound_by_pushes and item_bytes == ITEM_BYTES)
-    distance = 2 if fits_twice and packing.rows < MANY_ROWS else 1
-    starts_at_once = items_per_group > 1 and not hides_copies
-    two_groups_suffice = 2 * items_per_group * item_bytes >= AHEAD_BYTES and not starts_at_once
-    groups_ahead = 2 if copies_bound or two_groups_suffice else 3
-    groups = -(-2 * distance // items_per_group) + groups_ahead
-    ring = groups * items_per_group
-    passes = packing.num_passes
-    transposed = (passes - passes // 4 if is_doubled else passes // 2) if is_bound_by_pushes else 0
+    copies = pages_per_item * (1 if pages.scales is None else 2)
+    is_large = item_bytes > 2 * ITEM_BYTES or packing.rows > MANY_ROWS or pages_per_item == 1
+    items_per_group = 1 if is_large and item_bytes > ITEM_BYTES else 4
+    hides_copies = items_per_group > 1
+    # The softmax of an item must not wait for its scores. But those of many rows do not fit into registers twice, nor
+    # those of 1 MiB beside keys that are transposed, nor those beside the addresses of 128 copies.
+    fits_twice = (
+        packing.rows < MANY_ROWS
+        and item_bytes <= ITEM_BYTES
+        and not (is_bound_by_pushes and item_bytes == ITEM_BYTES)
+        and copies <= MAX_ITEM_PAGES
+    )
+    distance = 2 if fits_twice else 1
+    two_suffice = item_bytes <= copies * SMALL_COPY or 2 * items_per_group * item_bytes >= AHEAD_BYTES
+    groups_ahead = 2 if two_suffice else 3
+    ring = (groups_ahead + -(-2 * distance // items_per_group)) * items_per_group
+    transposed, passes = 0, packing.num_passes
+    if is_bound_by_pushes:
+        transposed = passes - passes // 4 if is_doubled else (passes + (item_bytes >= ITEM_BYTES)) // 2
     return DecodeSizes(pages.page_size, pages_per_item, items_per_group, ring, distance, hides_copies, transposed)
 
 

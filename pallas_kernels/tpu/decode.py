@@ -28,7 +28,7 @@ from jaxtyping import Array
 from pallas_kernels.pages import LANES, SUBLANES
 from pallas_kernels.softmax import FLOOR, LOG2E, MASKED
 from pallas_kernels.tpu.heads import HeadPacking
-from pallas_kernels.tpu.memory import IDS, WORD_PART, in_hbm
+from pallas_kernels.tpu.memory import IDS, WORD_PART, by_rows, in_hbm, tiled_as_in_hbm
 from pallas_kernels.tpu.products import Products
 from pallas_kernels.tpu.walk import BROKEN, FIELDS, LAST_PAGE, LAST_SLOT, TOKEN, WORD_BITS, DecodeSizes, Walk
 
@@ -70,14 +70,13 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, scales_in,
     share_tile = planes == 2 and tile_rows == 2 * S
     products = Products(q_hbm.dtype, S, value_row, packing, sizes.transposed_passes)
     tiles_per_token = 1 if share_tile else planes
-    slots, scratch = scratch[:U], scratch[U:]
-    ring = slots  # with the spare pages of each slot, where there are some
-    if sizes.hides_copies:
-        slots = [slot.at[pl.ds(0, NP)] for slot in ring]
+    ring, scratch = [by_rows(slot, 4) for slot in scratch[:U]], scratch[U:]  # with the spare pages of each slot
+    slots = [slot.at[pl.ds(0, NP)] for slot in ring] if sizes.hides_copies else ring
     scale_slots, scratch = (scratch[:U], scratch[U:]) if quantised else ([], scratch)
     (pages_due, rows_due, dirty, outs_due, tiles_due, q, new, out, lse, tile, scale_tile,
      m_ref, l_ref, acc_ref, s_ref, p_ref, alpha_ref, d_ref, top_ref,
      page_sem, row_sem, out_sem, tile_sem, *walk_refs) = scratch  # fmt: skip
+    q, out, tile = by_rows(q, 4), by_rows(out, 3), by_rows(tile, 5)
     walk = Walk(sizes, rows, table, num_rows, num_active, chunks, streams, options.bounded, *walk_refs)
 
     def add(values):
@@ -110,19 +109,14 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, scales_in,
             if quantised:
                 pl.when(wanted)(pltpu.make_async_copy(scales.at[page], scale_slots[slot].at[j], sem).start)
 
-    def fetch_group(first, u0):
-        for w in range(W):
-            fetch(first + w, u0 + w)
-        complete_fetch(first, u0)
-
-    def complete_fetch(first, u0):
-        """Copies the rows of W items and remembers what the group will wait for, and how many are to be cleaned."""
-        for w in range(W):
-            r = walk.record(first + w)
-            start([(walk.first_of[r] > 0, *copy) for copy in row_copies(r)], row_sem.at[u0 // W])
-        pages_due[u0 // W] = add([walk.count_of[walk.record(first + w)] for w in range(W)])
-        rows_due[u0 // W] = add([walk.first_of[walk.record(first + w)] for w in range(W)])
-        dirty[u0 // W] = add([walk.dirty_of[walk.record(first + w)] for w in range(W)])
+    def fetch_rows(first, at):
+        """Copies the rows of a group and remembers what it will wait for, and how many items are to be cleaned."""
+        records = [walk.record(first + w) for w in range(W)]
+        for r in records:
+            start([(walk.first_of[r] > 0, *copy) for copy in row_copies(r)], row_sem.at[at])
+        pages_due[at] = add([walk.count_of[r] for r in records])
+        rows_due[at] = add([walk.first_of[r] for r in records])
+        dirty[at] = add([walk.dirty_of[r] for r in records])
 
     def wait(ref, count, sem):
         """Waits for the bytes of `count` leading elements of `ref`."""
@@ -317,7 +311,6 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, scales_in,
         at = u0 // W
         steps = lag if is_last_group else W
         records = [walk.record(first + w) for w in range(steps)]
-        late = []
         leave(at)
         if not is_last_group:
             arrive(at)
@@ -336,11 +329,7 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, scales_in,
                     mend(r, u0 + w)
 
             for w, r in enumerate(records):
-                copies = put_new_token(r, u0 + w)
-                if L > LANES:  # they are strided, and no load or store passes one
-                    late += copies
-                else:
-                    start(copies, tile_sem.at[at])
+                start(put_new_token(r, u0 + w), tile_sem.at[at])
         scored = [s_ref[i] for i in range(D)]
         weighted = [(p_ref[i], alpha_ref[i], d_ref[i], top_ref[i]) for i in range(D)]
         m, total, acc = m_ref[...], l_ref[...], acc_ref[...]
@@ -365,9 +354,11 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, scales_in,
         if is_last_group:
             tiles_due[at] = jnp.int32(0)
             return
-        start(late, tile_sem.at[at])
         tiles_due[at] = add([jnp.where(walk.ends_here(r), 1, 0) for r in records])
-        (complete_fetch if sizes.hides_copies else fetch_group)(first + ahead, (u0 + ahead) % U)
+        if not sizes.hides_copies:
+            for w in range(W):
+                fetch(first + w + ahead, (u0 + w + ahead) % U)
+        fetch_rows(first + ahead, (u0 + ahead) % U // W)
         for i in range(D):
             s_ref[i] = scored[i]
             p_ref[i], alpha_ref[i], d_ref[i], top_ref[i] = weighted[i]
@@ -379,12 +370,17 @@ def _kernel(rows, q_hbm, new_hbm, sink_vmem, table, pages_in, scales_in,
             outs_due[at] = tiles_due[at] = jnp.int32(0)
         for item in range(plan_ahead):
             walk.plan(jnp.int32(item))
-        for first in range(0, ahead, W):
+
+        @pl.loop(0, ahead // W)
+        def _(g):
             for w in range(W):
-                walk.plan(jnp.int32(first + w + plan_ahead))
+                walk.plan(g * W + (w + plan_ahead))
             if streams:
-                walk.ids_arrive(jnp.int32(first))
-            fetch_group(jnp.int32(first), first)
+                walk.ids_arrive(g * W)
+            fetch_rows(g * W, g)  # before all pages, behind which they would arrive
+
+        for item in range(ahead):
+            fetch(jnp.int32(item), item)
         # Scores, weights and sums hold anything yet: the first item of a sequence starts anew.
         num_groups = lax.div(num_items + (W - 1), W)
 
@@ -449,17 +445,18 @@ def decode(q: Array, new: Array | None, sinks: Array | None, rows: Array, table:
     lse_rows = -(-N // LANES)
     lse_shape = (num_tokens, lse_rows, LANES) if options.lse else (1, SUBLANES, LANES)
     kept = (ring, lse_rows, LANES) if options.lse else (1, SUBLANES, LANES)
-    scratch = [vmem((sizes.pages_per_item + sizes.spare_pages, *pages.shape[1:]), pages.dtype)] * U
+    slot = (sizes.pages_per_item + sizes.spare_pages, *pages.shape[1:])
+    scratch = [tiled_as_in_hbm(slot, pages.dtype)] * U
     if quantised:
         scratch += [vmem((sizes.pages_per_item, *scales.shape[1:]), f32)] * U
     scratch += [smem((U // W,), i32)] * 5
     scratch += (
         [
-            vmem((ring, *q.shape[1:]), q.dtype),
+            tiled_as_in_hbm((ring, *q.shape[1:]), q.dtype),
             vmem((ring, *new.shape[1:]), i32),
-            vmem((ring, N, L), q.dtype),
+            tiled_as_in_hbm((ring, N, L), q.dtype),
             vmem(kept, f32),
-            vmem(tile, pages.dtype),
+            tiled_as_in_hbm(tile, pages.dtype),
             vmem((ring, *scales.shape[1:]), f32),
             vmem((N, LANES), f32),
             vmem((N, LANES), f32),

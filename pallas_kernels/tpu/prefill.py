@@ -25,7 +25,7 @@ from jaxtyping import Array
 
 from pallas_kernels.pages import LANES, SUBLANES
 from pallas_kernels.softmax import FLOOR, LOG2E, MASKED
-from pallas_kernels.tpu.memory import IDS, in_hbm
+from pallas_kernels.tpu.memory import IDS, by_rows, in_hbm, tiled_as_in_hbm
 from pallas_kernels.tpu.products import dot, load_rows
 from pallas_kernels.tpu.tasks import FIELDS, HOLES, NUM_TOKENS, TABLE_ROW, TOKEN, PrefillSizes, Tasks
 from pallas_kernels.tpu.units import Units
@@ -59,6 +59,7 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
     del q_in_hbm, lse_in  # the same memory as `out_hbm` and `lse_hbm`: a task's outputs replace its queries
     S, NP, T, Q, R = (sizes.page_size, sizes.pages_per_block, sizes.tokens, sizes.query_tokens, sizes.rows_per_unit)
     ring = sizes.blocks_in_ring
+    kv = by_rows(kv, 5)
     K = kv.shape[2]  # of a task
     L = pages.shape[3]
     planes = pages.shape[2] // S  # 2: value rows below key rows; 1: side by side in the lanes
@@ -406,7 +407,7 @@ def prefill(q: Array, lse: Array | None, sinks: Array | None, rows: Array, table
         out_specs=(hbm, hbm),
         input_output_aliases={5: 0, 6: 1},
         scratch_shapes=[
-            vmem((sizes.blocks_in_ring, sizes.pages_per_block, kv_heads, *pages.shape[2:]), pages.dtype),
+            tiled_as_in_hbm((sizes.blocks_in_ring, sizes.pages_per_block, kv_heads, *pages.shape[2:]), pages.dtype),
             vmem((*kv_scales, kv_heads, scales.shape[2]), f32),
             smem((3,), jnp.int32),
             smem((2,), jnp.int32),

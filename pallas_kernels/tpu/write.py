@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.pages import LANES, SUBLANES, Pages, is_stacked, quantise
-from pallas_kernels.tpu.memory import WORD_PART, in_hbm
+from pallas_kernels.tpu.memory import WORD_PART, by_rows, in_hbm, tiled_as_in_hbm
 
 RING_BYTES = 8 << 20  # of VMEM for the tiles under way
 
@@ -95,6 +95,7 @@ def _kernel(scalars, new_hbm, new_scales_hbm, pages_in, scales_in, pages, scales
     del pages_in, scales_in  # the same memory as `pages` and `scales`
     *refs, in_sem, out_sem = scratch
     window, old, scale_window, old_scales = (refs[i * ring : (i + 1) * ring] for i in range(4))
+    window, old = ([by_rows(x, 4) for x in refs] for refs in (window, old))
     num_tiles = scalars.shape[0] // (len(Tiles._fields) - 1)
     num_heads, planes, window_rows, lanes = window[0].shape
     tiles_per_token, tile_rows = old[0].shape[1:3]
@@ -248,7 +249,7 @@ def write_tiles(tiles: Tiles, k: Array, v: Array, pages: Pages) -> Pages:
     tile_bytes = num_heads * planes * (rows + window_rows) * lanes * new.dtype.itemsize
     ring = next(n for n in (8, 4, 2) if n == 2 or n * tile_bytes <= RING_BYTES)
     hbm, vmem = pl.BlockSpec(memory_space=pltpu.HBM), pltpu.VMEM
-    scratch = [vmem(window, new.dtype)] * ring + [vmem(tile, new.dtype)] * ring
+    scratch = [tiled_as_in_hbm(shape, new.dtype) for shape in [window] * ring + [tile] * ring]
     scratch += [vmem((2, scales.shape[-2], scale_window) if quantised else (1, 1, LANES), jnp.float32)] * ring
     scratch += [vmem(scales.shape[-2:], jnp.float32)] * ring
     new, new_scales, data, scales = (in_hbm(x) for x in (new, new_scales, pages.data, scales))

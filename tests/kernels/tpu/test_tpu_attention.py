@@ -377,7 +377,7 @@ def test_refuses(change, sentence):
         (2, 64, "bfloat16", 8, 64),
         (1, 64, "float8_e4m3fn", 16, 128),
         (8, 64, "int8", 16, 32),
-        (1, 256, "bfloat16", 64, 128),
+        (1, 256, "bfloat16", 16, 32),
         (16, 256, "bfloat16", 16, None),
     ],
 )
