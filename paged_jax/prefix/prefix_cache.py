@@ -28,7 +28,7 @@ from paged_jax.cache.config import CacheConfig
 from paged_jax.prefix.digests import Namespace
 from paged_jax.prefix.ledger import Ledger, Pages
 from paged_jax.prefix.policies import LeastRecentlyUsed, Policy
-from paged_jax.prefix.reach import Reach
+from paged_jax.prefix.reach import Reach, has_pages
 from paged_jax.prefix.tree import TOKEN_BYTES, Node, Root, encode, walk
 
 Tokens = Sequence[int] | np.ndarray
@@ -72,7 +72,8 @@ class Match:
             one finds them; 0 where there is no need.
         num_evictable: [G], pages of the match that count as evictable until they are taken.
         num_asked: the length of the prompt.
-        nodes: the pages of tokens up to `num_tokens`.
+        nodes: the pages of tokens up to `num_tokens`; for the last tokens perhaps several, for different groups.
+        seen: [G], those of the nodes that the next token sees.
         path: the pages of tokens up to `num_known`.
         fork: the page after which the prompt parts from what is cached, if there is one.
     """
@@ -83,6 +84,7 @@ class Match:
     num_evictable: tuple[int, ...]
     num_asked: int
     nodes: tuple[Node, ...] = dataclasses.field(repr=False)
+    seen: tuple[Sequence[Node], ...] = dataclasses.field(repr=False)
     path: tuple[Node, ...] = dataclasses.field(repr=False)
     fork: Node | None = dataclasses.field(repr=False)
 
@@ -227,20 +229,20 @@ class PrefixCache:
         Raises:
             ValueError: the cache has lost some of the pages since the lookup.
         """
-        if not self._reach.is_whole(match.nodes, match.num_tokens):
+        if not (has_pages(match.seen) and all(node.is_cached for node in match.nodes)):
             raise ValueError(
                 f"the cache has lost some of the {match.num_tokens} tokens of this match since the lookup: look the "
                 "prompt up again (take what was found before anything is evicted or inserted)"
             )
-        taken = self._take(match.nodes, match.num_tokens)
+        taken = self._take(match)
         if match.fork is not None:
             match.fork.is_fork = True
         if counted:
             self._requests += 1
             self._asked_tokens += match.num_asked
             self._hit_tokens += match.num_tokens
-            for group, nodes in enumerate(self._reach.seen(match.nodes, match.num_tokens)):
-                for node in reversed(nodes):
+            for group, seen in enumerate(match.seen):
+                for node in reversed(seen):
                     self._ledger.tell(group, "hit", node)
         return taken
 
@@ -354,9 +356,11 @@ class PrefixCache:
         Returns:
             What was pinned: fewer tokens where `max_kept_pages` leaves no room.
         """
-        room = max(self._max_kept_pages - self.num_kept_pages, 0) * self._reach.page_size
-        match = self._match(encode(tokens)[: room * TOKEN_BYTES], namespace, num_asked=0)
-        kept = self._take(match.nodes, match.num_tokens)
+        room = max(self._max_kept_pages - self.num_kept_pages, 0)
+        data, width = encode(tokens), self._reach.page_size * TOKEN_BYTES
+        matches = (self._match(data[: count * width], namespace, num_asked=0) for count in range(room, -1, -1))
+        # the last tokens may need several nodes: where there is no room for all of them, keep fewer tokens
+        kept = self._take(next(match for match in matches if len(match.nodes) <= room))
         self._kept[kept] = None
         return kept
 
@@ -372,8 +376,7 @@ class PrefixCache:
     def _match(self, data: bytes, namespace: Namespace, num_asked: int) -> Match:
         root, page_size = self._roots.get(namespace), self._reach.page_size
         path, num_known = walk(root, data, page_size) if root else ([], 0)
-        num_tokens = self._reach.longest(path, num_known)
-        nodes = tuple(path[: self._reach.num_columns(num_tokens)])
+        num_tokens, nodes, seen = self._reach.continuable(path, num_known, data)
         num_whole = num_known // page_size
         return Match(
             num_tokens,
@@ -381,21 +384,23 @@ class PrefixCache:
             parts_at=num_whole * page_size if num_whole * page_size > num_tokens else 0,
             num_evictable=tuple(sum(not node.num_pins and node.pages[g] > 0 for node in nodes) for g in self._groups),
             num_asked=num_asked,
-            nodes=nodes,
+            nodes=tuple(nodes),
+            seen=tuple(seen),
             path=tuple(path),
             fork=path[num_whole - 1] if num_whole and not _is_leaf_end(path, num_known, page_size) else None,
         )
 
-    def _take(self, nodes: Sequence[Node], num_tokens: int) -> Taken:
+    def _take(self, match: Match) -> Taken:
+        num_tokens = match.num_tokens
         pages = np.zeros((len(self._groups), self._num_columns), np.int32)
         first_columns = np.zeros(len(self._groups), np.int32)
-        for group, seen in enumerate(self._reach.seen(nodes, num_tokens)):
+        for group, seen in enumerate(match.seen):
             for node in seen:
                 node.superseded -= {group}  # it is in demand
             first = first_columns[group] = self._reach.first_seen(num_tokens, group)
             pages[group, first : first + len(seen)] = [node.pages[group] for node in seen]
         taken = Taken(num_tokens, pages, first_columns)
-        self._pin(nodes, taken)
+        self._pin(match.nodes, taken)
         return taken
 
     # ---- the tree --------------------------------------------------------------------------------------------

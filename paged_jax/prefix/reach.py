@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol, TypeVar, runtime_checkable
 
 from paged_jax.cache.config import CacheConfig
-from paged_jax.prefix.tree import Node
+from paged_jax.prefix.tree import TOKEN_BYTES, Node
 
 
 @runtime_checkable
@@ -43,12 +43,6 @@ class Reach:
         stop = self.num_columns(num_tokens)
         return [nodes[self.first_seen(num_tokens, group) : stop] for group in self.groups]
 
-    def is_whole(self, nodes: Sequence[Node], num_tokens: int) -> bool:
-        """Whether all that the token after `num_tokens` sees is still cached."""
-        seen = self.seen(nodes, num_tokens)
-        has_pages = all(node.pages[group] for group in self.groups for node in seen[group])
-        return has_pages and all(node.is_cached for node in nodes)
-
     def longest(self, path: Sequence[Held], num_known: int) -> int:
         """The most of the known tokens of a path after which a row can continue."""
         first = [_first_of_run(path, group) for group in self.groups]
@@ -58,6 +52,38 @@ class Reach:
             if all(seen[group] > column or first[group][column] <= seen[group] for group in self.groups):
                 return num_tokens
         return 0
+
+    def continuable(
+        self, path: Sequence[Node], num_known: int, data: bytes
+    ) -> tuple[int, Sequence[Node], Sequence[Sequence[Node]]]:
+        """The longest prefix after which a row can continue; its last page need not be one of the path.
+
+        Args:
+            path: the nodes of the known tokens.
+            num_known: how many tokens that are.
+            data: the tokens, encoded.
+
+        Returns:
+            The number of tokens; their nodes, for the last tokens perhaps several; and for each group those that the
+            next token sees.
+        """
+        num_tokens, page_size = self.longest(path, num_known), self.page_size
+        for column in range(len(path) - 1, num_tokens // page_size - 1, -1):
+            parent = path[column].parent
+            assert parent is not None
+            if parent.num_children == 1 or all(path[column].pages):
+                continue
+            # a group has no page of this node, but perhaps one of a sibling that begins with the same tokens
+            width = page_size * TOKEN_BYTES
+            last, num_in_last = parent.closest_held(data[column * width : (column + 1) * width])
+            if last:
+                num_parted = column * page_size + num_in_last
+                seen = self.seen(path[:column], num_parted)
+                if has_pages(seen):
+                    seen = [[*before, node] for before, node in zip(seen, last, strict=True)]
+                    return num_parted, [*path[:column], *dict.fromkeys(last)], seen
+        nodes = path[: self.num_columns(num_tokens)]
+        return num_tokens, nodes, self.seen(nodes, num_tokens)
 
     def is_useless(self, path: list[Node], num_tokens: int, group: int) -> list[bool]:
         """For each page of a prefix whether neither the token after it nor one that parts at a fork before sees it."""
@@ -69,6 +95,11 @@ class Reach:
                 first_needed = min(first_needed, self.first_seen((column + 1) * self.page_size, group))
             useless[column] = column < first_needed
         return useless
+
+
+def has_pages(seen: Sequence[Sequence[Node]]) -> bool:
+    """Whether each group has the pages of the nodes that it sees."""
+    return all(node.pages[group] for group, nodes in enumerate(seen) for node in nodes)
 
 
 def _first_of_run(path: Sequence[Held], group: int) -> list[int]:

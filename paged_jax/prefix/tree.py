@@ -74,16 +74,27 @@ class Node:
         return self._by_tokens.get(tokens)
 
     def closest(self, tokens: bytes) -> tuple["Node | None", int]:
-        """The child that begins with the most of these tokens, and how many; of some such the one with most pages."""
+        """The child that begins with the most of these tokens, and how many."""
+        return max(self._alike(tokens), key=lambda pair: pair[1], default=(None, 0))
+
+    def closest_held(self, tokens: bytes) -> tuple[list["Node"], int]:
+        """The children whose pages hold the most of these tokens, one for each group of layers, and how many.
+
+        It is the same child for all groups where one has all of the pages.
+        """
+        alike, groups = self._alike(tokens), range(len(self.pages))
+        most = min(max((common for child, common in alike if child.pages[group]), default=0) for group in groups)
+        if not most:
+            return [], 0
+        children = sorted((child for child, common in alike if common >= most), key=lambda child: child.pages.count(0))
+        return [next(child for child in children if child.pages[group]) for group in groups], most
+
+    def _alike(self, tokens: bytes) -> list[tuple["Node", int]]:
+        """Children that begin with some of these tokens, and with how many; of more than MAX_COMPARED the closest."""
         at = bisect.bisect(self._sorted, tokens)
-        best, most = None, (0, 0)
         # the next in this order share the longest beginning
-        for key in self._sorted[max(at - MAX_COMPARED // 2, 0) : at + MAX_COMPARED // 2]:
-            child, common = self._by_tokens[key], num_common(key, tokens)
-            rank = common, sum(page != 0 for page in child.pages)
-            if common and rank > most:
-                best, most = child, rank
-        return best, most[0]
+        near = self._sorted[max(at - MAX_COMPARED // 2, 0) : at + MAX_COMPARED // 2]
+        return [(self._by_tokens[key], common) for key in near if (common := num_common(key, tokens))]
 
     def extension(self, tokens: bytes) -> "Node | None":
         """A child that begins with all of these tokens."""

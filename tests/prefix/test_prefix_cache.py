@@ -158,6 +158,36 @@ def test_a_window_that_covers_everything_is_found_at_any_token():
     assert [served.found((*PROMPT[:count], 1, 2)) for count in range(14)] == list(range(14))
 
 
+def test_a_page_with_fewer_tokens_in_common_is_found_where_the_closest_has_no_window():
+    served = Served(None, 5)
+    served.serve((1, 0))
+    served.serve((1, 1, *[0] * 7))  # its window begins after the first page
+    match = served.cache.lookup((1, 1, 1))
+    assert (match.num_tokens, match.num_known) == (1, 2)
+
+
+def test_a_page_beside_a_whole_one_is_found_where_that_has_no_window():
+    served = Served(None, 5)
+    served.serve((*PROMPT[:5], 1))
+    served.serve(PROMPT)
+    match = served.cache.lookup((*PROMPT[:8], 1))
+    assert (match.num_tokens, match.num_known, match.parts_at) == (5, 8, 8)
+
+
+def test_the_last_tokens_may_have_pages_of_several_prefixes():
+    served = Served(None, 7, 1, max_kept_pages=2)
+    served.serve((0, 0, 1))
+    served.serve((0, 1, 0, 0, 0, 0))  # the window of 1 token is past its first page
+    served.give_up(served.cache.evict([0, 1, 0]))  # of the first prefix
+    assert served.found((0, 1, 1)) == 1
+    served.begin((0, 1, 1))
+    kept = served.cache.keep((0, 1))
+    assert (kept.num_tokens, served.cache.num_kept_pages) == (1, 2)
+    served.give_up(served.cache.give_back(kept))
+    served.cache.keep((0, 0))
+    assert served.cache.keep((0, 1)).num_tokens == 0, "there is no room for two pages"
+
+
 def test_layers_that_all_have_windows_need_no_other_pages():
     served = Served(6, 9)
     served.serve(PROMPT, answer=tuple(range(9)))

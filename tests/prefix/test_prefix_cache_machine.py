@@ -18,7 +18,6 @@ from paged_jax.cache.config import CacheConfig
 from paged_jax.prefix.policies import POLICIES
 from paged_jax.prefix.prefix_cache import Namespace, Pages, PrefixCache, Taken
 from paged_jax.prefix.reach import Reach
-from paged_jax.prefix.tree import Node
 from state_machine import run_machine
 
 S, M = 3, 7
@@ -71,18 +70,22 @@ class PrefixCacheMachine(RuleBasedStateMachine):
                     del self.prefixes[group][page], self.held[group][page]
                 self.pending.append((group, page))
 
-    def covered(self, left_out: set[Node]) -> list[set]:
-        """For each group the beginnings of prompts whose last token a cached page holds, some nodes left out."""
+    def covered(self) -> list[set]:
+        """For each group the beginnings of prompts whose last token a cached page holds.
+
+        What a longer page has replaced stays while it is pinned, and is not found.
+        """
+        pinned = {node for taken in [*(taken for _, taken, *_ in self.running), *self.kept] for node in taken.nodes}
         covered = []
         for group, prefixes in enumerate(self.prefixes):
-            without = {node.pages[group] for node in left_out}
-            held = [prefix for page, prefix in prefixes.items() if page not in without]
+            replaced = Counter(node.pages[group] for node in pinned if not node.is_cached)
+            held = [prefix for page, prefix in prefixes.items() if self.held[group][page] > replaced[page]]
             covered.append({(n, t[:stop]) for n, t in held for stop in range((len(t) - 1) // S * S + 1, len(t) + 1)})
         return covered
 
-    def longest(self, namespace: Namespace, tokens: tuple, left_out: set[Node]) -> int:
+    def longest(self, namespace: Namespace, tokens: tuple) -> int:
         """After how many tokens a prompt can be continued, by trying every number."""
-        covered = self.covered(left_out)
+        covered = self.covered()
         for count in range(len(tokens) - 1, 0, -1):
             ends = [min((column + 1) * S, count) for column in range(-(-count // S))]
             if all(
@@ -110,10 +113,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         before = self.state()
         match = self.cache.lookup(text, namespace)
         assert self.state() == before, "a lookup changed something"
-        # What a longer page has replaced stays while it is pinned, and is not found
-        pinned = {node for taken in [*(taken for _, taken, *_ in self.running), *self.kept] for node in taken.nodes}
-        least = pinned if any(self.rows.windows) else set()
-        assert self.longest(namespace, text, least) <= match.num_tokens <= self.longest(namespace, text, set())
+        assert match.num_tokens == self.longest(namespace, text)
         assert match.num_tokens <= match.num_known < max(len(text), 1)
         taken = self.cache.take(match)
         assert taken.num_tokens == match.num_tokens
