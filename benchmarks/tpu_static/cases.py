@@ -131,6 +131,7 @@ GATE = (
     "decode, fp8, page 64, context 1024 | v7x",
     "prefill, 512 on 4096 | v6e",
     "prefill 512 on 4096, 32/32/128, bf16, page 16 | v7x",
+    "prefill 512 on 4096, 4/1/256, bf16, page 16 | v7x",
     "decode, 64 share 512, 8 of them 2048 of 2176 | v6e",
     "decode 32 on 2000, 14/2/64, bf16, page 64 | v7x",
     "decode 32 on 2000, 4/1/256, bf16, page 16 | v7x",

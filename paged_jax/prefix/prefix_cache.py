@@ -84,7 +84,7 @@ class Match:
     num_evictable: tuple[int, ...]
     num_asked: int
     nodes: tuple[Node, ...] = dataclasses.field(repr=False)
-    seen: tuple[Sequence[Node], ...] = dataclasses.field(repr=False)
+    seen: tuple[tuple[Node, ...], ...] = dataclasses.field(repr=False)
     path: tuple[Node, ...] = dataclasses.field(repr=False)
     fork: Node | None = dataclasses.field(repr=False)
 
@@ -385,7 +385,7 @@ class PrefixCache:
             num_evictable=tuple(sum(not node.num_pins and node.pages[g] > 0 for node in nodes) for g in self._groups),
             num_asked=num_asked,
             nodes=tuple(nodes),
-            seen=tuple(seen),
+            seen=tuple(map(tuple, seen)),
             path=tuple(path),
             fork=path[num_whole - 1] if num_whole and not _is_leaf_end(path, num_known, page_size) else None,
         )

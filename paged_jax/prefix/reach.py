@@ -58,6 +58,8 @@ class Reach:
     ) -> tuple[int, Sequence[Node], Sequence[Sequence[Node]]]:
         """The longest prefix after which a row can continue; its last page need not be one of the path.
 
+        Of many pages that begin alike only the `MAX_COMPARED` closest are looked at, so it may be shorter there.
+
         Args:
             path: the nodes of the known tokens.
             num_known: how many tokens that are.

@@ -74,8 +74,8 @@ class Node:
         return self._by_tokens.get(tokens)
 
     def closest(self, tokens: bytes) -> tuple["Node | None", int]:
-        """The child that begins with the most of these tokens, and how many."""
-        return max(self._alike(tokens), key=lambda pair: pair[1], default=(None, 0))
+        """The child that begins with the most of these tokens, and how many; of some such the one with most pages."""
+        return max(self._alike(tokens), key=lambda pair: (pair[1], -pair[0].pages.count(0)), default=(None, 0))
 
     def closest_held(self, tokens: bytes) -> tuple[list["Node"], int]:
         """The children whose pages hold the most of these tokens, one for each group of layers, and how many.

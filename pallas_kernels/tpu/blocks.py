@@ -13,7 +13,7 @@ from pallas_kernels.tpu.walk import DecodeSizes
 V7X = "TPU7x"  # its HBM is so fast that other units become the limit
 ITEM_BYTES = 1 << 20
 AHEAD_BYTES = 6 << 20  # more than a microsecond of any chip's bandwidth
-SMALL_COPY = 16 << 10  # bytes that HBM of v7x moves in about the time that a copy takes to start
+SMALL_COPY = 16 << 10  # bytes: of such copies two groups ahead do as well as three
 BLOCK_BYTES = 4 << 20
 MAX_BLOCK_PAGES = 32  # of prefill: one bit each in a scalar
 KEYS_PER_BLOCK = 512  # of prefill
@@ -45,9 +45,10 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking, device_kind
 
     An item holds about 1 MiB, but at most what the page table can hold: 256 tokens of 8 heads of 128 bfloat16 numbers.
     It costs about 120 cycles of scalar work beside 4 for each copy, so few heads take up to 2048 tokens in 64 pages.
-    A group is a basic block, at whose end the matrix unit idles: it has four items, up to 8 MiB, of which the ring must
-    fit into VMEM beside the queries. It holds the items at work and two groups in flight; three where groups are small,
-    unless starting their copies takes as long as moving the bytes: nothing hides the copies of the first groups.
+    A group is a basic block, at whose end the matrix unit idles: it has four items; two where they are so large that
+    the ring would leave little of VMEM, and one where a spare page is as large as the item, or the queries are many.
+    The ring holds the items at work and two groups in flight; three where groups are small, unless starting their
+    copies takes as long as moving the bytes: nothing hides the copies of the first groups.
 
     Keys enter the matrix unit half as fast as values, since they are transposed on the way. Where that is the limit,
     an item of at most 1 MiB and 512 tokens is doubled, and the cross-lane unit transposes the keys of three quarters
@@ -76,8 +77,12 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking, device_kind
         pages_per_item *= 2
     item_bytes = pages_per_item * pages.page_size * token_bytes
     copies = pages_per_item * (1 if pages.scales is None else 2)
-    is_large = item_bytes > 2 * ITEM_BYTES or packing.rows > MANY_ROWS or pages_per_item == 1
-    items_per_group = 1 if is_large and item_bytes > ITEM_BYTES else 4
+    if item_bytes <= ITEM_BYTES or is_doubled:
+        items_per_group = 4
+    elif item_bytes > 2 * ITEM_BYTES or packing.rows > MANY_ROWS or pages_per_item == 1:
+        items_per_group = 1
+    else:
+        items_per_group = 4 if 2 * item_bytes <= 3 * ITEM_BYTES else 2
     hides_copies = items_per_group > 1
     # The softmax of an item must not wait for its scores. But those of many rows do not fit into registers twice, nor
     # those of 1 MiB beside keys that are transposed, nor those beside the addresses of 128 copies.
@@ -88,7 +93,8 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking, device_kind
         and copies <= MAX_ITEM_PAGES
     )
     distance = 2 if fits_twice else 1
-    two_suffice = item_bytes <= copies * SMALL_COPY or 2 * items_per_group * item_bytes >= AHEAD_BYTES
+    is_whole_group = items_per_group == 4 and 8 * item_bytes >= AHEAD_BYTES
+    two_suffice = item_bytes <= copies * SMALL_COPY or is_whole_group
     groups_ahead = 2 if two_suffice else 3
     ring = (groups_ahead + -(-2 * distance // items_per_group)) * items_per_group
     transposed, passes = 0, packing.num_passes

@@ -25,7 +25,7 @@ def in_hbm(x: Array) -> Array:
     return pltpu.with_memory_space_constraint(x, pltpu.HBM)
 
 
-def tiled_as_in_hbm(shape: tuple[int, ...], dtype: Any):
+def tiled_as_in_hbm(shape: tuple[int, ...], dtype: Any) -> Any:
     """Scratch in VMEM for copies of rows that lie side by side in HBM; the kernel sees it through `by_rows`.
 
     Rows of 16 bits lie in tiles of 8 in HBM, of 16 in the VMEM of v7x. Where a row has several tiles, a copy between
@@ -34,6 +34,7 @@ def tiled_as_in_hbm(shape: tuple[int, ...], dtype: Any):
     """
     *major, rows, lanes = shape
     if target_platform() == "tpu" and dtype.itemsize == 2 and lanes > LANES:
+        assert rows % SUBLANES == 0, shape
         return pltpu.VMEM((*major, rows // SUBLANES, SUBLANES, lanes), dtype)
     return pltpu.VMEM(shape, dtype)
 

@@ -95,7 +95,7 @@ def _kernel(scalars, new_hbm, new_scales_hbm, pages_in, scales_in, pages, scales
     del pages_in, scales_in  # the same memory as `pages` and `scales`
     *refs, in_sem, out_sem = scratch
     window, old, scale_window, old_scales = (refs[i * ring : (i + 1) * ring] for i in range(4))
-    window, old = ([by_rows(x, 4) for x in refs] for refs in (window, old))
+    window, old = ([by_rows(x, 4) for x in tiles] for tiles in (window, old))
     num_tiles = scalars.shape[0] // (len(Tiles._fields) - 1)
     num_heads, planes, window_rows, lanes = window[0].shape
     tiles_per_token, tile_rows = old[0].shape[1:3]

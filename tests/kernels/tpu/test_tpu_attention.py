@@ -12,7 +12,7 @@ from kernels.cases import CASES, Case, expected, make_inputs, random_forest, sha
 
 from pallas_kernels import copy_pages, init_pages, paged_attention, write_pages
 from pallas_kernels.pages import stored
-from pallas_kernels.tpu import attention, decode, page_advice, refusal, units, walk
+from pallas_kernels.tpu import attention, decode, memory, page_advice, refusal, units, walk
 from pallas_kernels.tpu.blocks import ALL_COUNTS, decode_sizes, prefill_kernels, prefill_sizes, whole_heads
 from pallas_kernels.tpu.heads import pack_heads
 from pallas_kernels.tpu.tasks import PrefillSizes
@@ -112,6 +112,7 @@ def test_transposed_keys_give_the_same_scores(
         ((64, 8), 64, jnp.int8, "TPU7x", 32, 1024, 0),
         ((256, 8), 128, jnp.int8, "TPU7x", 32, 512, 0),  # a group of rows that share pages
         ((40, 8), 128, jnp.int8, "TPU7x", 32, 1024, 1),  # one pass
+        ((32, 2), 128, jnp.int8, "TPU7x", 32, 2048, 1),  # one pass of 1 MiB
     ],
 )
 def test_items_are_larger_and_keys_transposed_where_the_matrix_unit_is_the_limit(
@@ -121,6 +122,44 @@ def test_items_are_larger_and_keys_transposed_where_the_matrix_unit_is_the_limit
     packing = pack_heads(heads[0], heads[1], head_dim, pages.data.shape[3])
     sizes = decode_sizes(pages, max_pages, packing, device_kind)
     assert (sizes.tokens, sizes.transposed_passes) == (item_tokens, transposed_passes)
+
+
+@pytest.mark.parametrize(
+    ("heads", "dtype", "page_size", "max_tokens", "items_per_group", "groups", "distance"),
+    [
+        ((32, 8), "bfloat16", 16, 4096, 4, 3, 2),  # items of 1 MiB
+        ((32, 8), "bfloat16", 16, 128, 4, 4, 2),  # smaller ones, so three groups are ahead
+        ((32, 2), "bfloat16", 16, 512, 4, 3, 2),  # copies of 16 KB
+        ((24, 12), "bfloat16", 16, 4096, 4, 3, 1),  # 1.5 MiB
+        ((32, 32), "bfloat16", 16, 4096, 2, 4, 1),  # 2 MiB
+        ((32, 32), "bfloat16", 128, 4096, 1, 5, 1),  # in one page
+        ((256, 32), "bfloat16", 16, 4096, 1, 5, 1),  # for many query rows
+        ((64, 64), "bfloat16", 16, 4096, 1, 5, 1),  # 4 MiB
+        ((8, 1), "int8", 16, 4096, 4, 3, 1),  # beside the addresses of 128 copies
+    ],
+)
+def test_items_make_groups_that_fit_into_vmem(heads, dtype, page_size, max_tokens, items_per_group, groups, distance):
+    pages = stored(init_pages(2, heads[1], page_size, 128, dtype, is_padded=True))
+    sizes = decode_sizes(pages, max_tokens // page_size, pack_heads(*heads, 128, 128), "TPU7x")
+    found = sizes.items_per_group, sizes.items_in_ring // sizes.items_per_group, sizes.distance
+    assert found == (items_per_group, groups, distance)
+    page_bytes = pages.data.nbytes // pages.num_pages
+    assert (sizes.pages_per_item + sizes.spare_pages) * sizes.items_in_ring * page_bytes <= 26 << 20
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "tiled"),
+    [
+        ((3, 2, 32, 256), jnp.bfloat16, (3, 2, 4, 8, 256)),
+        ((3, 2, 32, 128), jnp.bfloat16, (3, 2, 32, 128)),
+        ((3, 2, 32, 256), jnp.int8, (3, 2, 32, 256)),
+    ],
+)
+def test_scratch_for_rows_of_several_tiles_has_those_of_hbm(monkeypatch, shape, dtype, tiled):
+    dtype = jnp.dtype(dtype)
+    assert memory.tiled_as_in_hbm(shape, dtype).shape == shape  # in the interpreter
+    monkeypatch.setattr(memory, "target_platform", lambda: "tpu")
+    assert memory.tiled_as_in_hbm(shape, dtype).shape == tiled
 
 
 @pytest.mark.long  # short beside a neighbour of NaN
@@ -152,6 +191,7 @@ def test_mixed_batch_of_8_bit_pages(interpreter, small_blocks, dtype, head_dim, 
     ("distance", "hides_copies", "heads", "head_dim", "dtype", "transposed_passes"),
     [
         (1, True, (16, 4), 128, "int8", 1),  # keys and values share a tile; the keys of the last two heads
+        (2, True, (2, 1), 256, "bfloat16", 0),
         pytest.param(2, True, (4, 1), 128, "bfloat16", 0, marks=pytest.mark.long),
         pytest.param(1, True, (4, 2), 128, "int8", 0, marks=pytest.mark.long),
         pytest.param(1, True, (4, 2), 64, "bfloat16", 0, marks=pytest.mark.long),
