@@ -40,52 +40,68 @@ def pushes_bound(pages: Pages, packing: HeadPacking, device_kind: str) -> bool:
     return is_int8_on_v7x and packing.rows <= MANY_ROWS and packing.head_dim > LANES // 2
 
 
-def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking, device_kind: str) -> DecodeSizes:
-    """Sizes of the decode kernel.
+def token_bytes(pages: Pages, packing: HeadPacking) -> int:
+    """Of the keys and values of a token, in whole registers."""
+    registers = pages.num_kv_heads * -(-packing.lanes // LANES)
+    rows = pages.data.shape[2] // pages.page_size
+    return registers * rows * LANES * jnp.dtype(pages.dtype).itemsize
+
+
+def item_pages(pages: Pages, max_pages: int, packing: HeadPacking, is_bound_by_pushes: bool) -> tuple[int, bool]:
+    """The pages of an item of the decode kernel, and whether they were doubled.
 
     An item holds about 1 MiB, but at most what the page table can hold: 256 tokens of 8 heads of 128 bfloat16 numbers.
     It costs about 120 cycles of scalar work beside 4 for each copy, so few heads take up to 2048 tokens in 64 pages.
-    A group is a basic block, at whose end the matrix unit idles: it has four items; two where they are so large that
-    the ring would leave little of VMEM, and one where a spare page is as large as the item, or the queries are many.
+    Where pushing keys and values takes longest, an item of at most 1 MiB and 512 tokens is doubled.
+    """
+    longest = pl.next_power_of_2(max_pages * pages.page_size)
+    most = min(MAX_ITEM_TOKENS, MAX_ITEM_SCORES // packing.rows)
+    target = max(LANES, min(most, longest, ITEM_BYTES // token_bytes(pages, packing)))
+    count = 1
+    while count < MAX_ITEM_PAGES and (count * pages.page_size < target or count * pages.page_size % LANES):
+        count *= 2
+    tokens = count * pages.page_size
+    is_doubled = (
+        is_bound_by_pushes
+        and tokens * token_bytes(pages, packing) <= ITEM_BYTES
+        and 2 * tokens <= min(most, longest, PUSHED_TOKENS)
+        and 4 <= 2 * count <= MAX_ITEM_PAGES  # fewer large ones would have spare ones as large
+    )
+    return (2 * count if is_doubled else count), is_doubled
+
+
+def items_per_group(pages_per_item: int, item_bytes: int, is_doubled: bool, num_rows: int) -> int:
+    """A group of the decode kernel is a basic block, at whose end the matrix unit idles, so it has four items.
+
+    It has two where these are so large that the ring would leave little of VMEM, and one where a spare page is as large
+    as the item, or the query rows are many.
+    """
+    if item_bytes <= ITEM_BYTES or is_doubled:
+        return 4
+    if item_bytes > 2 * ITEM_BYTES or num_rows > MANY_ROWS or pages_per_item == 1:
+        return 1
+    return 4 if 2 * item_bytes <= 3 * ITEM_BYTES else 2
+
+
+def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking, device_kind: str) -> DecodeSizes:
+    """Sizes of the decode kernel.
+
+    The softmax of an item must not wait for its scores: it follows by two items. By one, where two scores do not fit
+    into registers: those of many rows, those of 1 MiB beside keys that are transposed, those beside the addresses of
+    128 copies.
+
     The ring holds the items at work and two groups in flight; three where groups are small, unless starting their
     copies takes as long as moving the bytes: nothing hides the copies of the first groups.
 
     Keys enter the matrix unit half as fast as values, since they are transposed on the way. Where that is the limit,
-    an item of at most 1 MiB and 512 tokens is doubled, and the cross-lane unit transposes the keys of three quarters
-    of its passes, rounded up; of half where it is not doubled, rounded up from 1 MiB on.
+    the cross-lane unit transposes the keys of three quarters of an item's passes, rounded up, if the item is doubled;
+    else of half, rounded up from 1 MiB on.
     """
-    width = pages.num_kv_heads * -(-packing.lanes // LANES)  # registers of a token's row
-    rows = pages.data.shape[2] // pages.page_size  # of a token
-    token_bytes = width * rows * LANES * jnp.dtype(pages.dtype).itemsize
-    longest = pl.next_power_of_2(max_pages * pages.page_size)
-    most = min(MAX_ITEM_TOKENS, MAX_ITEM_SCORES // packing.rows)
-    target = max(LANES, min(most, longest, ITEM_BYTES // token_bytes))
-    pages_per_item = 1
-    while pages_per_item < MAX_ITEM_PAGES and (
-        pages_per_item * pages.page_size < target or pages_per_item * pages.page_size % LANES
-    ):
-        pages_per_item *= 2
     is_bound_by_pushes = pushes_bound(pages, packing, device_kind)
-    tokens = pages_per_item * pages.page_size
-    is_doubled = (
-        is_bound_by_pushes
-        and tokens * token_bytes <= ITEM_BYTES
-        and 2 * tokens <= min(most, longest, PUSHED_TOKENS)
-        and 4 <= 2 * pages_per_item <= MAX_ITEM_PAGES  # fewer large ones would have spare ones as large
-    )
-    if is_doubled:
-        pages_per_item *= 2
-    item_bytes = pages_per_item * pages.page_size * token_bytes
+    pages_per_item, is_doubled = item_pages(pages, max_pages, packing, is_bound_by_pushes)
+    item_bytes = pages_per_item * pages.page_size * token_bytes(pages, packing)
     copies = pages_per_item * (1 if pages.scales is None else 2)
-    if item_bytes <= ITEM_BYTES or is_doubled:
-        items_per_group = 4
-    elif item_bytes > 2 * ITEM_BYTES or packing.rows > MANY_ROWS or pages_per_item == 1:
-        items_per_group = 1
-    else:
-        items_per_group = 4 if 2 * item_bytes <= 3 * ITEM_BYTES else 2
-    hides_copies = items_per_group > 1
-    # The softmax of an item must not wait for its scores. But those of many rows do not fit into registers twice, nor
-    # those of 1 MiB beside keys that are transposed, nor those beside the addresses of 128 copies.
+    group = items_per_group(pages_per_item, item_bytes, is_doubled, packing.rows)
     fits_twice = (
         packing.rows < MANY_ROWS
         and item_bytes <= ITEM_BYTES
@@ -93,14 +109,12 @@ def decode_sizes(pages: Pages, max_pages: int, packing: HeadPacking, device_kind
         and copies <= MAX_ITEM_PAGES
     )
     distance = 2 if fits_twice else 1
-    is_whole_group = items_per_group == 4 and 8 * item_bytes >= AHEAD_BYTES
-    two_suffice = item_bytes <= copies * SMALL_COPY or is_whole_group
-    groups_ahead = 2 if two_suffice else 3
-    ring = (groups_ahead + -(-2 * distance // items_per_group)) * items_per_group
+    two_suffice = item_bytes <= copies * SMALL_COPY or (group == 4 and 2 * group * item_bytes >= AHEAD_BYTES)
+    ring = ((2 if two_suffice else 3) + -(-2 * distance // group)) * group
     transposed, passes = 0, packing.num_passes
     if is_bound_by_pushes:
         transposed = passes - passes // 4 if is_doubled else (passes + (item_bytes >= ITEM_BYTES)) // 2
-    return DecodeSizes(pages.page_size, pages_per_item, items_per_group, ring, distance, hides_copies, transposed)
+    return DecodeSizes(pages.page_size, pages_per_item, group, ring, distance, group > 1, transposed)
 
 
 def prefill_kernels(
