@@ -239,7 +239,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
 
 def test_random_histories():
     COUNTS.clear()
-    run_machine(PrefixCacheMachine, num_examples=80, num_steps=30)
+    run_machine(PrefixCacheMachine, num_examples=120, num_steps=30)
     assert COUNTS["steps"] >= 1500
 
 
