@@ -140,7 +140,7 @@ def test_items_are_larger_and_keys_transposed_where_the_matrix_unit_is_the_limit
 )
 def test_items_make_groups_that_fit_into_vmem(heads, dtype, page_size, max_tokens, items_per_group, groups, distance):
     pages = stored(init_pages(2, heads[1], page_size, 128, dtype, is_padded=True))
-    sizes = decode_sizes(pages, max_tokens // page_size, pack_heads(*heads, 128, 128), "TPU7x")
+    sizes = decode_sizes(pages, max_tokens // page_size, pack_heads(heads[0], heads[1], 128, 128), "TPU7x")
     found = sizes.items_per_group, sizes.items_in_ring // sizes.items_per_group, sizes.distance
     assert found == (items_per_group, groups, distance)
     page_bytes = pages.data.nbytes // pages.num_pages
