@@ -52,8 +52,8 @@ class PrefillOptions:
         return self.scale * LOG2E if self.soft_cap is None else self.scale / self.soft_cap
 
 
-def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hbm, kv, kv_scales, front, sent, due,
-            ids, q_in, words, q, out, lse, m_ref, l_ref, alpha_ref, acc_ref, s_a, s_b, p_a, p_b,
+def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hbm, kv, page_scales, kv_scales,
+            front, sent, due, ids, q_in, words, q, out, lse, m_ref, l_ref, alpha_ref, acc_ref, s_a, s_b, p_a, p_b,
             page_sem, id_sem, q_sem, out_sem, *, num_rows: int, chunks: int, num_heads: int,
             sizes: PrefillSizes, options: PrefillOptions):  # fmt: skip
     del q_in_hbm, lse_in  # the same memory as `out_hbm` and `lse_hbm`: a task's outputs replace its queries
@@ -89,14 +89,14 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
             wanted = (j * S < left) & ((j + 1) * S > low) & (page > 0)
             pl.when(wanted)(pltpu.make_async_copy(pages.at[page, heads], kv.at[slot, j], page_sem.at[slot]).start)
             if options.quantised:
-                copy = pltpu.make_async_copy(scales.at[page, heads], kv_scales.at[slot, j], page_sem.at[slot])
+                copy = pltpu.make_async_copy(scales.at[page, heads], page_scales.at[slot, j], page_sem.at[slot])
                 pl.when(wanted)(copy.start)
             return count + jnp.where(wanted, 1, 0)
 
         due[slot] = lax.fori_loop(0, NP, body, jnp.int32(0), unroll=min(NP, 8))
 
     def wait_for_pages(slot):
-        for array in (kv, kv_scales) if options.quantised else (kv,):
+        for array in (kv, page_scales) if options.quantised else (kv,):
             part = array.at[slot, pl.ds(0, due[slot])]
             pl.when(due[slot] > 0)(pltpu.make_async_copy(part, part, page_sem.at[slot]).wait)
 
@@ -156,12 +156,18 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
                     here = kv[slot, j, h, first : value_row + S, :]
                     kv[slot, j, h, first : value_row + S, :] = zero_unless(row < value_row + live, here)
                 if options.quantised:
-                    lane = lax.broadcasted_iota(jnp.int32, kv_scales.shape[2:], 1)
-                    kv_scales[slot, j] = jnp.where(lane < S + live, kv_scales[slot, j], 0.0)
+                    lane = lax.broadcasted_iota(jnp.int32, page_scales.shape[2:], 1)
+                    page_scales[slot, j] = jnp.where(lane < S + live, page_scales[slot, j], 0.0)
 
             return 0
 
         lax.fori_loop(0, NP, page, 0)
+
+    def put_scales_together(slot):
+        """Those of a block's keys and of its values, from page by page to one row for each head."""
+        for i in range(2):
+            parts = [page_scales[slot, j, :, i * S : (i + 1) * S] for j in range(NP)]
+            kv_scales[slot, i] = jnp.concatenate(parts, axis=1)
 
     def page_bits(slot, column):
         def body(j, bits):
@@ -173,10 +179,9 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
     def head_rows(slot, head, first_row):
         return load_rows(kv.at[slot, :, head], first_row, S).astype(q.dtype)
 
-    def scales_of_head(slot, head, first):
+    def scales_of_head(slot, head, is_value):
         """Of its keys or its values, `[1, T]`."""
-        parts = [kv_scales[slot, j, pl.ds(head, 1), :][:, first : first + S] for j in range(NP)]
-        return jnp.concatenate(parts, axis=1)
+        return kv_scales[slot, int(is_value), pl.ds(head, 1), :]
 
     key = lax.broadcasted_iota(jnp.int32, (1, T), 1)
     page_of_key = lax.convert_element_type((key.astype(jnp.float32) + 0.5) / S, jnp.int32)
@@ -191,7 +196,7 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
         real = jnp.minimum(unit, units - 1)
         s = dot(q[real, rows_of(part)], head_rows(slot, head_of(real, part), 0), 1)  # [rows of a product, T]
         if options.quantised:
-            s = s * scales_of_head(slot, head_of(real, part), 0)
+            s = s * scales_of_head(slot, head_of(real, part), False)
         if options.soft_cap is not None:
             s = jnp.tanh(s) * (options.soft_cap * LOG2E)
         if mask:
@@ -215,7 +220,7 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
         p = jnp.exp2(s - jnp.concatenate([m_ref[here]] * (T // LANES), axis=1))
         l_ref[here] = l_ref[here] * alpha_ref[here] + jnp.sum(p, axis=1, keepdims=True)
         if options.quantised:
-            p = p * scales_of_head(slot, head_of(unit, part), S)
+            p = p * scales_of_head(slot, head_of(unit, part), True)
         return p.astype(q.dtype)
 
     def values(unit, part, slot, p):
@@ -277,6 +282,8 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
                 is_masked = is_masked | (position + Q - 1 >= options.window)
             wait_for_pages(here)
             pl.when(is_edge)(lambda: clean(here, left, column, low))
+            if options.quantised:
+                put_scales_together(here)
             bits = lax.cond(has_holes, lambda: page_bits(here, column), lambda: jnp.int32(-1))
             return here, left, low, position, bits, is_masked
 
@@ -397,7 +404,7 @@ def prefill(q: Array, lse: Array | None, sinks: Array | None, rows: Array, table
         lse = jnp.zeros((1, 1, 1, LANES), f32)
     if scales is None:
         scales = jnp.zeros((1, kv_heads, LANES), f32)
-    kv_scales = (sizes.blocks_in_ring, sizes.pages_per_block) if options.quantised else (1, 1)
+    ring = sizes.blocks_in_ring if options.quantised else 1
     arrays = (table.reshape(-1, 1, IDS), pages, scales, q, lse)
     return pl.pallas_call(
         functools.partial(_kernel, num_rows=num_rows, chunks=chunks, num_heads=num_heads, sizes=sizes, options=options),
@@ -408,7 +415,8 @@ def prefill(q: Array, lse: Array | None, sinks: Array | None, rows: Array, table
         input_output_aliases={5: 0, 6: 1},
         scratch_shapes=[
             tiled_as_in_hbm((sizes.blocks_in_ring, sizes.pages_per_block, kv_heads, *pages.shape[2:]), pages.dtype),
-            vmem((*kv_scales, kv_heads, scales.shape[2]), f32),
+            vmem((ring, sizes.pages_per_block if options.quantised else 1, kv_heads, scales.shape[2]), f32),
+            vmem((ring, 2, kv_heads, T if options.quantised else LANES), f32),
             smem((3,), jnp.int32),
             smem((2,), jnp.int32),
             smem((sizes.blocks_in_ring,), jnp.int32),
