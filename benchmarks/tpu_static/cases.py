@@ -40,7 +40,7 @@ class StaticCase:
 
     @property
     def max_query_len(self) -> int:
-        return self.prefill_tokens or max(self.new_tokens)
+        return min(self.prefill_tokens or max(self.new_tokens), self.num_tokens)
 
     @property
     def num_tokens(self) -> int:
@@ -191,8 +191,7 @@ def operands(case: StaticCase, device_kind: str) -> dict[str, dict[int, Any]]:
     if case.window is not None:
         seen = attention.in_window(lengths, table, case.page_size, case.window)
     is_short = runs is not None and attention.rests_are_short(runs, lengths, lengths > 0)
-    max_pages = -(-LANES // pages.page_size) if is_short else seen[1].shape[1]
-    sizes = decode_sizes(pages, max_pages, packing, device_kind)
+    sizes = decode_sizes(pages, seen[1].shape[1], packing, device_kind, LANES if is_short else None)
     rows = attention.decode_rows(seen[0], starts, seen[1], sizes, seen[2])
     result = {"paged_rest" if is_short else "paged_decode": {0: rows, 4: attention.page_chunks(seen[1])[0]}}
     if runs is not None:
@@ -201,11 +200,11 @@ def operands(case: StaticCase, device_kind: str) -> dict[str, dict[int, Any]]:
         sizes = decode_sizes(pages, case.max_pages, packing, device_kind)
         rows = attention.decode_rows(end, jnp.arange(end.size + 1, dtype=jnp.int32), table[row], sizes, begin)
         result["paged_group"] = {0: rows, 4: attention.page_chunks(table[row])[0]}
-        sizes = prefill_sizes(pages, case.heads[0], batch)
+        sizes = prefill_sizes(pages, case.heads[0], batch, case.max_pages)
         result[f"paged_prefill_{sizes.query_tokens}"] = {0: attention.group_rows(runs, table, sizes), 2: chunks}
     longest = case.max_query_len
     if longest > 1:
-        for sizes, counts in prefill_kernels(pages, case.heads[0], batch, longest):
+        for sizes, counts in prefill_kernels(pages, case.heads[0], batch, longest, case.max_pages, case.window):
             rows = attention.prefill_rows(lengths, starts, table, sizes, counts)
             result[f"paged_prefill_{sizes.query_tokens}"] = {0: rows, 2: chunks}
         several = jnp.where(starts[1:] - starts[:-1] > 1, lengths, 0)

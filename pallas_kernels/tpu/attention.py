@@ -149,7 +149,8 @@ def prefill(
     """
     if sizes is None:
         dtype = compute_dtype(out, pages)
-        kernels = prefill_kernels(pages, out.shape[1], lengths.size, max_query_len, dtype)
+        max_pages = page_table.shape[1]
+        kernels = prefill_kernels(pages, out.shape[1], lengths.size, max_query_len, max_pages, window, dtype)
     else:
         kernels = [(sizes, ALL_COUNTS)]
     lengths = jnp.minimum(lengths, page_table.shape[1] * pages.page_size)
@@ -235,7 +236,8 @@ def attend_to_groups(
 
     out, lse = from_chunks(small.out), from_chunks(small.lse)
     if num_rows > SMALL_GROUP:
-        sizes = prefill_sizes(pages, num_heads, num_rows, compute_dtype(q, pages))
+        max_pages = page_table.shape[1]
+        sizes = prefill_sizes(pages, num_heads, num_rows, max_pages, None, compute_dtype(q, pages))
         ids = jnp.where(is_mapped(page_table, pages), page_table, 0)
         options = prefill_kernel.PrefillOptions(
             scale, None, soft_cap, sinks=False, lse=True, causal=False, quantised=pages.scales is not None
@@ -369,7 +371,7 @@ def decode(
 
     Args:
         first_key: int32 `[B]`, the first position that a row's query sees, where there is no window; None: 0.
-        item_tokens: the most in a block; None: as many as the page table can hold.
+        item_tokens: the most in an item; None: as many as a row can have.
         sizes: None (the heuristic of blocks.py) or explicit block sizes.
         name: of the kernel.
     """
@@ -381,8 +383,7 @@ def decode(
         assert first_key is None
         lengths, ids, first_key = in_window(lengths, ids, pages.page_size, window)
     if sizes is None:
-        max_pages = ids.shape[1] if item_tokens is None else -(-item_tokens // pages.page_size)
-        sizes = decode_sizes(pages, max_pages, packing, target_device_kind())
+        sizes = decode_sizes(pages, ids.shape[1], packing, target_device_kind(), item_tokens)
     rows = decode_rows(lengths, query_starts, ids, sizes, first_key)
     table, chunks = page_chunks(ids)
     if sinks is not None:

@@ -24,7 +24,7 @@ class DecodeSizes:
 
     Args:
         page_size: S.
-        pages_per_item: pages in a block of T tokens; a power of two, at most IDS.
+        pages_per_item: pages in a block of T tokens; a power of two where rows have more than IDS, which it divides.
         items_per_group: W.
         items_in_ring: U, a multiple of W.
         distance: D, the items between an item's scores and its softmax, and between that and its values.

@@ -227,6 +227,50 @@ def test_slots_with_one_spare_page_and_with_three(interpreter, monkeypatch, page
     check(case, make_inputs(case))
 
 
+@pytest.mark.parametrize(
+    ("pages_per_item", "page_size", "heads", "head_dim", "dtype", "transposed_passes", "window"),
+    [
+        (9, 16, (8, 2), 64, "bfloat16", 0, 130),
+        pytest.param(3, 64, (4, 1), 128, "bfloat16", 0, None, marks=pytest.mark.long),
+        pytest.param(10, 16, (16, 4), 128, "int8", 1, None, marks=pytest.mark.long),
+        pytest.param(3, 64, (16, 4), 128, "int8", 2, 300, marks=pytest.mark.long),
+        pytest.param(36, 16, (4, 1), 256, "bfloat16", 0, None, marks=pytest.mark.long),
+    ],
+)
+def test_items_of_any_number_of_pages(
+    interpreter, monkeypatch, pages_per_item, page_size, heads, head_dim, dtype, transposed_passes, window
+):
+    sizes = DecodeSizes(page_size, pages_per_item, 2, 6, 2, True, transposed_passes)
+    monkeypatch.setattr(attention, "decode_sizes", lambda *_: sizes)
+    lengths = (3, sizes.tokens, 1, sizes.tokens + 1, 0, 3 * sizes.tokens - 20)
+    case = Case(
+        "uneven", lengths, (1,) * 6, heads, head_dim, page_size, dtype, "bfloat16", holes=((5, 1), (3, 0)),
+        window=window, is_padded=True,
+    )  # fmt: skip
+    check(case, make_inputs(case))
+
+
+@pytest.mark.parametrize(
+    ("heads", "page_size", "dtype", "max_tokens", "window", "pages_per_item"),
+    [
+        ((32, 8), 64, "bfloat16", 300, None, 3),  # five pages in two items
+        ((32, 8), 16, "bfloat16", 2000, None, 16),  # 125 in eight
+        ((32, 8), 16, "int8", 300, None, 20),  # 19 in one, of whole tiles
+        ((8, 1), 16, "bfloat16", 20, None, 8),  # 128 tokens at least
+        ((32, 16), 64, "int8", 4096, 1024, 6),  # 17 in three
+        ((4, 1), 16, "bfloat16", 4096, 512, 33),
+        ((4, 1), 16, "bfloat16", 4096, 2049, 64),  # 129 do not lie in one chunk of the table
+    ],
+)
+def test_items_of_a_short_table_and_of_a_window_are_full(heads, page_size, dtype, max_tokens, window, pages_per_item):
+    pages = stored(init_pages(2, heads[1], page_size, 128, dtype, is_padded=True))
+    table = jnp.zeros((1, -(-max_tokens // page_size)), jnp.int32)
+    if window is not None:
+        _, table, _ = attention.in_window(jnp.zeros(1, jnp.int32), table, page_size, window)
+    sizes = decode_sizes(pages, table.shape[1], pack_heads(heads[0], heads[1], 128, 128), "TPU7x")
+    assert sizes.pages_per_item == pages_per_item
+
+
 @pytest.mark.long
 def test_more_pages_in_an_item_than_bits_in_a_word(interpreter, monkeypatch):
     monkeypatch.setattr(attention, "decode_sizes", lambda *_: DecodeSizes(16, 64, 1, 3, 1, True))
@@ -264,10 +308,10 @@ def test_every_prompt_has_one_kernel():
     pages = init_pages(9, 8, 16, 128)
     for num_rows in (1, 16):
         for max_query_len in (2, 64, 65, 512):
-            counts = [counts for _, counts in prefill_kernels(pages, 32, num_rows, max_query_len)]
+            counts = [counts for _, counts in prefill_kernels(pages, 32, num_rows, max_query_len, 64)]
             assert all(sum(n in some for some in counts) == 1 for n in range(1, 1025))
-    assert len(prefill_kernels(pages, 32, 1, 512)) == 1
-    short, long = (sizes.query_tokens for sizes, _ in prefill_kernels(pages, 32, 16, 512))
+    assert len(prefill_kernels(pages, 32, 1, 512, 64)) == 1
+    short, long = (sizes.query_tokens for sizes, _ in prefill_kernels(pages, 32, 16, 512, 64))
     assert short < long
 
 
@@ -275,11 +319,28 @@ def test_every_prompt_has_one_kernel():
 def test_products_and_tasks_divide_the_heads(heads):
     pages = init_pages(2, heads[1], 16, 128)
     for max_query_len in (2, 64, 256, 512):
-        sizes = prefill_sizes(pages, heads[0], max_query_len)
+        sizes = prefill_sizes(pages, heads[0], max_query_len, max_pages=64)
         of_task, kv_heads = whole_heads(*heads) // sizes.head_blocks, heads[1] // sizes.head_blocks
         assert of_task % sizes.heads_per_unit == 0 and of_task // kv_heads % sizes.heads_per_product == 0
         assert sizes.head_blocks == 1 or (of_task % 8 == 0 and kv_heads % 8 == 0)
     assert sizes.head_blocks == {32: 2, 64: 4}.get(heads[1], 1)
+
+
+@pytest.mark.parametrize(
+    ("heads", "max_tokens", "window", "tokens"),
+    [
+        ((64, 8), 4096, None, 512),
+        ((64, 8), 4096, 128, 128),  # tasks of 128 tokens see 255 keys
+        ((32, 8), 4096, 128, 256),  # of 256 tokens 383
+        ((32, 8), 4096, 512, 512),
+        ((32, 8), 300, None, 512),
+        ((32, 8), 256, None, 256),
+        ((32, 8), 16, None, 128),
+    ],
+)
+def test_prefill_blocks_have_the_keys_that_a_task_can_see(heads, max_tokens, window, tokens):
+    sizes = prefill_sizes(init_pages(2, heads[1], 16, 128), heads[0], 512, max_tokens // 16, window)
+    assert sizes.tokens == tokens
 
 
 # A large group, in which there is a small one; another small one; a pair, which is too few. Row 1 is empty.
