@@ -77,7 +77,7 @@ def even_pages(pages: Pages, max_pages: int, pages_per_item: int) -> int:
 
     So the last item of a window, or of a short table, is not half empty. The ids of an item lie in one chunk of the
     page table, which a power of two divides and other numbers do not: tables of more columns keep their items. Saving
-    less than an eighth would not make up for registers that are not full.
+    less than a quarter would not make up for registers that are not full.
     """
     if max_pages > IDS:
         return pages_per_item
@@ -85,7 +85,7 @@ def even_pages(pages: Pages, max_pages: int, pages_per_item: int) -> int:
     count = max(pl.cdiv(max_pages, pl.cdiv(max_pages, pages_per_item)), LANES // pages.page_size, 1)
     while count * pages.page_size % tile_rows:
         count += 1
-    return count if 8 * count <= 7 * pages_per_item else pages_per_item
+    return count if 4 * count <= 3 * pages_per_item else pages_per_item
 
 
 def items_per_group(pages_per_item: int, item_bytes: int, is_doubled: bool, num_rows: int) -> int:
