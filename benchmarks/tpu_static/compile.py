@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,12 +29,14 @@ def compile_in_child(case: str, chip: str, dump: Path, *options: str) -> dict:
     flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*({DUMPS}).*"
     child = subprocess.run(
         [sys.executable, "-m", "benchmarks.tpu_static.compile", case, chip, *options],
-        env=dict(os.environ, LIBTPU_INIT_ARGS=flags),
+        env=dict(os.environ, LIBTPU_INIT_ARGS=flags, JAX_TRACEBACK_FILTERING="off"),
         capture_output=True,
         text=True,
     )
     if child.returncode:
-        return {"error": child.stderr.strip().splitlines()[-1][:500]}
+        lines = child.stderr.strip().splitlines()
+        raised = [line for line in lines if re.match(r"[\w.]+Error: ", line)]  # its text may have more lines
+        return {"error": (raised or lines)[-1][:500]}
     return json.loads(child.stdout.splitlines()[-1])
 
 
@@ -52,7 +55,7 @@ def main() -> None:
     )
     from benchmarks.tpu_static.cases import arguments, kernel_cases, step
     from benchmarks.tpu_static.models import model_cases
-    from benchmarks.tpu_static.peers import PEERS, VERSIONS
+    from benchmarks.tpu_static.peers import PEERS
     from benchmarks.tpu_static.simulate import CHIPS
     from benchmarks.tpu_static.target import compile_for
 
@@ -66,7 +69,7 @@ def main() -> None:
     else:
         case = (kernel_cases() | model_cases())[name]
         if options:
-            call = PEERS[options[0]](case, VERSIONS[chip])
+            call = PEERS[options[0]](case, chip)
             compiled = compile_for(CHIPS[chip].topology, call.jitted, *call.arguments)
             words = call.words
         else:

@@ -1,6 +1,6 @@
 """Attention kernels of other libraries, compiled for the lengths and shapes of a case with the block sizes they choose.
 
-Pages of bfloat16. A library is needed only where its kernels are compiled: install it beside paged_jax in an
+A library is needed only where its kernels are compiled: install it beside paged_jax in an
 environment of its own, with the same jax and libtpu, and run `benchmarks.tpu_static` from there.
 """
 
@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks.tpu_static.cases import StaticCase
 
@@ -36,32 +37,77 @@ class Call(NamedTuple):
     words: dict[str, Words]
 
 
-def rpa(case: StaticCase, version: int) -> Call:
+def rpa(case: StaticCase, chip: str) -> Call:
     """The third ragged paged attention kernel of tpu-inference, "RPA v3"."""
     kernel = _module("tpu_inference", "kernels.ragged_paged_attention.v3.kernel")
-    kernel.get_tpu_version = lambda: version  # it would ask the device
-    batch = len(case.lengths)
-    num_pages = batch * case.max_pages
-    ids = np.random.default_rng(0).permutation(num_pages) + 1
-    starts = np.concatenate([[0], np.cumsum(case.new_tokens)])
-    decodes = batch if set(case.new_tokens) == {1} else 0
-    scalars = [np.asarray(x, np.int32) for x in (case.lengths, ids, starts, (decodes, decodes, batch))]
-    sizes = num_pages + 1, case.page_size, case.heads[1], case.head_dim
-    shape = jax.ShapeDtypeStruct
-    q, k = (shape((case.num_tokens, heads, case.head_dim), jnp.bfloat16) for heads in case.heads)
-    cache = shape(kernel.get_kv_cache_shape(*sizes, jnp.bfloat16), jnp.bfloat16)
-    arguments = q, k, k, cache, *(shape(x.shape, x.dtype) for x in scalars)
+    kernel.get_tpu_version = lambda: VERSIONS[chip]  # it would ask the device
+    scalars = _scalars(case)
+    arguments = _arguments(case, kernel.get_kv_cache_shape, scalars)
 
     def attend(*arrays):
         scale = case.head_dim**-0.5
         return kernel.ragged_paged_attention(*arrays, sm_scale=scale, sliding_window=case.window)
 
     states = [np.zeros(3, np.int32), np.full(4, -1), np.full(6, -1)]  # that its kernels begin with
-    words = {i: [int(x) for x in array] for i, array in enumerate([*scalars, *states])}
-    return Call(jax.jit(attend, donate_argnums=3), arguments, {"RPA": words})
+    return Call(jax.jit(attend, donate_argnums=3), arguments, {"RPA": _words([*scalars, *states])})
 
 
-PEERS: dict[str, Callable[[StaticCase, int], Call]] = {"rpa": rpa}
+def tokamax(case: StaticCase, chip: str) -> Call:
+    """The ragged paged attention of tokamax: for decodes, prefills and mixed steps a kernel, and one that plans for it.
+
+    A plan is a list of copies in HBM. Here JAX's interpreter makes it from the lengths of the case.
+    """
+    ops, config = _module("tokamax", "ops"), _module("tokamax", "config")
+    wrapper = _module("tokamax", "_src.ops.batched_rpa.kernel.wrapper")
+    lengths, ids, starts, modes = scalars = _scalars(case)
+    arguments = _arguments(case, wrapper.get_kv_cache_shape, scalars)
+    scale = None if case.dtype == "bfloat16" else 1.0
+    options = {"sm_scale": case.head_dim**-0.5, "sliding_window": case.window, "k_scale": scale, "v_scale": scale}
+
+    def attend(*arrays):
+        with config.cross_compile(True):  # no device is asked what it supports
+            return ops.ragged_paged_attention(*arrays, **options, implementation="mosaic_tpu")
+
+    cached = lengths - np.diff(starts)
+    planned = [starts, cached, cached, np.diff(starts)]
+    words = {"rpa_metadata_schedule": _words([*planned, modes])}
+    info = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(chip.replace("v7", "7")), 1)
+    plan = wrapper.schedule.generate_rpa_metadata
+    with (
+        mock.patch.object(pltpu, "get_tpu_info", return_value=info),
+        mock.patch.object(wrapper.schedule, "generate_rpa_metadata", wraps=plan) as calls,
+    ):
+        jax.eval_shape(attend, *arguments)
+        for call in calls.call_args_list:
+            *fields, waits, steps = jax.tree.leaves(plan(*planned, modes, **call.kwargs, interpret=True))
+            made = [x[: x.size // waits.size * int(steps[0])] for x in (*fields, waits)]
+            words["RPA" + call.kwargs["cfgs"].mode.symbol] = _words([*planned, ids, *made, steps])
+    return Call(jax.jit(attend, donate_argnums=3), arguments, words)
+
+
+PEERS: dict[str, Callable[[StaticCase, str], Call]] = {"rpa": rpa, "tokamax": tokamax}
+
+
+def _scalars(case: StaticCase) -> list[np.ndarray]:
+    """Lengths, page ids, first tokens, and where decodes, prefills and all sequences end."""
+    batch = len(case.lengths)
+    ids = np.random.default_rng(0).permutation(batch * case.max_pages) + 1
+    starts = np.concatenate([[0], np.cumsum(case.new_tokens)])
+    decodes = batch if set(case.new_tokens) == {1} else 0
+    return [np.asarray(x, np.int32) for x in (case.lengths, ids, starts, (decodes, decodes, batch))]
+
+
+def _arguments(case: StaticCase, cache_shape: Callable, scalars: list[np.ndarray]) -> tuple:
+    """Queries, keys, values, pages, scalars."""
+    sizes = scalars[1].size + 1, case.page_size, case.heads[1], case.head_dim
+    shape, dtype = jax.ShapeDtypeStruct, jnp.dtype(case.dtype)
+    q = shape((case.num_tokens, case.heads[0], case.head_dim), jnp.bfloat16)
+    k = shape((case.num_tokens, case.heads[1], case.head_dim), dtype)
+    return q, k, k, shape(cache_shape(*sizes, dtype), dtype), *(shape(x.shape, x.dtype) for x in scalars)
+
+
+def _words(arrays: list) -> Words:
+    return {i: np.asarray(x).tolist() for i, x in enumerate(arrays)}
 
 
 def _module(package: str, name: str) -> Any:
@@ -74,6 +120,5 @@ def _module(package: str, name: str) -> Any:
         found = importlib.util.find_spec(package)
         if found is None or found.submodule_search_locations is None:
             raise ModuleNotFoundError(f"{package} is not installed for {sys.executable}: install it beside paged_jax")
-        sys.modules[package] = empty = types.ModuleType(package)
-        empty.__path__ = list(found.submodule_search_locations)
+        sys.modules[package] = importlib.util.module_from_spec(found)
     return importlib.import_module(f"{package}.{name}")

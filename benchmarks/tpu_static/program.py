@@ -116,6 +116,9 @@ class _Translator:
                 continue
             if name == "inlined_call_operand":
                 index = int(_found(r"index: (-?\d+)", rest)[1])  # -1: constants of XLA's own
+                if operation.endswith(".<no"):  # memory space: one word, and not its address
+                    writes.append(f"r[{self._own(target)!r}] = copies.operands[{index}][0]")
+                    continue
                 unit = POINTER_BITS if operation.endswith("hbm") else POINTER_BITS - 4
                 writes.append(f"r[{self._own(target)!r}] = {(index + 1) << unit}")
                 continue

@@ -1,10 +1,14 @@
 """What `benchmarks.tpu_static` reads in the text of a compiled step."""
 
 import collections
+import importlib.util
+import types
 
 import pytest
 
+from benchmarks.tpu_static.cases import StaticCase
 from benchmarks.tpu_static.hlo import parse_module
+from benchmarks.tpu_static.peers import _module, tokamax
 from benchmarks.tpu_static.program import WORD, parse
 from benchmarks.tpu_static.step import choose_branch, function, purpose
 
@@ -130,3 +134,30 @@ def test_divisions_are_executed():
         step(registers, {}, None)
     assert registers["s2"] & WORD == 4294967290 * 3435973837 >> 32
     assert registers["s3"] == 4294967290 % 7 and not program.unknown
+
+
+def test_a_scalar_operand_is_its_word():
+    text = (
+        "= control target key end\n"
+        "0x1   :  { %s7_s1 = inlined_call_operand.<no memory space> [shape: s32[1], index: 18, kind: input] }\n"
+        "0x2   :  { %s8_s2 = sadd.s32 1, %s7_s1 }\n"
+    )
+    registers = collections.defaultdict(int)
+    for step in parse(text).steps:
+        step(registers, {}, types.SimpleNamespace(operands={18: [41]}))
+    assert registers["s2"] == 42
+
+
+def test_a_peer_that_is_not_installed_says_so():
+    with pytest.raises(ModuleNotFoundError, match="no_such_peer is not installed for .*: install it beside paged_jax"):
+        _module("no_such_peer", "kernels")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tokamax") is None, reason="tokamax is not installed")
+def test_tokamax_plans_every_block_of_512_keys_for_the_kernel_of_its_kind():
+    words = tokamax(StaticCase("two rows", (1000, 300), page_size=64), "v7x").words
+    decode = words["RPAd"]
+    assert decode[18] == [1]  # a step of 8 items
+    assert decode[5] == [0, 0, 1, -1, -1, -1, -1, -1] and decode[7] == [0, 1, 0, 0, 0, 0, 0, 0]  # rows, blocks
+    assert words["RPAp"][18] == words["RPAm"][18] == [0]
+    assert words["rpa_metadata_schedule"] == {0: [0, 1, 2], 1: [999, 299], 2: [999, 299], 3: [1, 1], 4: [2, 2, 2]}
