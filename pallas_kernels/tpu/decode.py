@@ -28,11 +28,9 @@ from jaxtyping import Array
 from pallas_kernels.pages import LANES, SUBLANES
 from pallas_kernels.softmax import FLOOR, LOG2E, MASKED
 from pallas_kernels.tpu.heads import HeadPacking
-from pallas_kernels.tpu.memory import IDS, WORD_PART, by_rows, in_hbm, tiled_as_in_hbm
+from pallas_kernels.tpu.memory import IDS, WORD_PART, by_rows, in_hbm, is_streamed, tiled_as_in_hbm
 from pallas_kernels.tpu.products import Products
 from pallas_kernels.tpu.walk import BROKEN, FIELDS, LAST_PAGE, LAST_SLOT, TOKEN, WORD_BITS, DecodeSizes, Walk
-
-RESIDENT_BYTES = 256 << 10  # a page table up to this size lies in scalar memory, a larger one streams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -421,7 +419,7 @@ def decode(q: Array, new: Array | None, sinks: Array | None, rows: Array, table:
         rows that take no part are not written.
     """
     num_tokens, num_rows = q.shape[0], rows.shape[0] // FIELDS
-    streams = table.size * 4 > RESIDENT_BYTES
+    streams = is_streamed(table)
     W, U, D = sizes.items_per_group, sizes.items_in_ring, sizes.distance
     N, L = packing.rows, packing.lanes
     planes = pages.shape[2] // sizes.page_size

@@ -11,6 +11,7 @@ from pallas_kernels.pages import LANES, SUBLANES
 from pallas_kernels.platform import target_platform
 
 IDS = 128  # page ids in a chunk of the page table: one row of lanes
+RESIDENT_BYTES = 256 << 10  # a page table up to this size lies in scalar memory, a larger one streams
 WORD_PART = {1: -1, 2: 0xFFFF, 4: 0xFF}  # the first of so many values packed in a word
 
 
@@ -23,6 +24,11 @@ def in_hbm(x: Array) -> Array:
     if target_platform() != "tpu":  # the interpreter on a CPU
         return x
     return pltpu.with_memory_space_constraint(x, pltpu.HBM)
+
+
+def is_streamed(table: Array) -> bool:
+    """Whether page ids are copied to scalar memory as they are needed, not all of them before."""
+    return table.size * table.dtype.itemsize > RESIDENT_BYTES
 
 
 def tiled_as_in_hbm(shape: tuple[int, ...], dtype: Any) -> Any:

@@ -25,7 +25,7 @@ from jaxtyping import Array
 
 from pallas_kernels.pages import LANES, SUBLANES
 from pallas_kernels.softmax import FLOOR, LOG2E, MASKED
-from pallas_kernels.tpu.memory import IDS, by_rows, in_hbm, tiled_as_in_hbm
+from pallas_kernels.tpu.memory import IDS, by_rows, in_hbm, is_streamed, tiled_as_in_hbm
 from pallas_kernels.tpu.products import dot, load_rows
 from pallas_kernels.tpu.tasks import FIELDS, HOLES, NUM_TOKENS, TABLE_ROW, TOKEN, PrefillSizes, Tasks
 from pallas_kernels.tpu.units import Units
@@ -53,9 +53,9 @@ class PrefillOptions:
 
 
 def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hbm, kv, page_scales, kv_scales,
-            front, sent, due, ids, q_in, words, q, out, lse, m_ref, l_ref, alpha_ref, acc_ref, s_a, s_b, p_a, p_b,
-            page_sem, id_sem, q_sem, out_sem, *, num_rows: int, chunks: int, num_heads: int,
-            sizes: PrefillSizes, options: PrefillOptions):  # fmt: skip
+            front, sent, due, streamed, q_in, words, q, out, lse, m_ref, l_ref, alpha_ref, acc_ref, s_a, s_b, p_a, p_b,
+            page_sem, id_sem, q_sem, out_sem, *, num_rows: int, chunks: int, streams: bool,
+            num_heads: int, sizes: PrefillSizes, options: PrefillOptions):  # fmt: skip
     del q_in_hbm, lse_in  # the same memory as `out_hbm` and `lse_hbm`: a task's outputs replace its queries
     S, NP, T, Q, R = (sizes.page_size, sizes.pages_per_block, sizes.tokens, sizes.query_tokens, sizes.rows_per_unit)
     ring = sizes.blocks_in_ring
@@ -75,17 +75,34 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
     parts_per_head = num_heads // K // sizes.heads_per_product
 
     # ---- copies --------------------------------------------------------------------------------------------
-    def chunk_copy(row, block, slot):
-        chunk = field(TABLE_ROW, row) * chunks + lax.div(block * NP, IDS)
+    ids = streamed if streams else table
+
+    def id_copy(row, first_page, slot):
+        """The copy of the page ids of a block, where they stream."""
+        chunk = field(TABLE_ROW, row) * chunks + lax.div(first_page, IDS)
         here = pl.ds(pl.multiple_of(slot * IDS, IDS), IDS)
         return pltpu.make_async_copy(table.at[chunk, 0], ids.at[here], id_sem.at[slot])
 
-    def start_pages(slot, nth, left, column, low):
-        """Starts the copy of each page of the block that the task needs, and notes how many these are."""
+    def start_ids(slot):
+        """Starts that of the block at the front of the walk, which is fetched next."""
+        row, nth, block = front[0], front[1], front[2]
+        first_page = tasks.geometry(row, nth, block)[2]
+        pl.when(row < num_active)(lambda: id_copy(row, first_page, slot).start())
+
+    def place_of_ids(row, first_page, slot):
+        if streams:
+            return slot * IDS + (first_page & (IDS - 1))
+        return field(TABLE_ROW, row) * (chunks * IDS) + first_page
+
+    def start_pages(slot, nth, left, low, at):
+        """Starts the copy of each page of the block that the task needs, and notes how many these are.
+
+        The ids of the pages begin at `at`.
+        """
         heads = pl.ds(tasks.head_block(nth) * K, K)
 
         def body(j, count):
-            page = ids[slot * IDS + column + j]
+            page = ids[at + j]
             wanted = (j * S < left) & ((j + 1) * S > low) & (page > 0)
             pl.when(wanted)(pltpu.make_async_copy(pages.at[page, heads], kv.at[slot, j], page_sem.at[slot]).start)
             if options.quantised:
@@ -106,12 +123,13 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
 
         @pl.when(row < num_active)
         def _():
-            copy = chunk_copy(row, tasks.first_block(row, nth) + block, slot)
-            copy.start()
-            copy.wait()
-            left, low, column = tasks.geometry(row, nth, block)
-            start_pages(slot, nth, left, column, low)
+            left, low, first_page = tasks.geometry(row, nth, block)
+            if streams:
+                id_copy(row, first_page, slot).wait()
+            start_pages(slot, nth, left, low, place_of_ids(row, first_page, slot))
             tasks.advance()
+            if streams:
+                start_ids((slot + 1) & (ring - 1))
 
     def place_of_task(row, nth):
         """Where its tokens and heads are in out_hbm, their queries before and their outputs after; and in VMEM."""
@@ -141,11 +159,11 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
         wide = jnp.float32 if x.dtype == jnp.bfloat16 else jnp.int32
         return jnp.where(condition, x.astype(wide), 0).astype(x.dtype)
 
-    def clean(slot, left, column, low):
+    def clean(slot, left, low, at):
         """Zeroes the values of keys that do not exist: 0 * NaN is NaN."""
 
         def page(j, _):
-            exists = (ids[slot * IDS + column + j] > 0) & ((j + 1) * S > low)
+            exists = (ids[at + j] > 0) & ((j + 1) * S > low)
             live = jnp.where(exists, left - j * S, 0)
 
             @pl.when(live < S)
@@ -169,9 +187,9 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
             parts = [page_scales[slot, j, :, i * S : (i + 1) * S] for j in range(NP)]
             kv_scales[slot, i] = jnp.concatenate(parts, axis=1)
 
-    def page_bits(slot, column):
+    def page_bits(at):
         def body(j, bits):
-            return bits | jnp.where(ids[slot * IDS + column + j] > 0, jnp.left_shift(1, j), 0)
+            return bits | jnp.where(ids[at + j] > 0, jnp.left_shift(1, j), 0)
 
         return lax.fori_loop(0, NP, body, jnp.int32(0))
 
@@ -271,7 +289,8 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
         def geometry_and_masks(block):
             """The scalars of a block, read by the stages of its units."""
             here = ring_slot(block)
-            left, low, column = tasks.geometry(row, nth, block)
+            left, low, first_page = tasks.geometry(row, nth, block)
+            at = place_of_ids(row, first_page, here)
             position = tasks.first_position(row, nth) - (tasks.first_block(row, nth) + block) * T
             has_holes = field(HOLES, row) > 0
             is_edge = (left < T) | (low > 0) | has_holes
@@ -281,10 +300,10 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
             if options.window is not None:
                 is_masked = is_masked | (position + Q - 1 >= options.window)
             wait_for_pages(here)
-            pl.when(is_edge)(lambda: clean(here, left, column, low))
+            pl.when(is_edge)(lambda: clean(here, left, low, at))
             if options.quantised:
                 put_scales_together(here)
-            bits = lax.cond(has_holes, lambda: page_bits(here, column), lambda: jnp.int32(-1))
+            bits = lax.cond(has_holes, lambda: page_bits(at), lambda: jnp.int32(-1))
             return here, left, low, position, bits, is_masked
 
         def run_block(block, last_slot):
@@ -359,6 +378,8 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
         for i in range(3):
             front[i] = jnp.int32(0)
         q_copy(jnp.int32(0), jnp.int32(0)).start()
+        if streams:
+            start_ids(0)
         for slot in range(ring - 1):
             fetch(jnp.int32(slot))
         zero = jnp.int32(0)
@@ -405,12 +426,17 @@ def prefill(q: Array, lse: Array | None, sinks: Array | None, rows: Array, table
     if scales is None:
         scales = jnp.zeros((1, kv_heads, LANES), f32)
     ring = sizes.blocks_in_ring if options.quantised else 1
-    arrays = (table.reshape(-1, 1, IDS), pages, scales, q, lse)
+    streams = is_streamed(table)
+    table = in_hbm(table.reshape(-1, 1, IDS)) if streams else table
+    arrays = (pages, scales, q, lse)
+    kernel = functools.partial(
+        _kernel, num_rows=num_rows, chunks=chunks, streams=streams, num_heads=num_heads, sizes=sizes, options=options
+    )
     return pl.pallas_call(
-        functools.partial(_kernel, num_rows=num_rows, chunks=chunks, num_heads=num_heads, sizes=sizes, options=options),
+        kernel,
         name=f"paged_prefill_{Q}",
         out_shape=(pltpu.HBM(q.shape, q.dtype), pltpu.HBM(lse.shape, f32)),
-        in_specs=[scalars, pl.BlockSpec(memory_space=vmem)] + [hbm] * len(arrays),
+        in_specs=[scalars, pl.BlockSpec(memory_space=vmem), hbm if streams else scalars] + [hbm] * len(arrays),
         out_specs=(hbm, hbm),
         input_output_aliases={5: 0, 6: 1},
         scratch_shapes=[
@@ -420,7 +446,7 @@ def prefill(q: Array, lse: Array | None, sinks: Array | None, rows: Array, table
             smem((3,), jnp.int32),
             smem((2,), jnp.int32),
             smem((sizes.blocks_in_ring,), jnp.int32),
-            smem((sizes.blocks_in_ring * IDS,), jnp.int32),
+            smem((sizes.blocks_in_ring * IDS if streams else IDS,), jnp.int32),
             vmem((Q, task_heads, L), q.dtype),
             vmem((L // LANES, Q * task_heads * q.dtype.itemsize // 4, LANES), jnp.int32),
             vmem((units, R, L), q.dtype),
@@ -440,4 +466,4 @@ def prefill(q: Array, lse: Array | None, sinks: Array | None, rows: Array, table
             pltpu.SemaphoreType.DMA,
         ],
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=56 << 20, disable_bounds_checks=True),
-    )(rows, sinks, *(in_hbm(x) for x in arrays))
+    )(rows, sinks, table, *(in_hbm(x) for x in arrays))

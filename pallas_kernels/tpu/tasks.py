@@ -8,8 +8,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.tpu.memory import IDS
-
 FIELDS = 6  # of a row in `rows`
 TABLE_ROW, LENGTH, TOKEN, NUM_TOKENS, HOLES, FIRST = range(FIELDS)
 # FIRST: with causal attention the position of the task's first token; else the first key that all tokens see.
@@ -131,9 +129,9 @@ class Tasks:
         self.front[0] = jnp.where(more_blocks | more_tasks, row, row + 1)
 
     def geometry(self, row, nth, block):
-        """Of the block: keys from its start to the last one visible, those before the first, its ids' column."""
+        """Of the block: keys from its start to the last one visible, those before the first, its row's first page."""
         place = self.first_block(row, nth) + block
         start = place * self.sizes.tokens
         left = self.end_of_keys(row, nth) - start
         low = jnp.int32(0) if self.causal and self.window is None else self.first_key(row, nth) - start
-        return left, low, (place * self.sizes.pages_per_block) & (IDS - 1)
+        return left, low, place * self.sizes.pages_per_block

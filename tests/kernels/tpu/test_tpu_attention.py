@@ -205,7 +205,7 @@ def test_groups_of_items_and_a_page_table_that_streams(
 
     Page ids are copied from HBM as they are needed.
     """
-    monkeypatch.setattr(decode, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(memory, "RESIDENT_BYTES", 0)
     for module in (decode, walk):
         monkeypatch.setattr(module, "WORD_BITS", 4)
     sizes = DecodeSizes(16, 8, 2, 2 + 2 * distance, distance, hides_copies, transposed_passes)
@@ -301,6 +301,14 @@ def test_heads_side_by_side(interpreter, small_blocks, monkeypatch, heads, sizes
     monkeypatch.setattr(units, "WORDS_AT_ONCE", 24)  # of three tokens of 16 heads, which divide no task
     case = Case("side by side", (150, 20), (20, 3), heads, 128, 16, "bfloat16", "bfloat16", holes=((0, 1),))
     case = dataclasses.replace(case, **options)
+    check(case, make_inputs(case))
+
+
+@pytest.mark.parametrize("window", [None, pytest.param(200, marks=pytest.mark.long)])
+def test_page_ids_of_prefill_stream(late_copies, small_blocks, monkeypatch, window):
+    monkeypatch.setattr(memory, "RESIDENT_BYTES", 0)
+    holes = ((0, 8), (2, 1))
+    case = Case("streams", (600, 40, 150, 0), (20, 3, 33, 0), (2, 1), 128, window=window, holes=holes, is_padded=True)
     check(case, make_inputs(case))
 
 
