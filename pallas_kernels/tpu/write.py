@@ -194,22 +194,26 @@ def _kernel(scalars, new_hbm, new_scales_hbm, pages_in, scales_in, pages, scales
     def wait(copy):
         copy.wait()
 
+    count = scalars[scalars.shape[0] - 1]
+
+    def step(n, slot):
+        """Reads tile n, merges and writes the one `lead` before it, and waits for what this slot wrote a lap ago."""
+        writes(n - ring, slot, wait)
+        reads(n, slot, start)
+        ready, at = n - lead, (slot - lead) % ring
+        reads(ready, at, wait)
+        pl.when(is_real(ready))(functools.partial(merge, ready, at))
+        if quantised:
+            pl.when(is_real(ready))(functools.partial(merge_scales, ready, at))
+        writes(ready, at, start)
+
     def lap(t, _):
         for slot in range(ring):
             n = t * ring + slot
-            writes(n - ring, slot, wait)
-            reads(n, slot, start)
-            ready, at = n - lead, (slot - lead) % ring
-            reads(ready, at, wait)
-            pl.when(is_real(ready))(functools.partial(merge, ready, at))
-            if quantised:
-                pl.when(is_real(ready))(functools.partial(merge_scales, ready, at))
-            writes(ready, at, start)
+            pl.when(n < count + ring)(functools.partial(step, n, slot))
         return 0
 
-    # The last tile is written `lead` steps after its read and waited for a lap later.
-    count = scalars[scalars.shape[0] - 1]
-    lax.fori_loop(0, lax.div(count + (ring - 1), ring) + 2, lap, 0)
+    lax.fori_loop(0, lax.div(count + (ring - 1), ring) + jnp.minimum(count, 1), lap, 0)
 
 
 def front_rows(rows: int, unit: int) -> int:
@@ -247,7 +251,7 @@ def write_tiles(tiles: Tiles, k: Array, v: Array, pages: Pages) -> Pages:
     if rows < aligned:  # keys and values share a tile
         tile = (num_heads, 1, aligned, lanes)
     tile_bytes = num_heads * planes * (rows + window_rows) * lanes * new.dtype.itemsize
-    ring = next(n for n in (8, 4, 2) if n == 2 or n * tile_bytes <= RING_BYTES)
+    ring = next(n for n in (16, 8, 4, 2) if n == 2 or n * tile_bytes <= RING_BYTES)
     hbm, vmem = pl.BlockSpec(memory_space=pltpu.HBM), pltpu.VMEM
     scratch = [tiled_as_in_hbm(shape, new.dtype) for shape in [window] * ring + [tile] * ring]
     scratch += [vmem((2, scales.shape[-2], scale_window) if quantised else (1, 1, LANES), jnp.float32)] * ring
