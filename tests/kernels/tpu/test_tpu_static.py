@@ -7,6 +7,7 @@ import types
 import pytest
 
 from benchmarks.tpu_static.cases import StaticCase
+from benchmarks.tpu_static.compile import scheduled_programs
 from benchmarks.tpu_static.hlo import parse_module
 from benchmarks.tpu_static.peers import _module, tokamax
 from benchmarks.tpu_static.program import WORD, parse
@@ -146,6 +147,14 @@ def test_a_scalar_operand_is_its_word():
     for step in parse(text).steps:
         step(registers, {}, types.SimpleNamespace(operands={18: [41]}))
     assert registers["s2"] == 42
+
+
+def test_scheduled_programs_are_found_by_a_part_of_their_names(tmp_path):
+    kernel, fusion = "1-paged_write.1-01-packed-bundles-post-ra.txt", "2-fusion.7-01-packed-bundles-post-ra.txt"
+    for name in (kernel, fusion, "1-paged_write.1-00-schedule-analysis_packed-bundles-post-ra.txt", "1-hlo.txt"):
+        (tmp_path / name).touch()
+    assert {path.name for path in scheduled_programs(tmp_path)} == {kernel, fusion}
+    assert [path.name for path in scheduled_programs(tmp_path, "paged_write")] == [kernel]
 
 
 def test_a_peer_that_is_not_installed_says_so():
