@@ -42,8 +42,7 @@ def compile_in_child(case: str, chip: str, dump: Path, *options: str) -> dict:
 
 def scheduled_programs(dump: Path, kernel: str = "") -> list[Path]:
     """The scheduled programs in a dump, those with this in their names."""
-    paths = dump.glob("*-packed-bundles-post-ra.txt")
-    return [path for path in paths if kernel in path.name and "schedule-" not in path.name]
+    return [path for path in dump.glob("*-packed-bundles-post-ra.txt") if kernel in path.name]
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ class Call(NamedTuple):
 
 def rpa(case: StaticCase, chip: str) -> Call:
     """The third ragged paged attention kernel of tpu-inference, "RPA v3"."""
+    _refuse(case, "bfloat16")
     kernel = _module("tpu_inference", "kernels.ragged_paged_attention.v3.kernel")
     kernel.get_tpu_version = lambda: VERSIONS[chip]  # it would ask the device
     scalars = _scalars(case)
@@ -62,6 +63,7 @@ def tokamax(case: StaticCase, chip: str, **sizes: int) -> Call:
         case, chip: what is compiled, and for which chip.
         sizes: fields of its configuration, instead of the one that it chooses.
     """
+    _refuse(case, "bfloat16", "float8_e4m3fn")
     op, wrapper = (
         _module("tokamax", f"_src.ops.batched_rpa.{name}") for name in ("pallas_mosaic_tpu", "kernel.wrapper")
     )
@@ -77,7 +79,7 @@ def tokamax(case: StaticCase, chip: str, **sizes: int) -> Call:
             return ragged_paged_attention(*arrays, **options)
 
     cached = lengths - np.diff(starts)
-    planned = [starts, cached, cached, np.diff(starts)]
+    planned = [starts, cached, cached, np.diff(starts)]  # first tokens; tokens in the pages, twice; new ones
     words = {"rpa_metadata_schedule": _words([*planned, modes])}
     info = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(chip.replace("v7", "7")), 1)
     plan = wrapper.schedule.generate_rpa_metadata
@@ -88,12 +90,13 @@ def tokamax(case: StaticCase, chip: str, **sizes: int) -> Call:
         jax.eval_shape(attend, *arguments)
         for call in calls.call_args_list:
             *fields, waits, steps = jax.tree.leaves(plan(*planned, modes, **call.kwargs, interpret=True))
+            # Of each array the part that is made: as many steps as there are, of all that it has room for.
             made = [x[: x.size // waits.size * int(steps[0])] for x in (*fields, waits)]
             words["RPA" + call.kwargs["cfgs"].mode.symbol] = _words([*planned, ids, *made, steps])
     return Call(jax.jit(attend, donate_argnums=3), arguments, words)
 
 
-# The fewest cycles for 512 tokens on 4096, 32/8/128, v7x, of seven tried among those that tokamax would choose from.
+# The fewest cycles for 512 tokens on 4096, 32/8/128, v7x, of seven tried.
 FOR_PREFILL = {
     "prefill_bq_sz": 256, "bkv_sz": 1024, "n_buffer": 2, "prefill_batch_size": 1, "decode_batch_size": 4,
 }  # fmt: skip
@@ -102,6 +105,15 @@ PEERS: dict[str, Callable[[StaticCase, str], Call]] = {
     "tokamax": tokamax,
     "tokamax_for_prefill": partial(tokamax, **FOR_PREFILL),
 }
+
+
+def _refuse(case: StaticCase, *dtypes: str) -> None:
+    """Raises:
+    NotImplementedError: a peer would measure something else than the case.
+    """
+    if case.dtype not in dtypes or case.sinks or case.levels:
+        takes = f"pages of {' or '.join(dtypes)}, no sinks and no shared pages"
+        raise NotImplementedError(f"{case.name!r}: this peer takes {takes}; choose another --case")
 
 
 def _scalars(case: StaticCase) -> list[np.ndarray]:

@@ -116,8 +116,8 @@ class _Translator:
                 continue
             if name == "inlined_call_operand":
                 index = int(_found(r"index: (-?\d+)", rest)[1])  # -1: constants of XLA's own
-                if operation.endswith(".<no"):  # memory space: one word, and not its address; 0 if it is not known
-                    writes.append(f"r[{self._own(target)!r}] = copies.operands.get({index}, (0,))[0]")
+                if operation.endswith(".<no"):  # of `<no memory space>`: it is one word, not an address
+                    writes.append(f"r[{self._own(target)!r}] = copies.operands[{index}][0]")
                     continue
                 unit = POINTER_BITS if operation.endswith("hbm") else POINTER_BITS - 4
                 writes.append(f"r[{self._own(target)!r}] = {(index + 1) << unit}")

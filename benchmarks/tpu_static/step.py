@@ -166,7 +166,9 @@ class Programs:
             return None
         if name not in self.results:
             kernel = name.partition(".")[0]
-            self.results[name] = run(parse(self.paths[name].read_text()), self.chip, self.words.get(kernel, {}))
+            scalars = collections.defaultdict(lambda: [0])  # of XLA's fusions, such as the number of a layer
+            words = self.words.get(kernel, scalars)
+            self.results[name] = run(parse(self.paths[name].read_text()), self.chip, words)
         return self.results[name]
 
 

@@ -384,6 +384,8 @@ def decode(
         lengths, ids, first_key = in_window(lengths, ids, pages.page_size, window)
     if sizes is None:
         sizes = decode_sizes(pages, ids.shape[1], packing, target_device_kind(), item_tokens)
+    num_pages = sizes.pages_per_item
+    assert IDS % num_pages == 0 or -(-ids.shape[1] // num_pages) * num_pages <= IDS, (ids.shape, sizes)
     rows = decode_rows(lengths, query_starts, ids, sizes, first_key)
     table, chunks = page_chunks(ids)
     if sinks is not None:

@@ -52,7 +52,7 @@ def token_bytes(pages: Pages, packing: HeadPacking) -> int:
 def item_pages(pages: Pages, max_tokens: int, packing: HeadPacking, is_bound_by_pushes: bool) -> tuple[int, bool]:
     """The pages of an item of the decode kernel, and whether they were doubled.
 
-    An item holds about 1 MiB, but not twice what a row can hold: 256 tokens of 8 heads of 128 bfloat16 numbers.
+    An item holds about 1 MiB (256 tokens of 8 heads of 128 bfloat16 numbers), but less than twice what a row can hold.
     It costs about 120 cycles of scalar work beside 4 for each copy, so few heads take up to 2048 tokens in 64 pages.
     Where pushing keys and values takes longest, an item of at most 1 MiB and 512 tokens is doubled.
     """
@@ -73,16 +73,16 @@ def item_pages(pages: Pages, max_tokens: int, packing: HeadPacking, is_bound_by_
 
 
 def even_pages(pages: Pages, max_pages: int, pages_per_item: int) -> int:
-    """The pages of an item if all that read a full row have as many, in whole tiles; no fewer than 128 tokens.
+    """Divides a full row evenly over its items, in whole tiles and 128 tokens at least, if that saves a quarter.
 
     So the last item of a window, or of a short table, is not half empty. The ids of an item lie in one chunk of the
     page table, which a power of two divides and other numbers do not: tables of more columns keep their items. Saving
-    less than a quarter would not make up for registers that are not full.
+    less would not make up for registers that are not full.
     """
     if max_pages > IDS:
         return pages_per_item
     tile_rows = SUBLANES * 4 // jnp.dtype(pages.dtype).itemsize
-    count = max(pl.cdiv(max_pages, pl.cdiv(max_pages, pages_per_item)), LANES // pages.page_size, 1)
+    count = max(pl.cdiv(max_pages, pl.cdiv(max_pages, pages_per_item)), pl.cdiv(LANES, pages.page_size))
     while count * pages.page_size % tile_rows:
         count += 1
     return count if 4 * count <= 3 * pages_per_item else pages_per_item
@@ -107,8 +107,8 @@ def decode_sizes(
     """Sizes of the decode kernel.
 
     The softmax of an item must not wait for its scores: it follows by two items. By one, where two scores do not fit
-    into registers: those of many rows and tokens, those of 1 MiB beside keys that are transposed, those beside the
-    addresses of 128 copies.
+    into registers: those of many rows and tokens, those of large items beside keys that are transposed, those
+    beside the addresses of 128 copies.
 
     The ring holds the items at work and two groups in flight; three where groups are small, unless starting their
     copies takes as long as moving the bytes: nothing hides the copies of the first groups.
@@ -124,14 +124,15 @@ def decode_sizes(
     is_bound_by_pushes = pushes_bound(pages, packing, device_kind)
     max_tokens = min(max_pages * pages.page_size, item_tokens or MAX_ITEM_TOKENS)
     pages_per_item, is_doubled = item_pages(pages, max_tokens, packing, is_bound_by_pushes)
-    item_bytes = pages_per_item * pages.page_size * token_bytes(pages, packing)
+    pages_per_item = even_pages(pages, max_pages, pages_per_item)
+    tokens = pages_per_item * pages.page_size
+    item_bytes = tokens * token_bytes(pages, packing)
     copies = pages_per_item * (1 if pages.scales is None else 2)
     group = items_per_group(pages_per_item, item_bytes, is_doubled, packing.rows)
-    even = even_pages(pages, max_pages, pages_per_item)
     fits_twice = (
-        (packing.rows < MANY_ROWS or (packing.rows == MANY_ROWS and even * pages.page_size <= FEW_TOKENS))
+        (packing.rows < MANY_ROWS or (packing.rows == MANY_ROWS and tokens <= FEW_TOKENS))
         and item_bytes <= ITEM_BYTES
-        and not (is_bound_by_pushes and item_bytes == ITEM_BYTES)
+        and not (is_bound_by_pushes and item_bytes > ITEM_BYTES // 2)
         and copies <= MAX_ITEM_PAGES
     )
     distance = 2 if fits_twice else 1
@@ -140,7 +141,7 @@ def decode_sizes(
     transposed, passes = 0, packing.num_passes
     if is_bound_by_pushes:
         transposed = passes - passes // 4 if is_doubled else (passes + (item_bytes >= ITEM_BYTES)) // 2
-    return DecodeSizes(pages.page_size, even, group, ring, distance, group > 1, transposed)
+    return DecodeSizes(pages.page_size, pages_per_item, group, ring, distance, group > 1, transposed)
 
 
 def prefill_kernels(

@@ -52,7 +52,7 @@ class PrefillOptions:
         return self.scale * LOG2E if self.soft_cap is None else self.scale / self.soft_cap
 
 
-def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hbm, kv, page_scales, kv_scales,
+def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hbm, kv, scales_by_page, scales_by_head,
             front, sent, due, streamed, q_in, words, q, out, lse, m_ref, l_ref, alpha_ref, acc_ref, s_a, s_b, p_a, p_b,
             page_sem, id_sem, q_sem, out_sem, *, num_rows: int, chunks: int, streams: bool,
             num_heads: int, sizes: PrefillSizes, options: PrefillOptions):  # fmt: skip
@@ -84,7 +84,7 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
         return pltpu.make_async_copy(table.at[chunk, 0], ids.at[here], id_sem.at[slot])
 
     def start_ids(slot):
-        """Starts that of the block at the front of the walk, which is fetched next."""
+        """Starts the copy of the ids of the block that is fetched next."""
         row, nth, block = front[0], front[1], front[2]
         first_page = tasks.geometry(row, nth, block)[2]
         pl.when(row < num_active)(lambda: id_copy(row, first_page, slot).start())
@@ -106,14 +106,14 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
             wanted = (j * S < left) & ((j + 1) * S > low) & (page > 0)
             pl.when(wanted)(pltpu.make_async_copy(pages.at[page, heads], kv.at[slot, j], page_sem.at[slot]).start)
             if options.quantised:
-                copy = pltpu.make_async_copy(scales.at[page, heads], page_scales.at[slot, j], page_sem.at[slot])
+                copy = pltpu.make_async_copy(scales.at[page, heads], scales_by_page.at[slot, j], page_sem.at[slot])
                 pl.when(wanted)(copy.start)
             return count + jnp.where(wanted, 1, 0)
 
         due[slot] = lax.fori_loop(0, NP, body, jnp.int32(0), unroll=min(NP, 8))
 
     def wait_for_pages(slot):
-        for array in (kv, page_scales) if options.quantised else (kv,):
+        for array in (kv, scales_by_page) if options.quantised else (kv,):
             part = array.at[slot, pl.ds(0, due[slot])]
             pl.when(due[slot] > 0)(pltpu.make_async_copy(part, part, page_sem.at[slot]).wait)
 
@@ -174,8 +174,8 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
                     here = kv[slot, j, h, first : value_row + S, :]
                     kv[slot, j, h, first : value_row + S, :] = zero_unless(row < value_row + live, here)
                 if options.quantised:
-                    lane = lax.broadcasted_iota(jnp.int32, page_scales.shape[2:], 1)
-                    page_scales[slot, j] = jnp.where(lane < S + live, page_scales[slot, j], 0.0)
+                    lane = lax.broadcasted_iota(jnp.int32, scales_by_page.shape[2:], 1)
+                    scales_by_page[slot, j] = jnp.where(lane < S + live, scales_by_page[slot, j], 0.0)
 
             return 0
 
@@ -184,8 +184,8 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
     def put_scales_together(slot):
         """Those of a block's keys and of its values, from page by page to one row for each head."""
         for i in range(2):
-            parts = [page_scales[slot, j, :, i * S : (i + 1) * S] for j in range(NP)]
-            kv_scales[slot, i] = jnp.concatenate(parts, axis=1)
+            parts = [scales_by_page[slot, j, :, i * S : (i + 1) * S] for j in range(NP)]
+            scales_by_head[slot, i] = jnp.concatenate(parts, axis=1)
 
     def page_bits(at):
         def body(j, bits):
@@ -199,7 +199,7 @@ def _kernel(rows, sinks, table, pages, scales, q_in_hbm, lse_in, out_hbm, lse_hb
 
     def scales_of_head(slot, head, is_value):
         """Of its keys or its values, `[1, T]`."""
-        return kv_scales[slot, int(is_value), pl.ds(head, 1), :]
+        return scales_by_head[slot, int(is_value), pl.ds(head, 1), :]
 
     key = lax.broadcasted_iota(jnp.int32, (1, T), 1)
     page_of_key = lax.convert_element_type((key.astype(jnp.float32) + 0.5) / S, jnp.int32)
@@ -425,7 +425,7 @@ def prefill(q: Array, lse: Array | None, sinks: Array | None, rows: Array, table
         lse = jnp.zeros((1, 1, 1, LANES), f32)
     if scales is None:
         scales = jnp.zeros((1, kv_heads, LANES), f32)
-    ring = sizes.blocks_in_ring if options.quantised else 1
+    scale_slots = sizes.blocks_in_ring if options.quantised else 1
     streams = is_streamed(table)
     table = in_hbm(table.reshape(-1, 1, IDS)) if streams else table
     arrays = (pages, scales, q, lse)
@@ -441,8 +441,8 @@ def prefill(q: Array, lse: Array | None, sinks: Array | None, rows: Array, table
         input_output_aliases={5: 0, 6: 1},
         scratch_shapes=[
             tiled_as_in_hbm((sizes.blocks_in_ring, sizes.pages_per_block, kv_heads, *pages.shape[2:]), pages.dtype),
-            vmem((ring, sizes.pages_per_block if options.quantised else 1, kv_heads, scales.shape[2]), f32),
-            vmem((ring, 2, kv_heads, T if options.quantised else LANES), f32),
+            vmem((scale_slots, sizes.pages_per_block if options.quantised else 1, kv_heads, scales.shape[2]), f32),
+            vmem((scale_slots, 2, kv_heads, T if options.quantised else LANES), f32),
             smem((3,), jnp.int32),
             smem((2,), jnp.int32),
             smem((sizes.blocks_in_ring,), jnp.int32),

@@ -24,7 +24,8 @@ class DecodeSizes:
 
     Args:
         page_size: S.
-        pages_per_item: pages in a block of T tokens; a power of two where rows have more than IDS, which it divides.
+        pages_per_item: pages in a block of T tokens, whose ids lie in one chunk of IDS: a divisor of IDS, or a row has
+            one chunk, which holds those of all its items.
         items_per_group: W.
         items_in_ring: U, a multiple of W.
         distance: D, the items between an item's scores and its softmax, and between that and its values.

@@ -262,7 +262,7 @@ def test_items_of_any_number_of_pages(
         ((4, 1), 16, "bfloat16", 4096, 2049, 64),  # 129 do not lie in one chunk of the table
     ],
 )
-def test_items_of_a_short_table_and_of_a_window_are_full(heads, page_size, dtype, max_tokens, window, pages_per_item):
+def test_items_of_a_short_table_and_of_a_window_are_even(heads, page_size, dtype, max_tokens, window, pages_per_item):
     pages = stored(init_pages(2, heads[1], page_size, 128, dtype, is_padded=True))
     table = jnp.zeros((1, -(-max_tokens // page_size)), jnp.int32)
     if window is not None:
@@ -304,11 +304,21 @@ def test_heads_side_by_side(interpreter, small_blocks, monkeypatch, heads, sizes
     check(case, make_inputs(case))
 
 
-@pytest.mark.parametrize("window", [None, pytest.param(200, marks=pytest.mark.long)])
-def test_page_ids_of_prefill_stream(late_copies, small_blocks, monkeypatch, window):
-    monkeypatch.setattr(memory, "RESIDENT_BYTES", 0)
-    holes = ((0, 8), (2, 1))
-    case = Case("streams", (600, 40, 150, 0), (20, 3, 33, 0), (2, 1), 128, window=window, holes=holes, is_padded=True)
+@pytest.mark.parametrize(
+    ("length", "window", "resident_bytes"),
+    [
+        (600, None, 0),
+        pytest.param(600, 200, 0, marks=pytest.mark.long),
+        pytest.param(2100, None, 0, marks=pytest.mark.long),  # more page ids than a chunk holds
+        pytest.param(2100, None, 1 << 20, marks=pytest.mark.long),
+    ],
+)
+def test_page_ids_of_prefill_stream_or_are_resident(
+    late_copies, small_blocks, monkeypatch, length, window, resident_bytes
+):
+    monkeypatch.setattr(memory, "RESIDENT_BYTES", resident_bytes)
+    lengths, holes = (length, 40, 150, 0), ((0, 8), (2, 1))
+    case = Case("ids", lengths, (20, 3, 33, 0), (2, 1), 128, window=window, holes=holes, is_padded=True)
     check(case, make_inputs(case))
 
 

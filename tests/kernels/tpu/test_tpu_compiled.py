@@ -26,7 +26,8 @@ for case in (
     StaticCase("mixed", (2048,) * 7 + (4096,), (1,) * 7 + (512,), head_dim=80),
     StaticCase("decode", (1024,) * 16, dtype="float8_e4m3fn", page_size=64),
     StaticCase("decode", (1024,) * 16, dtype="int8", page_size=64),
-    StaticCase("decode", (131072,) * 1024, pool_bytes=2 << 30),  # the page table streams
+    StaticCase("mixed", (131072,) * 1024, (1,) * 1023 + (512,), pool_bytes=2 << 30),  # the page table streams
+    StaticCase("decode", (300,) * 16, dtype="int8", page_size=16),  # items of 20 pages
     StaticCase("groups", (2048,) * 64, levels=((64, 512), (8, 1536))),
     StaticCase("prefill", (4096,), (512,), heads=(16, 16), head_dim=256),  # tasks of half of the heads
     StaticCase("mixed", (2048,) * 7 + (4096,), (1,) * 7 + (512,)),

@@ -150,7 +150,7 @@ def test_a_scalar_operand_is_its_word():
 
 
 def test_scheduled_programs_are_found_by_a_part_of_their_names(tmp_path):
-    kernel, fusion = "1-paged_write.1-01-packed-bundles-post-ra.txt", "2-fusion.7-01-packed-bundles-post-ra.txt"
+    kernel, fusion = "1-paged_write.1-01-packed-bundles-post-ra.txt", "2-schedule-01-packed-bundles-post-ra.txt"
     for name in (kernel, fusion, "1-paged_write.1-00-schedule-analysis_packed-bundles-post-ra.txt", "1-hlo.txt"):
         (tmp_path / name).touch()
     assert {path.name for path in scheduled_programs(tmp_path)} == {kernel, fusion}
