@@ -129,7 +129,7 @@ class Tasks:
         self.front[0] = jnp.where(more_blocks | more_tasks, row, row + 1)
 
     def geometry(self, row, nth, block):
-        """Of the block: keys from its start to the last visible one, those before the first, the column of its pages."""
+        """Of the block: keys from its start to the last visible one, those before the first, its pages' column."""
         place = self.first_block(row, nth) + block
         start = place * self.sizes.tokens
         left = self.end_of_keys(row, nth) - start
