@@ -454,6 +454,13 @@ def test_write(interpreter, small_blocks, head_dim, dtype, page_size):
     assert_same_pages(written(inputs, "pallas_tpu"), written(inputs, "reference"))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("int8", marks=pytest.mark.long)])
+def test_write_of_more_tiles_than_the_ring_has(late_copies, dtype):
+    case = Case("laps", (300, 16, 288), (290, 3, 270), (1, 1), 128, 16, dtype, "bfloat16", is_padded=True)
+    inputs = make_inputs(case)
+    assert_same_pages(written(inputs, "pallas_tpu"), written(inputs, "reference"))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize(
     ("source", "target"),
