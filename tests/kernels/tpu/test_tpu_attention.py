@@ -242,7 +242,7 @@ def test_items_of_any_number_of_pages(
 ):
     sizes = DecodeSizes(page_size, pages_per_item, 2, 6, 2, True, transposed_passes)
     monkeypatch.setattr(attention, "decode_sizes", lambda *_: sizes)
-    lengths = (3, sizes.tokens, 1, sizes.tokens + 1, 0, 3 * sizes.tokens - 20)
+    lengths = (3, sizes.tokens, 1, sizes.tokens + 1, 0, 2 * sizes.tokens + 20)
     case = Case(
         "uneven", lengths, (1,) * 6, heads, head_dim, page_size, dtype, "bfloat16", holes=((5, 1), (3, 0)),
         window=window, is_padded=True,
