@@ -1,7 +1,7 @@
 """Attention kernels of other libraries, compiled for the lengths and shapes of a case with the block sizes they choose.
 
-A library is needed only where its kernels are compiled: install it beside paged_jax in an
-environment of its own, with the same jax and libtpu, and run `benchmarks.tpu_static` from there.
+A library is needed only where its kernels are compiled: install it beside paged_jax in an environment of its own, with
+the same jax and libtpu, and run `benchmarks.tpu_static` from there.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _scalars(case: StaticCase) -> list[np.ndarray]:
     batch = len(case.lengths)
     ids = np.random.default_rng(0).permutation(batch * case.max_pages) + 1
     starts = np.concatenate([[0], np.cumsum(case.new_tokens)])
-    decodes = batch if set(case.new_tokens) == {1} else 0
+    decodes = next((i for i, count in enumerate(case.new_tokens) if count > 1), batch)
     return [np.asarray(x, np.int32) for x in (case.lengths, ids, starts, (decodes, decodes, batch))]
 
 
